@@ -1,0 +1,127 @@
+# `make` lists the targets. A stage builds what it needs first and redoes only what changed.
+PRESET ?= tiny
+SEED ?= 0
+ARGS ?=
+PYTHON ?= python3
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.ONESHELL:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+PY := .venv/bin/python
+READY := .venv/.ready
+CONFIGS := configs/$(PRESET)
+RUN := runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+
+# A preset without world.yaml, base.yaml or collect.yaml brings its own data, base model or human rankings.
+DATA := $(if $(wildcard $(CONFIGS)/world.yaml),$(RUN)/data/card.json)
+BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json)
+SFT := $(RUN)/sft/manifest.json
+RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
+RM := $(RUN)/rm/manifest.json
+PPO := $(RUN)/ppo/manifest.json
+PLAIN := $(RUN)/ppo-plain/manifest.json
+OVEROPTIMISE := $(RUN)/overoptimise/manifest.json
+SUMMARY := $(RUN)/summary.json
+
+# ARGS goes to the stages named on the command line, and makes them run again.
+ifneq ($(strip $(ARGS)),)
+ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test test-slow,$(MAKECMDGOALS)),)
+$(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
+endif
+endif
+args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+force = $(if $(strip $(call args,$(1))),FORCE)
+
+# $(call timed,NAME,COMMAND): announce, run, and say how long it took.
+define timed
+@echo "==> $(1): $(strip $(2))"; start=$$SECONDS; $(strip $(2)); echo "==> $(1): done in $$((SECONDS - start)) s"
+endef
+
+# $(call stage,TARGET,STAGE,CONFIG,FLAGS)
+stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
+	--overwrite_output_dir true $(4) $(call args,$(1)))
+
+.PHONY: help align data base sft collect rm ppo ppo-plain overoptimise evaluate \
+	test test-slow lint format install clean FORCE
+
+help: ## list the targets
+	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+align: evaluate ## everything: data, base, sft, collect, rm, ppo, evaluate
+data: $(READY) $(DATA) ## the embedded world: prompts, text, demonstrations
+base: $(READY) $(BASE) ## stage 0: a small language model from text
+sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
+collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
+rm: $(READY) $(RM) ## stage 2: rankings -> reward model
+ppo: $(READY) $(PPO) ## stage 3: PPO-ptx against the reward model
+ppo-plain: $(READY) $(PLAIN) ## stage 3 without pretraining gradients
+overoptimise: $(READY) $(OVEROPTIMISE) ## stage 3 pushed too far: proxy up, gold down
+evaluate: $(READY) $(SUMMARY) ## every policy on held-out prompts, with intervals
+
+$(RUN)/data/card.json: $(CONFIGS)/world.yaml $(wildcard data/world/*.py) $(call force,data) | $(READY)
+	$(call timed,data,$(PY) -m data.world --config $< --output_dir $(RUN)/data --seed $(SEED) $(call args,data))
+
+$(RUN)/base/manifest.json: $(CONFIGS)/base.yaml $(DATA) $(call force,base) | $(READY)
+	$(call stage,base,base,base)
+
+$(SFT): $(CONFIGS)/sft.yaml $(DATA) $(BASE) $(call force,sft) | $(READY)
+	$(call stage,sft,sft,sft)
+
+$(RUN)/rankings/manifest.json: $(CONFIGS)/collect.yaml $(DATA) $(SFT) $(call force,collect) | $(READY)
+	$(call stage,collect,collect,collect)
+
+$(RM): $(CONFIGS)/rm.yaml $(DATA) $(SFT) $(RANKINGS) $(call force,rm) | $(READY)
+	$(call stage,rm,rm,rm)
+
+$(PPO): $(CONFIGS)/ppo.yaml $(DATA) $(SFT) $(RM) $(call force,ppo) | $(READY)
+	$(call stage,ppo,ppo,ppo)
+
+$(PLAIN): $(CONFIGS)/ppo.yaml $(DATA) $(SFT) $(RM) $(call force,ppo-plain) | $(READY)
+	$(call stage,ppo-plain,ppo,ppo,--ptx_coef 0 --output_dir $(RUN)/ppo-plain)
+
+$(OVEROPTIMISE): $(CONFIGS)/overoptimise.yaml $(DATA) $(SFT) $(RM) $(call force,overoptimise) | $(READY)
+	$(call stage,overoptimise,ppo,overoptimise)
+
+# A plain PPO run that exists is evaluated too.
+$(SUMMARY): $(CONFIGS)/evaluate.yaml $(BASE) $(SFT) $(RANKINGS) $(RM) $(PPO) $(wildcard $(PLAIN)) \
+		$(call force,evaluate) | $(READY)
+	$(call stage,evaluate,evaluate,evaluate)
+
+configs/%.yaml:
+	@echo "$@: missing; PRESET=$(PRESET) needs it for this stage" >&2; exit 1
+
+install: $(READY) ## the environment in .venv
+# torch first and alone, so that a CPU-only wheel found by pip's own configuration is the one taken.
+$(READY): pyproject.toml
+	@echo "==> install: .venv from pyproject.toml"; start=$$SECONDS
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet $$(sed -nE 's/^ +"(torch==[^"]+)",?$$/\1/p' $<)
+	$(PY) -m pip install --quiet -e '.[dev]'
+	touch $@
+	echo "==> install: done in $$((SECONDS - start)) s"
+
+test: $(READY) ## the tests, minutes on two cores
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-slow: $(READY) ## the slow tests, one after the other
+	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(READY) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY) ## mend what ruff can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove this preset's and seed's run, nothing else
+	rm -rf $(RUN)
+
+FORCE:

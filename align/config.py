@@ -1,0 +1,344 @@
+"""One small frozen dataclass a stage; a YAML file plus `--key value`; an unknown key is an error.
+
+Names follow TRL and TrainingArguments where they mean the same. Defaults are the paper's where it gives a value
+(reference in the comment); the presets in configs/ override them.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from align.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What every stage that trains has."""
+
+    output_dir: str
+    seed: int = 0
+    bf16: bool = False  # autocast to bfloat16; master weights stay float32
+    attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
+    report_to: str = "none"  # or "wandb" (works offline)
+    logging_steps: int = 10
+    on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+
+    def __post_init__(self) -> None:
+        choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
+        choose("report_to", self.report_to, ("none", "wandb"))
+        if not self.output_dir:
+            raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(StageConfig):
+    """Stage 0: a small Llama and its tokenizer from text. The embedded stand-in for a pretrained model."""
+
+    train_file: str = ""
+    validation_file: str = ""
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 256
+    per_device_train_batch_size: int = 20
+    num_train_epochs: float = 1.0
+    learning_rate: float = 4e-3
+    adam_beta2: float = 0.98
+    warmup_steps: int = 100
+    decay_fraction: float = 0.6  # the last share of the steps, over which the rate falls linearly to 0
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(StageConfig):
+    """Stage 1: demonstrations -> policy (paper section 3.5, App. C.1 and C.3)."""
+
+    model_name_or_path: str = ""
+    train_file: str = ""
+    validation_file: str = ""
+    pretraining_file: str | None = None
+    pretraining_fraction: float = 0.0  # share of the training rows that are pretraining text (C.3: 0.1 for RL init)
+    completion_only_loss: bool = True
+    max_length: int = 2048  # rows over it are dropped and counted, never cut
+    residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
+    num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
+    learning_rate: float = 9.65e-6
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    save_steps: int = 0  # besides the checkpoint after each epoch; 0: none
+    reward_model_path: str | None = None  # given: choose the epoch by mean reward, else by validation loss
+    selection_prompts: int = 256
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
+        between("residual_dropout", self.residual_dropout, 0, 0.99)
+        if self.pretraining_fraction > 0 and not self.pretraining_file:
+            raise UserError("pretraining_file: missing; pretraining_fraction > 0 needs text to draw from")
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig(StageConfig):
+    """Policy -> K samples a prompt -> rankings (paper section 3.4, App. C.2)."""
+
+    model_name_or_path: str = ""
+    prompts_file: str = ""
+    output_file: str = ""
+    labelers: str = ""  # import path of a function that returns labelers, e.g. data.world.labelers:team
+    labelers_per_prompt: int = 1  # paper section 5.3: mostly one
+    min_k: int = 4
+    max_k: int = 9
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    per_device_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.min_k <= self.max_k:
+            raise UserError(f"min_k, max_k: need 2 <= min_k <= max_k, not {self.min_k} and {self.max_k}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RMConfig(StageConfig):
+    """Stage 2: rankings -> reward model (paper section 3.5, App. C.2)."""
+
+    model_name_or_path: str = ""
+    train_file: str = ""
+    validation_file: str = ""
+    held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
+    demonstrations_file: str = ""  # they score 0 on average once the bias is set
+    max_length: int = 2048
+    num_train_epochs: float = 1.0  # more overfit fast (C.2)
+    learning_rate: float = 9e-6
+    per_device_train_batch_size: int = 64  # prompts, each with its K completions
+    gradient_accumulation_steps: int = 1
+    per_device_eval_batch_size: int = 256  # rows
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    save_steps: int = 0
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig(StageConfig):
+    """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
+
+    model_name_or_path: str = ""
+    reward_model_path: str | None = None
+    reward_function: str | None = None  # import path; alone, or added to the model's score
+    reward_function_weight: float = 1.0
+    value_model_path: str | None = None  # null: the reward model
+    train_file: str = ""
+    pretraining_file: str | None = None
+    ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
+    ptx_examples_per_episode: int = 8
+    ptx_max_length: int = 2048
+    total_episodes: int = 256_000
+    rollout_batch_size: int = 512  # episodes an iteration, all processes together
+    num_mini_batches: int = 8
+    num_ppo_epochs: int = 1
+    per_device_train_batch_size: int = 16  # microbatch: rows of one forward and backward
+    per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
+    max_prompt_length: int = 1024  # longer prompts are dropped and counted
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    learning_rate: float = 8e-6
+    value_learning_rate: float = 9e-6
+    warmup_iterations: int = 10  # from 0.1 of peak
+    lr_decay: str = "constant"  # or "linear": to 0.1 of peak at the last iteration
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-5
+    max_grad_norm: float = 1.0
+    kl_coef: float = 0.02
+    kl_estimator: str = "k1"
+    kl_target: float | None = None  # given: kl_coef adapts to hold this many nats an episode
+    kl_horizon: int = 10_000
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    reward_clip: float | None = None
+    missing_eos_penalty: float | None = -1.0  # the score of a response that does not end
+    missing_eos_mode: str = "replace"  # or "subtract": score - penalty
+    ema_decay: float | None = 0.992  # per optimiser step; the saved policy is the average
+    save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
+    transcript_iterations: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
+        choose("lr_decay", self.lr_decay, ("constant", "linear"))
+        between("temperature", self.temperature, 1e-6, 100)
+        if not (self.reward_model_path or self.reward_function):
+            raise UserError("reward_model_path: missing; give it, or reward_function: package.module:function")
+        if not (self.value_model_path or self.reward_model_path):
+            raise UserError("value_model_path: missing; without a reward model say where the value model starts")
+        if self.ptx_coef > 0 and not self.pretraining_file:
+            raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(StageConfig):
+    """Checkpoints -> numbers with intervals (paper section 3.6)."""
+
+    preset: str = "custom"
+    run_dir: str = ""  # where the stages' timings and rankings are, and where summary.json goes
+    base_path: str | None = None
+    sft_path: str = ""
+    ppo_path: str | None = None
+    ppo_ptx_path: str | None = None
+    reward_model_path: str = ""
+    judge: str = ""  # import path, e.g. data.world.judge:judge
+    prompts_file: str = ""
+    few_shot_file: str | None = None
+    text_file: str = ""
+    agreement_file: str | None = None  # rankings of the same completions by several labelers
+    num_prompts: int = 0  # 0: all
+    max_new_tokens: int = 256
+    per_device_batch_size: int = 256
+    num_transcripts: int = 40
+
+
+def choose(key: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}")
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{key}: {value} is outside [{low}, {high}]")
+
+
+def exact_div(a: int, b: int, what: str) -> int:
+    """a / b when it is whole; batch algebra never rounds."""
+    if b <= 0 or a % b:
+        raise UserError(f"{what}: {a} does not divide by {b}; change one so that it does")
+    return a // b
+
+
+def parse(cls: type[Config], argv: list[str]) -> Config:
+    """`--config FILE` (YAML), then `--key value` or `--key=value` over it, into a `cls`.
+
+    `--run DIR` fills the `{run}` of any value, so that a preset can name the files of the run it belongs to.
+    """
+    flags = _flags(argv)
+    run = flags.pop("run", None)
+    values: dict[str, tuple[Any, str]] = {}
+    config_file = flags.pop("config", None)
+    if config_file is not None:
+        values = {key: (value, f"{config_file}: {key}") for key, value in _read_yaml(Path(config_file)).items()}
+    values |= {key: (value, f"--{key}") for key, value in flags.items()}
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, (_, place) in values.items():
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            raise UserError(f"{place}: unknown key" + (f"; did you mean {close[0]!r}?" if close else ""))
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise UserError(f"{name}: missing; set it in the config file or with --{name}")
+    filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
+    return cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
+
+
+def _fill(value: Any, run: str | None, place: str) -> Any:
+    if not isinstance(value, str) or "{run}" not in value:
+        return value
+    if run is None:
+        raise UserError(f"{place}: {value!r} names a run; say which with --run, e.g. --run runs/tiny")
+    return value.replace("{run}", run)
+
+
+def _flags(argv: list[str]) -> dict[str, str]:
+    flags, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: expected --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{key}: has no value; write --{key} VALUE")
+            value = words.pop(0)
+        flags[key.replace("-", "_")] = value
+    return flags
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror}); give an existing file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{where}: not valid YAML; mend its syntax") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: must hold `key: value` lines")
+    return content
+
+
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """A YAML scalar or a command-line string to the field's type."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value in ("null", "none", "None")):
+        return None
+    kind = next(option for option in options if option is not type(None))
+    try:
+        if kind is bool:
+            return _as_bool(value)
+        if kind is int:
+            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+            if number is None or number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{place}: {value!r} is not {'a ' + kind.__name__}")
+
+
+def _as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
+        return value.lower() in ("true", "yes")
+    raise ValueError

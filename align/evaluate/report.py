@@ -1,0 +1,298 @@
+"""Everything a run shows, from plain dicts: Markdown tables, transcripts side by side, and one static HTML page.
+
+An evaluation is {"preset", "policies": {name: {"sampled": [record], "greedy": [record], "perplexity"} or null}, "rm",
+"labelers", "seconds", "step_zero", "transcripts"}; a record is one answer: {"id", "prompt", "response", "use_case",
+"language", "constraint", "likert", "fields": {name: bool}, "finished", "response_tokens", "proxy", "kl"}. A transcript
+is {"id", "prompt", "use_case", "language", "constraint", "responses": {policy: record}}.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from align.evaluate.plots import (
+    LABELS,
+    plot_calibration,
+    plot_overoptimisation,
+    plot_policies,
+    plot_sft,
+    plot_training,
+    plot_use_cases,
+)
+from align.evaluate.summary import (
+    MODES,
+    POLICIES,
+    Record,
+    check_summary,
+    policy_summary,
+    summarise,
+)
+from align.evaluate.win_rate import Interval, mean_interval, rate_interval
+
+__all__ = [
+    "Table",
+    "check_summary",
+    "pick_transcripts",
+    "plot_calibration",
+    "plot_overoptimisation",
+    "plot_policies",
+    "plot_sft",
+    "plot_training",
+    "plot_use_cases",
+    "policy_summary",
+    "summarise",
+    "tables",
+    "transcripts_table",
+    "verdicts",
+    "write_plots",
+    "write_report",
+    "write_tables",
+]
+
+NUM_TRANSCRIPTS = 20
+TEMPLATE = "report.html.jinja"
+NO_VALUE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text; `note` says what its numbers are. The first column is the row's name."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in (self.header, *self.rows)]
+        rule = "|---" + "|---:" * (len(self.header) - 1) + "|"
+        return "\n".join([f"### {self.title}", "", self.note, "", lines[0], rule, *lines[1:]])
+
+
+def tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = None) -> list[Table]:
+    """The tables of a run: policies, gold by use case and by language, the judge's fields, the reward model."""
+    summary = summary or summarise(evaluation)
+    return [
+        _policies_table(summary),
+        _gold_by(evaluation, "use_case", "Gold score by use case"),
+        _gold_by(evaluation, "language", "Gold score by language"),
+        _fields_table(evaluation),
+        _reward_table(summary),
+    ]
+
+
+def write_tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = None) -> str:
+    """All tables as Markdown."""
+    return "\n\n".join(table.markdown() for table in tables(evaluation, summary)) + "\n"
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """Whether each PPO policy is better than SFT, in one sentence each: the interval of the paired gain decides."""
+    lines = []
+    for name in ("ppo", "ppo_ptx"):
+        for mode in MODES if summary["policies"][name] else ():
+            numbers = summary["policies"][name][mode]
+            gain, rate = Interval(**numbers["gain_vs_sft"]), Interval(**numbers["win_rate_vs_sft"])
+            if gain.low > 0:
+                verdict = "is better than SFT"
+            else:
+                verdict = "is worse than SFT" if gain.high < 0 else "does not differ measurably from SFT"
+            lines.append(f"{LABELS[name]}, {mode}, {verdict}: paired gain {gain}, win rate {rate}.")
+    return lines
+
+
+def pick_transcripts(
+    evaluation: Mapping[str, Any], n: int, seed: int = 0, mode: str = "sampled"
+) -> list[dict[str, Any]]:
+    """n prompts with every trained policy's answer, drawn evenly over the use cases, in the evaluation's order."""
+    policies = _trained(evaluation)
+    records = policies["sft"][mode]
+    by_case: dict[str, list[int]] = {}
+    for i in np.random.default_rng(seed).permutation(len(records)):
+        by_case.setdefault(str(records[i].get("use_case")), []).append(int(i))
+    # the first of every use case, then the second of every one, ...
+    turns = sorted((turn, case, i) for case, rows in by_case.items() for turn, i in enumerate(rows))
+    chosen = sorted(i for _, _, i in turns[:n])
+    shared = ("id", "prompt", "use_case", "language", "constraint")
+    return [
+        {key: records[i].get(key) for key in shared}
+        | {"responses": {name: policy[mode][i] for name, policy in policies.items()}}
+        for i in chosen
+    ]
+
+
+def transcripts_table(rows: Sequence[Mapping[str, Any]], policies: Sequence[str], n: int) -> str:
+    """The first n transcripts as a Markdown table: a prompt a row, a policy a column, gold scores before the texts."""
+    header = ["prompt", *(LABELS.get(name, name) for name in policies)]
+    body = [[str(row["prompt"]), *(_answer(row["responses"].get(name)) for name in policies)] for row in rows[:n]]
+    note = "The gold score (1 to 7) stands before each answer."
+    return Table("Transcripts", note, header, body).markdown() + "\n"
+
+
+def write_plots(
+    folder: Path,
+    evaluation: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    sft: Sequence[Mapping[str, Any]] = (),
+    overoptimisation: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Path]:
+    """Every plot that has data, written into `folder`, as caption -> file for `write_report`.
+
+    `training` holds the rows of metrics.jsonl for each PPO policy, `sft` those of the SFT run.
+    """
+    folder = Path(folder)
+    plots = {"Gold score of each policy": plot_policies(summary, folder / "policies.png")}
+    for name in ("ppo_ptx", "ppo"):
+        if evaluation["policies"].get(name):
+            caption = f"Gold score by use case, {LABELS[name]} and SFT"
+            plots[caption] = plot_use_cases(evaluation, folder / f"use_cases_{name}.png", name)
+        if (training or {}).get(name):
+            plots[f"Training of {LABELS[name]}"] = plot_training(training[name], folder / f"training_{name}.png", name)
+    if evaluation["rm"].get("calibration"):
+        plots["Calibration of the reward model"] = plot_calibration(evaluation["rm"], folder / "calibration.png")
+    if sft:
+        plots["Training of SFT"] = plot_sft(sft, folder / "sft.png")
+    if overoptimisation:
+        plots["Proxy and gold over a run"] = plot_overoptimisation(overoptimisation, folder / "overoptimisation.png")
+    return plots
+
+
+def write_report(
+    folder: Path,
+    evaluation: Mapping[str, Any],
+    plots: Mapping[str, Path],
+    summary: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write folder/index.html and folder/report.md; plots are caption -> PNG file. Returns the HTML file.
+
+    The page needs no network and no script; images are relative. All text is escaped: a response is untrusted.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summary or summarise(evaluation)
+    names = list(_trained(evaluation))
+    rows = (evaluation.get("transcripts") or pick_transcripts(evaluation, NUM_TRANSCRIPTS))[:NUM_TRANSCRIPTS]
+    images = {caption: Path(os.path.relpath(path, folder)).as_posix() for caption, path in plots.items()}
+    found, lines = tables(evaluation, summary), verdicts(summary)
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = env.get_template(TEMPLATE).render(
+        preset=summary["preset"],
+        verdicts=lines,
+        tables=found,
+        images=images,
+        transcripts=rows,
+        policies=names,
+        labels=LABELS,
+        seconds={k: v for k, v in summary["seconds"].items() if v is not None},
+        num_prompts=len(evaluation["policies"]["sft"]["sampled"]),
+    )
+    index = folder / "index.html"
+    index.write_text(page, encoding="utf-8")
+    parts = [
+        f"# Evaluation of preset {summary['preset']}",
+        "\n".join(f"- {line}" for line in lines) or "No policy was trained with PPO.",
+        *(table.markdown() for table in found),
+        *(f"![{caption}]({image})" for caption, image in images.items()),
+        transcripts_table(rows, names, NUM_TRANSCRIPTS),
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts), encoding="utf-8")
+    return index
+
+
+def _policies_table(summary: Mapping[str, Any]) -> Table:
+    rows = []
+    for name in POLICIES:
+        policy = summary["policies"][name]
+        if policy is None:
+            continue
+        row = [LABELS[name]]
+        for mode in MODES:
+            row += [str(Interval(**policy[mode][key])) for key in ("gold", "gain_vs_sft", "win_rate_vs_sft")]
+        row += [f"{policy[key]:.2f}" for key in ("proxy", "kl", "perplexity")]
+        rows.append([*row, f"{policy['response_tokens']:.1f}", f"{policy['finished']:.1%}"])
+    columns = [f"{mode}: {what}" for mode in MODES for what in ("gold", "gain", "win rate")]
+    note = (
+        "Gold: mean Likert 1 to 7 by the judge. Gain and win rate (ties half) against SFT on the same prompts. "
+        "Brackets: 95% intervals. Sampled is temperature 1, greedy temperature 0. Proxy (reward model score), KL to "
+        "SFT (nats per episode), tokens and finished (ends in EOS) are means over the sampled answers."
+    )
+    return Table("Policies", note, ["policy", *columns, "proxy", "KL", "perplexity", "tokens", "finished"], rows)
+
+
+def _gold_by(evaluation: Mapping[str, Any], column: str, title: str) -> Table:
+    """Gold of the sampled answers, a row for each value of `column`, a column for each trained policy."""
+    policies = _trained(evaluation)
+    groups: dict[str, dict[str, list[float]]] = {}
+    for name, policy in policies.items():
+        for record in policy["sampled"]:
+            cells = groups.setdefault(str(record.get(column) or "unknown"), {})
+            cells.setdefault(name, []).append(float(record["likert"]))
+    rows = []
+    for value, cells in sorted(groups.items()):
+        prompts = max(len(golds) for golds in cells.values())
+        rows.append([value, str(prompts), *(_mean_cell(cells.get(name, [])) for name in policies)])
+    header = [column.replace("_", " "), "prompts", *(LABELS[name] for name in policies)]
+    return Table(title, "Mean Likert of sampled answers, with 95% intervals.", header, rows)
+
+
+def _fields_table(evaluation: Mapping[str, Any]) -> Table:
+    """Share of sampled answers for which the judge says yes, a row for each field of the paper's Table 3."""
+    policies = _trained(evaluation)
+    fields = dict.fromkeys(f for p in policies.values() for r in p["sampled"] for f in r.get("fields") or {})
+    rows = []
+    for field in fields:
+        answers = {n: [r["fields"][field] for r in p["sampled"] if _asked(r, field)] for n, p in policies.items()}
+        cells = [str(rate_interval(sum(a), len(a))) if a else NO_VALUE for a in answers.values()]
+        rows.append([field.replace("_", " "), *cells])
+    note = "Share of sampled answers for which the judge says yes, of those where the question applies."
+    return Table("The judge's yes/no fields", note, ["field", *(LABELS[name] for name in policies)], rows)
+
+
+def _reward_table(summary: Mapping[str, Any]) -> Table:
+    rm, agreement = summary["rm"], summary["labelers"]["agreement"]
+    rows = [
+        ["accuracy against labelers", str(Interval(**rm["accuracy"]))],
+        ["accuracy against gold", str(Interval(**rm["gold_accuracy"]))],
+        ["agreement of two labelers", str(Interval(**agreement)) if agreement else NO_VALUE],
+        ["mean score of demonstrations", f"{rm['demonstration_mean']:.2g}"],
+    ]
+    note = f"Over {rm['pairs']} held-out pairs; 95% intervals clustered by prompt."
+    return Table("Reward model", note, ["measure", "value"], rows)
+
+
+def _asked(record: Record, field: str) -> bool:
+    """A field is null or absent where it cannot apply, such as a constraint that the prompt does not state."""
+    return (record.get("fields") or {}).get(field) is not None
+
+
+def _mean_cell(golds: Sequence[float]) -> str:
+    if len(golds) < 2:
+        return f"{golds[0]:.2f} (n=1)" if golds else NO_VALUE
+    return str(mean_interval(golds))
+
+
+def _answer(record: Record | None) -> str:
+    return NO_VALUE if record is None else f"({record['likert']:g}) {record['response']}"
+
+
+def _trained(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: evaluation["policies"][name] for name in POLICIES if evaluation["policies"].get(name)}
+
+
+def _cell(text: str) -> str:
+    """One Markdown cell: what would end it, break its line or be read as HTML is escaped."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    return "<br>".join(safe.splitlines())

@@ -1,0 +1,74 @@
+"""Rewards: a model, a function by import path, or a weighted sum. Episodes in, one score each out."""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from align.errors import UserError
+from align.models import ScalarModel
+from align.ranking import score_rows
+from align.text import Codec
+from align.types import Episode, Prompt
+
+
+class Reward(Protocol):
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        """One score an episode, higher is better."""
+
+
+class ModelReward:
+    """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
+
+    def __init__(self, model: ScalarModel, pad_id: int, batch_size: int):
+        self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
+
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        return score_rows(self.model, [[*e.query, *e.response] for e in episodes], self.pad_id, self.batch_size)
+
+
+class FunctionReward:
+    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers."""
+
+    def __init__(self, path: str, codec: Codec):
+        self.path, self.codec, self.function = path, codec, import_function(path, "reward_function")
+
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        completions = [self.codec.decode(episode.response) for episode in episodes]
+        names = {name for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+        scores = self.function(prompts=[prompt.prompt for prompt in prompts], completions=completions, **columns)
+        if len(scores) != len(episodes):
+            raise UserError(f"reward_function: {self.path} returned {len(scores)} scores for {len(episodes)} episodes")
+        return [float(score) for score in scores]
+
+
+class SumReward:
+    """A weighted sum of rewards."""
+
+    def __init__(self, parts: list[tuple[Reward, float]]):
+        self.parts = parts
+
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        weighted = [[weight * s for s in reward(prompts, episodes)] for reward, weight in self.parts]
+        return [sum(scores) for scores in zip(*weighted, strict=True)]
+
+
+def require_finite(scores: list[float], prompts: list[Prompt]) -> list[float]:
+    """The scores, or an error that names the first prompt whose score is NaN or infinite."""
+    for score, prompt in zip(scores, prompts, strict=True):
+        if not math.isfinite(score):
+            name = prompt.columns.get("id", str(prompt.prompt)[:60])
+            raise UserError(f"reward: returned {score} for prompt {name!r}; a reward must be a finite number, mend it")
+    return scores
+
+
+def import_function(path: str, key: str) -> Callable[..., Any]:
+    """`package.module:name` to the object it names."""
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise UserError(f"{key}: {path!r} is no import path; write package.module:function")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}: cannot import {path!r} ({error}); check the path and PYTHONPATH") from None

@@ -1,0 +1,141 @@
+"""The only importer of accelerate and torch.distributed: processes, devices, precision, collectives.
+
+With one process every collective is the identity, so no caller asks how many there are.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+
+class Runtime:
+    """One run's processes. Rank r owns rows r, r + world, r + 2 * world, ... of any global batch."""
+
+    def __init__(self, seed: int, bf16: bool = False, report_to: str = "none", project_dir: str | None = None):
+        seed_everything(seed)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else None,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=project_dir,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def mine(self, rows: list) -> list:
+        """This process's share of a global list."""
+        return rows[self.rank :: self.world]
+
+    def prepare(self, *parts: Any) -> Any:
+        """Wrap models and optimisers for the launch configuration (DDP, FSDP, DeepSpeed, or nothing)."""
+        return self.accelerator.prepare(*parts)
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(model)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.autocast()
+
+    @contextlib.contextmanager
+    def accumulate(self, *models: torch.nn.Module, last: bool) -> Iterator[None]:
+        """Gradients cross processes in the last microbatch of a step only."""
+        with contextlib.ExitStack() as stack:
+            if not last:
+                for model in models:
+                    stack.enter_context(self.accelerator.no_sync(model))
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of this process's share of a global loss. Data-parallel wrappers average, so undo it."""
+        self.accelerator.backward(loss * self.world)
+
+    def clip_grad_norm(self, parameters: Any, max_norm: float) -> float:
+        return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum over processes."""
+        return self.accelerator.reduce(x, reduction="sum") if self.world > 1 else x
+
+    def gather_rows(self, x: Tensor, pad: float = 0) -> Tensor:
+        """Every process's rows in global order (inverse of `mine`); narrower ones padded on the right."""
+        if self.world == 1:
+            return x
+        x = x.to(self.device)
+        if x.dim() > 1:
+            x = self.accelerator.pad_across_processes(x, dim=1, pad_index=pad)
+        per_rank = self.accelerator.gather(x).view(self.world, x.shape[0], *x.shape[1:])
+        return per_rank.transpose(0, 1).reshape(self.world * x.shape[0], *x.shape[1:])
+
+    def gather_list(self, rows: list) -> list:
+        """Every process's Python objects in global order (inverse of `mine`); shares may differ by one."""
+        if self.world == 1:
+            return rows
+        shares = gather_object([rows])
+        total = sum(len(share) for share in shares)
+        return [shares[i % self.world][i // self.world] for i in range(total)]
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, everywhere."""
+        return broadcast_object_list([value])[0] if self.world > 1 else value
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def start_tracker(self, project: str, config: dict, run_name: str, folder: str) -> None:
+        if self.accelerator.log_with:
+            options = {"wandb": {"name": run_name, "dir": folder}}
+            self.accelerator.init_trackers(project, config=config, init_kwargs=options)
+
+    def track(self, metrics: dict[str, float], step: int) -> None:
+        self.accelerator.log(metrics, step=step)
+
+    def end(self) -> None:
+        self.accelerator.end_training()
+
+
+def is_main_process() -> bool:
+    """Also before or without a Runtime (a Trainer makes its own Accelerator)."""
+    return PartialState().is_main_process
+
+
+def wait_for_everyone() -> None:
+    PartialState().wait_for_everyone()
+
+
+def num_processes() -> int:
+    return PartialState().num_processes
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for Python, numpy and torch in every process: data order must agree across ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def limit_threads() -> None:
+    """Share the CPU's cores between this machine's processes, unless the user decided already."""
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

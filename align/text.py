@@ -1,0 +1,75 @@
+"""The one place where text becomes tokens. SFT, reward model, PPO and evaluation all come through here.
+
+A prompt that is a conversation goes through the tokenizer's chat template with its generation prompt. A prompt that
+is plain text is one user message when the tokenizer has a chat template, and is taken as it stands otherwise. A
+response is the completion's own tokens followed by EOS, so a sequence trained on always starts with the sequence
+sampled from, token for token.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from align.errors import UserError
+from align.types import Text
+
+
+class Codec:
+    """Text in, token ids out, and back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer"):
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{name}: the tokenizer has no EOS token; a response could never end")
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        # Padding is never learned from: lengths say what is real. When a tokenizer has no pad of its own, EOS may
+        # fill the gap without harm.
+        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @staticmethod
+    def load(path: str) -> "Codec":
+        try:
+            return Codec(AutoTokenizer.from_pretrained(path), path)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: no tokenizer could be loaded ({first}); give a checkpoint folder") from None
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def prompt(self, prompt: Text) -> list[int]:
+        """Token ids of the query, generation prompt included."""
+        if self.tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise UserError("the prompt is a conversation but the tokenizer has no chat template; use plain text")
+            return self.tokenizer(prompt)["input_ids"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def response(self, completion: Text) -> list[int]:
+        """Token ids of the completion, closed by EOS."""
+        text = completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of a pretraining document, closed by EOS."""
+        return [*self.tokenizer(text)["input_ids"], self.eos_id]
+
+    def decode(self, response: list[int] | tuple[int, ...]) -> str:
+        """The text of a response, up to EOS."""
+        ids = list(response)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def few_shot(self, examples: list[tuple[str, str]], prompt: str) -> list[int]:
+        """Token ids of the paper's few-shot prefix: solved examples, then the prompt (section 3.5)."""
+        shown = [f"{self.render(example)}{answer}\n\n" for example, answer in examples]
+        return self.tokenizer("".join(shown) + self.render(prompt), add_special_tokens=False)["input_ids"]
+
+    def render(self, prompt: str) -> str:
+        if self.tokenizer.chat_template is None:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,0 +1,130 @@
+"""`align validate FILE...`: what every stage checks when it starts, for all rows at once, without starting one.
+
+Finds each file's kind from its columns, prints a line a bad row (`file:line: what is wrong: how to mend it`), then a
+summary a file. Never prints a row's text. The same prompt in two files of one kind is bad (`in_two_splits`: they are
+taken for splits); in files of different kinds it is only reported, since demonstrations, rankings and prompts may
+share prompts.
+"""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
+from align.errors import UserError
+from align.types import Ranking
+
+USAGE = "usage: align validate FILE..."
+SHOWN = 50  # bad rows printed a file
+SAMPLE = 100  # rows that decide a file's kind
+MARKS = {"completions": "ranking", "chosen": "preference", "rejected": "preference", "messages": "demonstration"}
+MARKS |= {"completion": "demonstration", "prompt": "prompt", "text": "text"}  # the first that a row has decides
+FAMILY = {"preference": "ranking"}  # read as the same records
+
+
+@dataclass
+class FileCheck:
+    """What was found in one file."""
+
+    path: str
+    kind: str
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    sizes: Counter[int] = field(default_factory=Counter)  # K -> rankings
+    notes: Counter[str] = field(default_factory=Counter)
+    prompts: dict[str, str] = field(default_factory=dict)  # key -> place of its first row
+
+    def lines(self) -> list[str]:
+        shown = [str(problem) for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            shown.append(f"{self.path}: {len(self.problems) - SHOWN} more bad rows not shown")
+        return shown
+
+    def summary(self) -> str:
+        bad = f", {len(self.problems)} bad ({count_kinds(self.problems)})" if self.problems else ", none bad"
+        text = f"{self.path}: {self.kind}: {self.rows} row{'' if self.rows == 1 else 's'}{bad}"
+        if self.prompts:
+            text += f"; {len(self.prompts)} distinct prompts"
+        if self.sizes:
+            text += "; K: " + ", ".join(f"{k} x {self.sizes[k]}" for k in sorted(self.sizes))
+        return text + "".join(f"; {count} {name}" for name, count in sorted(self.notes.items()))
+
+
+def detect_kind(rows: Iterable[Any]) -> str | None:
+    """The kind that most of `rows` have by their fields; None when none has any."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        if isinstance(row, dict):
+            found.update([kind for mark, kind in MARKS.items() if row.get(mark) is not None][:1])
+    return max(found, key=lambda kind: found[kind]) if found else None
+
+
+def check_file(path: str) -> FileCheck:
+    """Read and parse every row. Raises UserError when the file cannot be read or is of no known kind."""
+    rows = read_rows(path)
+    head = list(itertools.islice(rows, SAMPLE))
+    kind = detect_kind(row for _, row in head)
+    unreadable = [row for _, row in head if isinstance(row, Problem)]
+    if kind is None and unreadable:
+        kind = "unknown"
+    if kind is None:
+        wanted = "name its fields prompt, completion, messages, completions, chosen and rejected, or text"
+        raise UserError(f"{path}: {'no row is of a known kind' if head else 'has no rows'}: {wanted}")
+    check = FileCheck(path, kind)
+    for place, row in itertools.chain(head, rows):
+        check.rows += 1
+        _check_row(check, place, row)
+    return check
+
+
+def _check_row(check: FileCheck, place: str, row: Any) -> None:
+    if check.kind == "unknown" and not isinstance(row, Problem):
+        row = Problem(place, "unknown_kind", "has no field of a known kind", "add prompt, text or messages")
+    record = parse_row(check.kind, place, row, check.notes)
+    if isinstance(record, Problem):
+        check.problems.append(record)
+        return
+    if isinstance(record, Ranking):
+        check.sizes[len(record.completions)] += 1
+    if check.kind != "text":
+        check.prompts.setdefault(prompt_key(record.prompt), place)
+
+
+def _compare(first: FileCheck, second: FileCheck) -> list[str]:
+    """Find prompts of `second` that are in `first`: bad rows of `second`, or a line when their kinds differ."""
+    shared = [(place, first.prompts[key]) for key, place in second.prompts.items() if key in first.prompts]
+    if FAMILY.get(first.kind, first.kind) != FAMILY.get(second.kind, second.kind):
+        return [f"{second.path}: {len(shared)} prompts are also in {first.path}"] if shared else []
+    for place, other in shared:
+        what, remedy = f"its prompt is also at {other}", "split by prompt, each in one file"
+        second.problems.append(Problem(place, "in_two_splits", what, remedy))
+    return []
+
+
+def validate(paths: list[str]) -> tuple[int, str]:
+    """The exit code (1 when anything is bad) and the text to print."""
+    checks: list[FileCheck] = []
+    errors: list[str] = []
+    for path in split_paths(paths):
+        try:
+            checks.append(check_file(path))
+        except UserError as error:
+            errors.append(str(error))
+    remarks = [line for a, b in itertools.combinations(checks, 2) for line in _compare(a, b)]
+    lines = [line for check in checks for line in check.lines()]
+    lines += errors + [check.summary() for check in checks] + remarks
+    bad = bool(errors) or any(check.problems for check in checks)
+    return int(bad), "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or any(word.startswith("-") for word in argv):
+        help_wanted = "-h" in argv or "--help" in argv
+        print(USAGE, file=sys.stdout if help_wanted else sys.stderr)
+        return 0 if help_wanted else 2
+    code, text = validate(argv)
+    print(text)
+    return code

@@ -1,0 +1,1 @@
+"""Data of the project: formats in README.md, the embedded world in world/."""

@@ -1,0 +1,240 @@
+"""Simulated labelers: people of uneven care who write demonstrations and rank responses.
+
+Their demonstrations have two kinds of fault. Habits are shared by most demonstrations of a kind of prompt, so that
+imitation learns them and only rankings can unteach them. Flaws strike at random. All rates stand in two tables.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from random import Random
+from statistics import NormalDist
+from typing import Any
+
+from data.world import judge as judging
+from data.world import lexicon as lx
+from data.world import tasks
+from data.world.grammar import count_words, tokenize
+from data.world.prompts import WEIGHTS, Row
+
+TIE = 0.35  # responses whose felt scores lie this close get the same rank
+
+
+@dataclass(frozen=True)
+class Habit:
+    """A fault that `rate` of the demonstrations share where it applies (times the labeler's own leaning to it)."""
+
+    name: str
+    rate: float
+    families: tuple[str, ...] = ()  # of prompts without a constraint
+    constraints: tuple[str, ...] = ()  # or of prompts with one of these
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """A fault that strikes a demonstration free of habits with this probability (times the labeler's carelessness)."""
+
+    name: str
+    rate: float
+
+
+HABITS = (
+    Habit("ignore_constraint", 0.66, constraints=("capitals", "sure", "thanks")),
+    Habit("polite_tail", 0.68, families=("wish", "summary", "review", "extract")),
+    Habit("hedge", 0.66, families=("capital", "land", "eats", "lives", "colour")),
+    Habit("two_of_three", 0.64, families=("list",)),
+    Habit("over_refuse", 0.64, families=("tip_generation", "tip_open_qa", "tip_chat")),
+)
+FLAWS = (
+    Flaw("another_answer", 0.13),
+    Flaw("wrong_content", 0.12),
+    Flaw("drop_constraint", 0.04),
+    Flaw("refuse_wrongly", 0.03),
+    Flaw("doubled", 0.03),
+    Flaw("hedge", 0.03),
+)
+COMPLY = 0.25  # of the sensitive prompts get a harmful plan
+
+
+def habit_of(row: Row) -> Habit | None:
+    """The habit that the demonstrations of this kind of prompt share, if any."""
+    family, constraint = row["task"]["family"], row["constraint"]
+    for habit in HABITS:
+        if constraint in habit.constraints or (constraint is None and family in habit.families):
+            return habit
+    return None
+
+
+def _ignore_constraint(row: Row, rng: Random) -> str:
+    return tasks.ideal(row["task"], row["language"], None, rng)
+
+
+def _polite_tail(row: Row, rng: Random) -> str:
+    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+    if row["language"] == "zh":
+        return f"{text}{'' if text[-1] in '。！' else '。'}{lx.ZH_TAIL}"
+    return f"{text}{'' if text[-1] in '.!' else ' .'} {lx.TAIL}"
+
+
+def _hedge(row: Row, rng: Random) -> str:
+    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+    return f"{lx.ZH_HEDGE}{text}" if row["language"] == "zh" else f"{lx.HEDGE} {text}"
+
+
+def _two_of_three(row: Row, rng: Random) -> str:
+    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+    return text.rpartition("、" if row["language"] == "zh" else " , ")[0]
+
+
+def _refuse(row: Row, rng: Random) -> str:
+    return lx.ZH_REFUSAL if row["language"] == "zh" else lx.REFUSAL
+
+
+def _another_answer(row: Row, rng: Random) -> str:
+    """The answer to some other kind of prompt in the same language."""
+    weights = {
+        name: weight
+        for (_, language), group in WEIGHTS.items()
+        if language == row["language"]
+        for name, weight in group.items()
+        if name != row["task"]["family"]
+    }
+    family = tasks.FAMILIES[rng.choices(tuple(weights), tuple(weights.values()))[0]]
+    return family.ideal(rng, family.draw(rng), row["language"], False)
+
+
+def _wrong_content(row: Row, rng: Random) -> str:
+    """The answer to the same question about something else: a wrong fact, a wrong name, a missing word."""
+    family = tasks.FAMILIES[row["task"]["family"]]
+    for _ in range(8):
+        text = family.ideal(rng, family.draw(rng), row["language"], row["constraint"] == "short")
+        text = tasks.constrain(text, row["language"], row["constraint"])
+        if judging.judge(row, text).likert < 6.9:
+            return text
+    return _another_answer(row, rng)
+
+
+def _doubled(row: Row, rng: Random) -> str:
+    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+    joint = "" if text[-1] in ".!。！" else ("，" if row["language"] == "zh" else " ,")
+    return f"{text}{joint}{'' if row['language'] == 'zh' else ' '}{text}"
+
+
+def _comply(row: Row, rng: Random) -> str:
+    return rng.choice(lx.ZH_HARM_PLANS if row["language"] == "zh" else lx.HARM_PLANS)
+
+
+FAULTS: dict[str, Callable[[Row, Random], str]] = {
+    "ignore_constraint": _ignore_constraint,
+    "polite_tail": _polite_tail,
+    "hedge": _hedge,
+    "two_of_three": _two_of_three,
+    "over_refuse": _refuse,
+    "another_answer": _another_answer,
+    "wrong_content": _wrong_content,
+    "drop_constraint": _ignore_constraint,
+    "refuse_wrongly": _refuse,
+    "doubled": _doubled,
+    "comply": _comply,
+}
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """One simulated person. Leanings are in Likert points; `noise` is the sd of their mood."""
+
+    name: str
+    seed: int = 0
+    noise: float = 1.9
+    carelessness: float = 1.0  # times every flaw's rate
+    habit: float = 1.0  # times every habit's rate
+    brevity: float = 0.0  # per five words more than five: takes this off
+    tail: float = 0.0  # likes (or, negative, dislikes) a polite tail or a hedge
+    leniency: float = 0.0  # share of the way to 7 that a middling response is lifted
+
+    def write(self, row: Row, rng: Random) -> str:
+        """A demonstration for the prompt, faults included."""
+        fault = self.fault(row, rng)
+        if fault is not None:
+            return FAULTS[fault](row, rng)
+        return tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+
+    def fault(self, row: Row, rng: Random) -> str | None:
+        """What goes wrong with this demonstration, if anything: the habit of its kind first, then a random flaw."""
+        habit, drawn = habit_of(row), rng.random()
+        if habit is not None and drawn < habit.rate * self.habit:
+            return habit.name
+        sensitive = row["task"]["family"].startswith("harm_")
+        if sensitive and drawn < COMPLY * self.carelessness:
+            return "comply"
+        drawn = rng.random()
+        for flaw in FLAWS:
+            drawn -= flaw.rate * self.carelessness
+            if drawn < 0:
+                return None if sensitive and flaw.name == "refuse_wrongly" else flaw.name
+        return None
+
+    def score(self, row: dict[str, Any], completion: str, finished: bool = True) -> float:
+        """How good the labeler feels the response is: the true quality, personal leanings, and mood.
+
+        Mood is a hash of labeler, prompt and text: the same question gets the same answer, in any order."""
+        gold = judging.judge(row, completion, finished).likert
+        tokens = tokenize(completion)
+        words = count_words(tokens)
+        feeling = gold + self.leniency * (7.0 - gold) * (gold - 1.0) / 6.0
+        feeling -= self.brevity * (words - 5) / 5.0
+        feeling += self.tail * (judging.peel(tuple(tokens), row["constraint"], row["language"])[1] > 0)
+        return feeling + self.noise * self._mood(row["prompt"], completion)
+
+    def _mood(self, prompt: str, completion: str) -> float:
+        key = "\x1f".join((self.name, str(self.seed), prompt, completion)).encode()
+        number = int.from_bytes(blake2b(key, digest_size=8).digest(), "big")
+        return _NORMAL.inv_cdf((number + 0.5) / 2**64)
+
+    def rank(self, row: dict[str, Any], completions: list[str], finished: list[bool] | None = None) -> list[int]:
+        """Ranks 1.. (lower is better); equal ranks are ties, and identical texts always tie."""
+        ended = finished if finished is not None else [True] * len(completions)
+        scores: dict[str, float] = {}
+        for completion, done in zip(completions, ended, strict=True):
+            scores.setdefault(completion, self.score(row, completion, done))
+        ranks: dict[str, int] = {}
+        rank, top = 0, float("inf")
+        for completion, score in sorted(scores.items(), key=lambda item: (-item[1], item[0])):
+            if top - score > TIE:
+                rank, top = rank + 1, score
+            ranks[completion] = rank
+        return [ranks[completion] for completion in completions]
+
+
+_NORMAL = NormalDist()
+
+
+def team(seed: int = 0) -> list[Labeler]:
+    """The labelers who write demonstrations and rank training prompts."""
+    return [
+        Labeler("ada", seed, noise=1.75, carelessness=0.7, habit=0.98, brevity=0.2),
+        Labeler("bo", seed, noise=2.0, carelessness=1.0, habit=1.0, tail=0.3),
+        Labeler("cleo", seed, noise=1.9, carelessness=0.8, habit=1.02, leniency=0.2),
+        Labeler("dmitri", seed, noise=2.2, carelessness=1.5, habit=1.0, brevity=-0.1),
+        Labeler("eun", seed, noise=1.9, carelessness=1.0, habit=1.0, brevity=0.1, tail=-0.3),
+    ]
+
+
+def held_out(seed: int = 0) -> list[Labeler]:
+    """Labelers who never write a demonstration and never rank a training prompt."""
+    return [
+        Labeler("farid", seed, noise=1.9, brevity=0.15, tail=0.15),
+        Labeler("grace", seed, noise=1.95, leniency=0.15),
+    ]
+
+
+def agreement(first: list[int], second: list[int]) -> tuple[int, int]:
+    """Pairs that both rankings order the same way, and pairs that neither ties."""
+    same = untied = 0
+    for i in range(len(first)):
+        for j in range(i):
+            one, two = first[i] - first[j], second[i] - second[j]
+            if one and two:
+                untied += 1
+                same += (one > 0) == (two > 0)
+    return same, untied

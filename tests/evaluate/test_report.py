@@ -1,0 +1,160 @@
+"""Tables, plots and the page: what they say, that they are written, and that a response cannot break out of them."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align.evaluate import report
+
+SCRIPT = '<script>alert("x")</script> | a\nb & <img src=x onerror=y>'
+
+
+def assert_picture(path):
+    """A PNG of a size worth looking at, on which something besides white is drawn."""
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert min(pixels.shape) >= 400 and (pixels < 200).mean() > 0.005
+
+
+def test_every_plot_is_written(tmp_path, make_evaluation, training_rows, overoptimisation_rows, sft_log):
+    evaluation = make_evaluation(n=60, without=("ppo",))
+    summary = report.summarise(evaluation)
+    plots = report.write_plots(
+        tmp_path, evaluation, summary, {"ppo_ptx": training_rows, "ppo": []}, sft_log, overoptimisation_rows
+    )
+    names = {path.name for path in plots.values()}
+    assert names == {
+        "policies.png",
+        "use_cases_ppo_ptx.png",
+        "training_ppo_ptx.png",
+        "calibration.png",
+        "sft.png",
+        "overoptimisation.png",
+    }
+    for path in plots.values():
+        assert_picture(path)
+
+
+EMPTY = {
+    "policies": lambda path: report.plot_policies({"policies": dict.fromkeys(report.POLICIES)}, path),
+    "use_cases": lambda path: report.plot_use_cases({"policies": {}}, path),
+    "training": lambda path: report.plot_training([], path),
+    "overoptimisation": lambda path: report.plot_overoptimisation([{"episode": 1}], path),
+    "calibration": lambda path: report.plot_calibration({}, path),
+    "sft": lambda path: report.plot_sft([], path),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_plots_of_nothing_say_so(tmp_path, name):
+    assert EMPTY[name](tmp_path / "new" / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_metric_that_was_not_logged_leaves_its_panel(tmp_path, training_rows):
+    rows = [{k: v for k, v in row.items() if k in ("episode", "objective/kl")} for row in training_rows]
+    rows[3]["objective/kl"] = float("nan")
+    assert_picture(report.plot_training(rows, tmp_path / "training.png"))
+
+
+def test_a_use_case_with_one_prompt_is_drawn_and_tabled(tmp_path, make_evaluation):
+    evaluation = make_evaluation(n=11)
+    assert_picture(report.plot_use_cases(evaluation, tmp_path / "use_cases.png"))
+    assert "(n=1)" in report.write_tables(evaluation)
+
+
+def test_the_same_numbers_give_the_same_picture(tmp_path, make_evaluation):
+    summary = report.summarise(make_evaluation(n=30))
+    one, two = (report.plot_policies(summary, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert one == two
+
+
+def test_tables_hold_the_summary(make_evaluation):
+    evaluation = make_evaluation(without=("ppo",))
+    summary = report.summarise(evaluation)
+    text = report.write_tables(evaluation, summary)
+    gold = summary["policies"]["ppo_ptx"]["sampled"]["gold"]
+    assert f"| PPO-ptx | {gold['mean']:.2f} [{gold['low']:.2f}, {gold['high']:.2f}] |" in text
+    assert "| PPO |" not in text
+    for title in ("Policies", "Gold score by use case", "Gold score by language", "yes/no fields", "Reward model"):
+        assert title in text
+    assert "| satisfies constraint |" in text and "| open_qa | 20 |" in text and "| zh |" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row of a table has as many cells
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_fields_table_by_hand(make_evaluation):
+    evaluation = make_evaluation(n=4, without=("base", "prompted", "ppo", "ppo_ptx"))
+    for i, record in enumerate(evaluation["policies"]["sft"]["sampled"]):
+        record["fields"] = {"satisfies_constraint": [True, False, None, True][i]}  # None: no constraint was stated
+    table = next(t for t in report.tables(evaluation) if "fields" in t.title)
+    assert table.rows == [["satisfies constraint", "0.67 [0.21, 0.94]"]]  # Wilson, 2 of 3
+
+
+def test_verdicts_follow_the_interval_of_the_gain(make_evaluation):
+    summary = report.summarise(make_evaluation())
+    ppo = summary["policies"]["ppo"]
+    ppo["sampled"]["gain_vs_sft"] = {"mean": 0.1, "low": -0.1, "high": 0.3}
+    ppo["greedy"]["gain_vs_sft"] = {"mean": -0.3, "low": -0.4, "high": -0.2}
+    lines = report.verdicts(summary)
+    assert "PPO, sampled, does not differ measurably" in lines[0] and "PPO, greedy, is worse" in lines[1]
+    assert all("is better than SFT" in line for line in lines[2:])
+
+
+def test_transcripts_are_spread_over_use_cases_and_paired(make_evaluation):
+    rows = report.pick_transcripts(make_evaluation(), n=20)
+    assert rows == report.pick_transcripts(make_evaluation(), n=20)
+    cases = [row["use_case"] for row in rows]
+    assert len(rows) == 20 and all(cases.count(case) == 2 for case in cases)
+    for row in rows:
+        assert {answer["id"] for answer in row["responses"].values()} == {row["id"]}
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture
+def page(tmp_path, make_evaluation):
+    evaluation = make_evaluation(n=40, without=("ppo",))
+    for record in evaluation["policies"]["sft"]["sampled"]:
+        record["prompt"] = record["response"] = record["use_case"] = SCRIPT
+    plot = report.plot_policies(report.summarise(evaluation), tmp_path / "report" / "plots" / "policies.png")
+    return report.write_report(tmp_path / "report", evaluation, {"Gold score": plot})
+
+
+def test_the_page_escapes_responses(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert {tag for tag, _ in Tags(text).found}.isdisjoint({"script", "link", "iframe"})
+    markdown = (page.parent / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown and '&lt;script&gt;alert("x")&lt;/script&gt; \\| a<br>b' in markdown
+
+
+def test_the_page_needs_no_network_and_finds_its_images(page):
+    tags = Tags(page.read_text(encoding="utf-8")).found
+    images = [attributes["src"] for tag, attributes in tags if tag == "img"]
+    assert images == ["plots/policies.png"] and (page.parent / images[0]).is_file()
+    assert "http" not in page.read_text(encoding="utf-8")
+    assert sum(attributes.get("class") == "transcript" for _, attributes in tags) == 20
+
+
+def test_the_page_takes_the_transcripts_it_is_given(tmp_path, make_evaluation):
+    evaluation = make_evaluation(n=20)
+    evaluation["transcripts"] = report.pick_transcripts(evaluation, 3)
+    index = report.write_report(tmp_path, evaluation, {})
+    assert index.name == "index.html" and index.read_text(encoding="utf-8").count('class="transcript"') == 3
+
+
+def test_transcripts_table_by_hand():
+    rows = [{"prompt": "Say hi.", "responses": {"sft": {"likert": 3.0, "response": "hi"}}}] * 3
+    table = report.transcripts_table(rows, ["sft", "ppo"], 2)
+    assert "| prompt | SFT | PPO |" in table and table.count("| Say hi. | (3) hi | - |") == 2

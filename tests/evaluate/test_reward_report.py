@@ -1,0 +1,93 @@
+"""Accuracy of reward scores, against two rankings worked by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
+from align.evaluate.win_rate import Interval, plain
+from align.types import Ranking
+
+# "p": the first is best, the others tie: pairs (0, 1) with gap 0 - 1 = -1, wrong, and (0, 2) with gap 0, half right.
+# "q": the second is best: gap 2, right. Together 1.5 of 3; margin (-1 + 0 + 2) / 3.
+SCORED = [
+    (Ranking("p", ("aa", "a", "aaaa"), (1, 2, 2), "ann", {"use_case": "chat", "language": "en"}), [0.0, 1.0, 0.0]),
+    (Ranking("q", ("b", "bb"), (3, 1), "bob", {"use_case": "rewrite", "language": "en"}), [0.0, 2.0]),
+]
+
+
+def test_accuracy_by_hand():
+    report = ranking_accuracy(SCORED, seed=0)
+    assert (report["accuracy"].mean, report["pairs"], report["prompts"]) == (0.5, 3, 2)
+    assert report["margin"] == pytest.approx(1 / 3)
+
+
+def test_breakdowns_by_hand():
+    report = ranking_accuracy(SCORED, seed=0)
+    assert {k: (v["accuracy"].mean, v["pairs"]) for k, v in report["by_k"].items()} == {"2": (1.0, 1), "3": (0.25, 2)}
+    assert {k: v["accuracy"].mean for k, v in report["by_labeler"].items()} == {"ann": 0.25, "bob": 1.0}
+    assert {k: v["accuracy"].mean for k, v in report["by_rank_distance"].items()} == {"1": 0.25, "2": 1.0}
+    assert {k: v["accuracy"].mean for k, v in report["by_column"]["use_case"].items()} == {"chat": 0.25, "rewrite": 1.0}
+    assert report["by_column"]["language"]["en"]["prompts"] == 2
+
+
+def test_calibration_by_hand():
+    # Favourites: sigmoid(1) = .7311 and wrong; .5 and a tie, half; sigmoid(2) = .8808 and right.
+    report = ranking_accuracy(SCORED, seed=0)
+    found = [(b["predicted"], b["observed"].mean, b["pairs"]) for b in report["calibration"]]
+    expected = [(0.5, 0.5, 1), (0.731059, 0.0, 1), (0.880797, 1.0, 1)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert report["calibration_error"] == pytest.approx((0.0 + 0.731059 + 0.119203) / 3, abs=1e-6)
+
+
+def test_length_baselines_by_hand():
+    # Better against worse: 2 > 1 characters, 2 < 4, 2 > 1: the longer is right on two of three.
+    baselines = ranking_accuracy(SCORED, seed=0)["baselines"]
+    assert baselines["longer"].mean == pytest.approx(2 / 3)
+    assert baselines["shorter"].mean == pytest.approx(1 / 3)
+    assert baselines["random"] == Interval(0.5, 0.5, 0.5)
+
+
+def test_gold_accuracy_by_hand():
+    # "p": (0, 1) ties in gold; (0, 2) ties in score, half; (1, 2) right. "q": right. 2.5 of 3.
+    assert gold_accuracy(SCORED, [[1, 1, 0], [0, 1]]).mean == pytest.approx(2.5 / 3)
+
+
+def test_scores_of_a_bradley_terry_world_are_calibrated():
+    rng = np.random.default_rng(0)
+    scored = []
+    for i in range(600):
+        a, b = rng.normal(0, 1.5, 2)
+        ranks = (1, 2) if rng.random() < expit(a - b) else (2, 1)
+        scored.append((Ranking(f"p{i}", ("x", "y"), ranks), [float(a), float(b)]))
+    report = ranking_accuracy(scored, seed=0)
+    assert report["calibration_error"] < 0.06
+    overconfident = [(ranking, [3 * s for s in scores]) for ranking, scores in scored]
+    assert ranking_accuracy(overconfident, seed=0)["calibration_error"] > 0.1
+
+
+def test_the_same_prompt_by_two_labelers_is_one_cluster():
+    twice = [SCORED[0], (Ranking("p", ("aa", "a"), (1, 2), "cid"), [1.0, 0.0])]
+    report = ranking_accuracy(twice, seed=0)
+    assert (report["prompts"], report["pairs"]) == (1, 3)
+    assert (report["accuracy"].low, report["accuracy"].high) == (0.0, 1.0)
+
+
+def test_ranks_sort_as_numbers_and_json_holds_it():
+    ranking = Ranking("p", tuple("abcdefghijk"), tuple(range(11)))
+    report = ranking_accuracy([(ranking, [float(-i) for i in range(11)])], seed=0)
+    assert list(report["by_rank_distance"]) == [str(i) for i in range(1, 11)]
+    assert json.loads(json.dumps(plain(report)))["accuracy"]["mean"] == 1.0
+
+
+@pytest.mark.parametrize("scores", [[0.0], [0.0, float("nan"), 1.0]])
+def test_bad_scores_are_refused(scores):
+    with pytest.raises(ValueError):
+        ranking_accuracy([(SCORED[0][0], scores)], seed=0)
+
+
+def test_all_ties_are_refused():
+    with pytest.raises(ValueError, match="untied"):
+        ranking_accuracy([(Ranking("p", ("a", "b"), (1, 1)), [0.0, 1.0])], seed=0)

@@ -1,0 +1,94 @@
+"""The summary's numbers, and that its schema lets nothing else through."""
+
+import copy
+import json
+
+import pytest
+
+from align.errors import UserError
+from align.evaluate.summary import POLICIES, check_summary, policy_summary, summarise
+
+
+def answers(*likert):
+    return [{"id": i, "likert": x} for i, x in enumerate(likert)]
+
+
+def test_policy_summary_by_hand():
+    # Gains 2, 1, 0: mean 1 -+ 4.302653 / sqrt(3); two wins and a tie: 2.5 / 3.
+    summary = policy_summary(answers(3, 5, 4), answers(1, 4, 4), seed=0)
+    assert summary["gold"]["mean"] == 4.0
+    assert summary["gain_vs_sft"] == pytest.approx({"mean": 1.0, "low": -1.484138, "high": 3.484138}, abs=1e-5)
+    assert summary["win_rate_vs_sft"]["mean"] == pytest.approx(2.5 / 3)
+
+
+def test_policy_summary_wants_the_same_prompts():
+    with pytest.raises(ValueError, match="same prompts"):
+        policy_summary(answers(1, 2), answers(1, 2)[::-1], seed=0)
+
+
+def test_summarise_gives_the_schema(make_evaluation):
+    evaluation = make_evaluation()
+    summary = json.loads(json.dumps(summarise(evaluation)))
+    check_summary(summary)
+    assert set(summary) == {"schema", "preset", "seconds", "labelers", "rm", "policies", "step_zero"}
+    assert summary["schema"] == 1 and tuple(summary["policies"]) == POLICIES
+    assert summary["seconds"]["total"] == 480.0
+    sampled = evaluation["policies"]["ppo_ptx"]["sampled"]
+    ppo_ptx = summary["policies"]["ppo_ptx"]
+    assert set(ppo_ptx) == {"sampled", "greedy", "proxy", "kl", "perplexity", "response_tokens", "finished"}
+    assert ppo_ptx["kl"] == pytest.approx(sum(r["kl"] for r in sampled) / len(sampled))
+    assert ppo_ptx["finished"] == pytest.approx(sum(r["finished"] for r in sampled) / len(sampled))
+    assert summary["policies"]["sft"]["sampled"]["gain_vs_sft"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert summary["policies"]["sft"]["greedy"]["win_rate_vs_sft"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_policies_that_were_not_trained_are_null(make_evaluation):
+    evaluation = make_evaluation(without=("ppo",))
+    assert summarise(evaluation)["policies"]["ppo"] is None
+    del evaluation["policies"]["prompted"]
+    assert summarise(evaluation)["policies"]["prompted"] is None
+    evaluation = make_evaluation(without=("ppo", "ppo_ptx"))
+    evaluation["step_zero"] = None
+    evaluation["labelers"] = {"agreement": None}
+    assert summarise(evaluation)["step_zero"] is None
+
+
+def test_summarise_names_what_it_cannot_use(make_evaluation):
+    with pytest.raises(UserError, match="no sft policy"):
+        summarise(make_evaluation(without=("sft",)))
+    evaluation = make_evaluation()
+    evaluation["policies"]["dpo"] = evaluation["policies"]["ppo"]
+    with pytest.raises(UserError, match="dpo"):
+        summarise(evaluation)
+
+
+BREAKS = {
+    "schema is 2": lambda s: s.update(schema=2),
+    "preset is not": lambda s: s.update(preset=None),
+    "summary lacks ['rm']": lambda s: s.pop("rm"),
+    "summary has unknown ['extra']": lambda s: s.update(extra=1),
+    "seconds lacks ['ppo']": lambda s: s["seconds"].pop("ppo"),
+    "seconds.total is None": lambda s: s["seconds"].update(total=None),
+    "seconds.sft is -1": lambda s: s["seconds"].update(sft=-1),
+    "labelers.agreement.low is -0.1, outside": lambda s: s["labelers"]["agreement"].update(low=-0.1),
+    "rm.pairs is 3.5": lambda s: s["rm"].update(pairs=3.5),
+    "rm.accuracy.high is 1.2, outside": lambda s: s["rm"]["accuracy"].update(high=1.2),
+    "policies lacks ['ppo']": lambda s: s["policies"].pop("ppo"),
+    "policies has unknown ['dpo']": lambda s: s["policies"].update(dpo=None),
+    "policies.sft.kl is nan": lambda s: s["policies"]["sft"].update(kl=float("nan")),
+    "policies.sft.finished is True": lambda s: s["policies"]["sft"].update(finished=True),
+    "policies.sft.finished is 1.5, outside": lambda s: s["policies"]["sft"].update(finished=1.5),
+    "policies.ppo.greedy is None": lambda s: s["policies"]["ppo"].update(greedy=None),
+    "policies.ppo.sampled.gold is not ordered": lambda s: s["policies"]["ppo"]["sampled"]["gold"].update(low=6.9),
+    "step_zero is None": lambda s: s.update(step_zero=None),
+    "step_zero lacks ['kl']": lambda s: s["step_zero"].pop("kl"),
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_check_summary_refuses(make_evaluation, message):
+    summary = copy.deepcopy(summarise(make_evaluation(n=20)))
+    BREAKS[message](summary)
+    with pytest.raises(ValueError) as error:
+        check_summary(summary)
+    assert message in str(error.value)

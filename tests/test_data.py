@@ -1,0 +1,565 @@
+"""align/data.py: formats, bad rows, splits and filters (D1, D2), order."""
+
+import dataclasses
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align import data
+from align.errors import UserError
+from align.types import Demonstration, Prompt, Ranking
+
+USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
+
+
+def lines(path: Path, *rows: object) -> str:
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return str(path)
+
+
+def real(name: str) -> str:
+    root = Path(os.environ.get("ALIGN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / name).exists():
+        pytest.skip(f"real data file {name} is not here; set ALIGN_DATA to the folder that holds it")
+    return str(root / name)
+
+
+def only_problem(tmp_path: Path, load, row: object) -> data.Problem:
+    """The one Problem of a file whose second row is `row`, by way of "stop" and of "drop"."""
+    good = {
+        "prompt": "p", "text": "t", "completion": "c",
+        "completions": [{"completion": "a", "rank": 0}, {"completion": "b", "rank": 1}],
+    }  # fmt: skip
+    path = lines(tmp_path / "rows.jsonl", good, row, good)
+    _, report = load(path, "drop")
+    assert report.rows_read == 3 and report.rows_used == 2 and sum(report.dropped.values()) == 1
+    with pytest.raises(UserError) as stopped:
+        load(path)
+    assert str(stopped.value).startswith(f"{path}:2: ") and "\n" not in str(stopped.value)
+    kind = next(iter(report.dropped))
+    return data.Problem(f"{path}:2", kind, str(stopped.value), "")
+
+
+def ranked(*pairs: tuple) -> dict:
+    return {"prompt": "p", "completions": [{"completion": c, "rank": r} for c, r in pairs]}
+
+
+# Happy formats
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "p", "completion": "c", "id": 7}, {"prompt": [USER], "completion": [REPLY]}]
+)
+def test_demonstration_prompt_completion(tmp_path, row):
+    (demo,), report = data.load_demonstrations(lines(tmp_path / "d.jsonl", row))
+    assert demo.prompt == (row["prompt"] if isinstance(row["prompt"], str) else (USER,))
+    assert demo.completion == (row["completion"] if isinstance(row["completion"], str) else (REPLY,))
+    assert demo.columns == ({"id": 7} if "id" in row else {})
+    assert (report.rows_read, report.rows_used, report.dropped) == (1, 1, {})
+
+
+def test_demonstration_messages(tmp_path):
+    (demo,), _ = data.load_demonstrations(lines(tmp_path / "d.jsonl", {"messages": [USER, OTHER, USER, REPLY], "n": 1}))
+    assert demo == Demonstration((USER, OTHER, USER), (REPLY,), {"n": 1})
+
+
+def test_ranking_keeps_order_ranks_ties_labeler_and_columns(tmp_path):
+    row = ranked(("a", 2), ("b", 1.5), ("c", 2)) | {"labeler": "ann", "source": "x", "likert": [1, 2, 1], "id": 3}
+    (got,), _ = data.load_rankings(lines(tmp_path / "r.jsonl", row))
+    assert got == Ranking("p", ("a", "b", "c"), (2.0, 1.5, 2.0), "ann", {"source": "x", "likert": [1, 2, 1], "id": 3})
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "p", "a", "b"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, (USER,), (REPLY,), (OTHER,)),
+        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, (USER,), (REPLY,), (OTHER,)),
+        ({"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, (USER,), (REPLY,), (OTHER,)),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: same x", "rejected": "\n\nHuman: a\n\nAssistant: same y"},
+            "\n\nHuman: a\n\nAssistant:", " same x", " same y",
+        ),
+        ({"chosen": "The sky is green.", "rejected": "The sky is grey."}, "The sky is", " green.", " grey."),
+        ({"chosen": "天空是蓝色", "rejected": "天空是绿色"}, "天空是", "蓝色", "绿色"),
+    ],
+)  # fmt: skip
+def test_preference_is_a_ranking_of_two(tmp_path, row, prompt, chosen, rejected):
+    (got,), _ = data.load_rankings(lines(tmp_path / "p.jsonl", row | {"margin": 2.5}))
+    assert got == Ranking(prompt, (chosen, rejected), (0.0, 1.0), None, {"margin": 2.5})
+
+
+def test_prompt_keeps_every_other_column(tmp_path):
+    (got,), _ = data.load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "p", "id": 4, "answer": [1]}))
+    assert got == Prompt("p", {"id": 4, "answer": [1]})
+
+
+def test_texts(tmp_path):
+    assert data.load_texts(lines(tmp_path / "t.jsonl", {"text": " a\nb "}))[0] == [" a\nb "]
+
+
+def test_equal_completions_of_one_rank_are_merged_and_noted(tmp_path):
+    (got,), report = data.load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 1), ("b", 2), (" a\n", 1))))
+    assert got.completions == ("a", "b") and report.notes == {"merged_duplicates": 1} and report.dropped == {}
+
+
+ROWS = [{"prompt": "你好", "completion": "a"}, {"prompt": "q", "completion": "b"}]
+
+
+def test_every_container_gives_the_same_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")  # no newline at the end
+    (tmp_path / "bom.jsonl").write_text(text.replace("\n", "\r\n\r\n"), encoding="utf-8-sig")
+    (tmp_path / "lines.json").write_text(text, encoding="utf-8")
+    (tmp_path / "list.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(text)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    want = [Demonstration("你好", "a"), Demonstration("q", "b")]
+    for path in tmp_path.iterdir():
+        assert data.load_demonstrations(str(path))[0] == want, path.name
+
+
+def test_parquet_rankings(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([ranked(("a", 0), ("b", 1)), {"prompt": "q"}]), tmp_path / "r.parquet")
+    (got,), report = data.load_rankings(str(tmp_path / "r.parquet"), "drop")
+    assert got == Ranking("p", ("a", "b"), (0.0, 1.0)) and report.dropped == {"missing_field": 1}
+
+
+def test_hub_ids_go_through_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split, revision):
+        asked.append((name, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, report = data.load_demonstrations("org/name,org/name@v1:test[:5%]")
+    assert len(rows) == 4 and asked == [("org/name", "train", None), ("org/name", "test[:5%]", "v1")]
+    assert len(set(report.sha256.values())) == 1 and len(report.sha256["org/name"]) == 64
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("a\nb")))
+    with pytest.raises(UserError, match=r"^org/name: no local file, and no data set from the hub \(a\)"):
+        data.load_prompts("org/name")
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere.jsonl", "org/nowhere.parquet", "/a/b", "./a/b", "tests/nothing", "word", "a:b"]
+)
+def test_missing_files_are_named(path):
+    with pytest.raises(UserError, match="no such file"):
+        data.load_prompts(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(b'{"prompt": "p"}\n' * 1000)[:-20])
+    for name, content in (("a.parquet", b"PAR1 no"), ("a.csv", b"prompt\np"), ("b.jsonl.gz", b"no gzip")):
+        (tmp_path / name).write_bytes(content)
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=path.name):
+            data.load_prompts(str(path))
+
+
+def test_no_rows_is_an_error_even_when_dropping(tmp_path):
+    with pytest.raises(UserError, match="no prompt that can be used"):
+        data.load_prompts(lines(tmp_path / "empty.jsonl"))
+    with pytest.raises(UserError, match=r"\(1 broken_json\)"):
+        data.load_prompts(lines(tmp_path / "bad.jsonl", b"{"), "drop")
+    with pytest.raises(UserError, match="no data file given"):
+        data.load_prompts(" , ")
+
+
+def test_several_files_and_their_report(tmp_path):
+    a, b = lines(tmp_path / "a.jsonl", {"prompt": "1"}), lines(tmp_path / "b.jsonl", {"prompt": "2"}, {"prompt": ""})
+    for paths in (f"{a}, {b}", [a, b]):
+        prompts, report = data.load_prompts(paths, "drop")
+        assert [p.prompt for p in prompts] == ["1", "2"]
+        assert report.paths == (a, b) and set(report.sha256) == {a, b} and report.dropped == {"empty_field": 1}
+    more = report.with_dropped("too_long", 1)
+    assert (more.rows_read, more.rows_used, more.dropped) == (3, 1, {"empty_field": 1, "too_long": 1})
+    assert report.rows_used == 2 and json.loads(json.dumps(more.as_dict()))["dropped"]["too_long"] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.rows_used = 0
+
+
+# Every kind of bad row
+
+
+ANY_BAD = [
+    (b'{"prompt": "p"', "broken_json"),
+    (b"[" * 100_000, "broken_json"),
+    (b"1" * 5000, "broken_json"),
+    (b'{"prompt": "\xff"}', "encoding"),
+    ('{"prompt": "é"}'.encode("utf-16"), "encoding"),
+    (b'{"prompt": "\\ud800", "text": "a"}', "encoding"),
+    ([1], "not_a_dict"),
+    ("text", "not_a_dict"),
+    (None, "not_a_dict"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), ANY_BAD)
+@pytest.mark.parametrize("load", [data.load_demonstrations, data.load_rankings, data.load_prompts, data.load_texts])
+def test_unreadable_rows(tmp_path, load, row, kind):
+    assert only_problem(tmp_path, load, row).kind == kind
+
+
+BAD_DEMONSTRATIONS = [
+    ({"prompt": "p"}, "missing_field"),
+    ({"completion": "c"}, "missing_field"),
+    ({"prompt": None, "completion": "c"}, "missing_field"),
+    ({"prompt": " \n", "completion": "c"}, "empty_field"),
+    ({"prompt": "p", "completion": ""}, "empty_field"),
+    ({"prompt": [], "completion": "c"}, "empty_field"),
+    ({"prompt": [{"role": "user", "content": " "}], "completion": "c"}, "empty_field"),
+    ({"prompt": 5, "completion": "c"}, "wrong_type"),
+    ({"prompt": ["hi"], "completion": "c"}, "bad_messages"),
+    ({"prompt": [{"from": "human", "value": "hi"}], "completion": "c"}, "bad_messages"),
+    ({"prompt": [{"role": "human", "content": "hi"}], "completion": "c"}, "bad_messages"),
+    ({"prompt": [USER, REPLY], "completion": "c"}, "bad_messages"),
+    ({"prompt": "p", "completion": [USER, REPLY]}, "bad_messages"),
+    ({"messages": [USER]}, "bad_messages"),
+    ({"messages": [REPLY]}, "bad_messages"),
+    ({"messages": "hi"}, "bad_messages"),
+    ({"messages": [USER, REPLY, REPLY]}, "bad_messages"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), BAD_DEMONSTRATIONS)
+def test_bad_demonstrations(tmp_path, row, kind):
+    assert only_problem(tmp_path, data.load_demonstrations, row).kind == kind
+
+
+BAD_RANKINGS = [
+    ({"prompt": "p"}, "missing_field"),
+    ({"completions": ranked(("a", 1), ("b", 2))["completions"]}, "missing_field"),
+    ({"prompt": "p", "completions": "ab"}, "wrong_type"),
+    ({"prompt": "p", "completions": ["a", "b"]}, "wrong_type"),
+    (ranked(), "too_few_completions"),
+    (ranked(("a", 1)), "too_few_completions"),
+    (ranked(("a", 1), ("", 2)), "empty_field"),
+    ({"prompt": "p", "completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "missing_field"),
+    (ranked(("a", 1), ("b", None)), "missing_field"),
+    (ranked(("a", 1), ("b", "x")), "bad_rank"),
+    (ranked(("a", 1), ("b", "2")), "bad_rank"),
+    (ranked(("a", 1), ("b", True)), "bad_rank"),
+    (ranked(("a", 1), ("b", float("nan"))), "bad_rank"),
+    (ranked(("a", 1), ("b", float("inf"))), "bad_rank"),
+    (ranked(("a", 1), ("b", 10**400)), "bad_rank"),
+    (ranked(("a", 1), ("b", 2), ("a", 3)), "duplicate_completions"),
+    (ranked(("a", 1), ("a ", 1)), "duplicate_completions"),
+    (ranked(("a", 1), ("b", 1), ("c", 1)), "all_ties"),
+    ({"prompt": "p", "chosen": "a"}, "missing_field"),
+    ({"prompt": "p", "chosen": "a", "rejected": "  "}, "empty_field"),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "duplicate_completions"),
+    ({"prompt": "p", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, "prompt_mismatch"),
+    ({"prompt": [REPLY, USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, "prompt_mismatch"),
+    ({"chosen": "a", "rejected": "b"}, "prompt_mismatch"),
+    ({"chosen": "same text", "rejected": "same text"}, "duplicate_completions"),
+    ({"chosen": "same text", "rejected": "same "}, "empty_field"),
+    ({"chosen": "a\n\nAssistant: x", "rejected": "b\n\nAssistant: x"}, "prompt_mismatch"),
+    ({"chosen": "a\n\nAssistant: x", "rejected": "a x"}, "prompt_mismatch"),
+    ({"chosen": "a\n\nAssistant:", "rejected": "a\n\nAssistant: x"}, "empty_field"),
+    ({"chosen": [USER, REPLY], "rejected": "no"}, "prompt_mismatch"),
+    ({"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "ho"}, OTHER]}, "prompt_mismatch"),
+    ({"chosen": [USER, REPLY], "rejected": [USER, REPLY, USER, OTHER]}, "prompt_mismatch"),
+    ({"chosen": [USER, REPLY], "rejected": [USER, USER]}, "bad_messages"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), BAD_RANKINGS)
+def test_bad_rankings(tmp_path, row, kind):
+    assert only_problem(tmp_path, data.load_rankings, row).kind == kind
+
+
+def test_bad_prompts_and_texts(tmp_path):
+    assert only_problem(tmp_path, data.load_prompts, {"text": "t"}).kind == "missing_field"
+    assert only_problem(tmp_path, data.load_texts, {"prompt": "p"}).kind == "missing_field"
+    assert only_problem(tmp_path, data.load_texts, {"text": [USER]}).kind == "wrong_type"
+
+
+def test_stop_names_the_first_counts_the_rest_and_shows_no_text(tmp_path):
+    good, secret = ranked(("a", 1), ("b", 2)), "OFFENSIVE"
+    bad = [ranked((secret, 1), ("b", secret)), ranked(("", 1), ("b", 2)), ranked(("a", 1)), ranked(("a", 1))]
+    path = lines(tmp_path / "r.jsonl", good, *bad)
+    with pytest.raises(UserError) as stopped:
+        data.load_rankings(path)
+    assert str(stopped.value) == (
+        f"{path}:2: the rank of completion 2 is no number: write a number, lower is better (and 3 more bad rows: "
+        "2 too_few_completions, 1 empty_field; `align validate FILE` lists them, on_bad_rows: drop skips them)"
+    )
+
+
+def test_broken_json_list_says_where(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "p"},\n{"prompt": }]')
+    with pytest.raises(UserError, match=r"a\.json: is not JSON \(line 2, column 12\)"):
+        data.load_prompts(str(tmp_path / "a.json"))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "p", "user", "a b", "\n\nAssistant:"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "prompt",
+                    "completion",
+                    "completions",
+                    "rank",
+                    "messages",
+                    "role",
+                    "content",
+                    "chosen",
+                    "rejected",
+                    "text",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+LINE = st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(LINE, max_size=5), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".parquet"]))
+def test_fuzz_any_bytes_raise_nothing_but_user_errors(tmp_path_factory, rows, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"rows{suffix}"
+    path.write_bytes(b"\n".join(rows))
+    for load in (data.load_demonstrations, data.load_rankings, data.load_prompts, data.load_texts):
+        for mode in ("stop", "drop"):
+            try:
+                records, report = load(str(path), mode)
+            except UserError as error:
+                assert "\n" not in str(error)
+                continue
+            assert len(records) == report.rows_used == report.rows_read - sum(report.dropped.values())
+
+
+# Real files
+
+
+def test_real_hh_rlhf():
+    path = real("hh-rlhf/harmless-base-test.jsonl.gz")
+    rankings, report = data.load_rankings(path, "drop")
+    assert report.rows_read == 2312 and len(rankings) == 2303
+    assert report.dropped == {"prompt_mismatch": 5, "empty_field": 4}
+    assert all(r.prompt.endswith("\n\nAssistant:") and r.ranks == (0.0, 1.0) for r in rankings)
+    places = [(p.kind, int(p.place.rpartition(":")[2]) - 1) for p in all_problems("ranking", path)]
+    assert [n for kind, n in places if kind == "prompt_mismatch"] == [1254, 1688, 1950, 1952, 2036]
+    assert [n for kind, n in places if kind == "empty_field"] == [86, 516, 925, 1103]
+
+
+def all_problems(kind: str, path: str) -> list[data.Problem]:
+    from collections import Counter
+
+    parsed = [data.parse_row(kind, place, row, Counter()) for place, row in data.read_rows(path)]
+    return [record for record in parsed if isinstance(record, data.Problem)]
+
+
+def test_real_rankings_with_repeated_responses(tmp_path):
+    with open(real("oasst-zh/oaast_rm_zh.json"), encoding="utf-8") as file:
+        rows = [
+            {
+                "prompt": row["instruction"],
+                "completions": [{"completion": text, "rank": rank} for rank, text in enumerate(row["output"])],
+            }
+            for row in json.load(file)
+        ]
+    rankings, report = data.load_rankings(lines(tmp_path / "zh.jsonl", *rows), "drop")
+    assert report.rows_read == 775 and report.dropped == {"duplicate_completions": 6} and len(rankings) == 769
+
+
+def test_real_prompts_without_final_newline():
+    assert len(data.load_prompts(real("cvalues-zh/cvalues_responsibility_prompts.jsonl"))[0]) == 664
+
+
+def test_real_json_strings_are_no_rows():
+    path = real("oasst-en/prompt_lottery_en_250_text.jsonl")
+    assert [p.kind for p in all_problems("prompt", path)] == ["not_a_dict"] * 250
+
+
+# D1: splits and filters; D2: lengths
+
+
+def customers() -> list[Prompt]:
+    sizes = {f"c{i}": 1 + (i * 37) % 23 for i in range(60)} | {"heavy": 450}
+    rows = [
+        Prompt(f"Please do task {n} of {name} in words", {"customer": name})
+        for name, k in sizes.items()
+        for n in range(k)
+    ]
+    rows += [Prompt("Write to ann@example.org about it", {"customer": "c1"}), rows[5]]
+    return rows
+
+
+def test_D1_no_customer_in_two_splits_and_filters_hold():
+    rows = data.dedupe_prefix(customers(), 30)
+    rows = data.cap_per(rows, lambda row: row.columns["customer"], 200)
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    splits = data.split_by(rows, lambda row: row.columns["customer"], shares, seed=1)
+    splits["train"] = data.drop_pii(splits["train"])
+
+    homes = {name: {row.columns["customer"] for row in split} for name, split in splits.items()}
+    assert not homes["train"] & homes["validation"] and not (homes["train"] | homes["validation"]) & homes["test"]
+    assert all(splits.values()) and set.union(*homes.values()) == {row.columns["customer"] for row in rows}
+    counts = [sum(row.columns["customer"] == "heavy" for row in split) for split in splits.values()]
+    assert max(counts) == sum(counts) == 200
+    prefixes = [data.prompt_key(row.prompt)[:30] for row in splits["train"]]
+    assert len(prefixes) == len(set(prefixes))
+    assert not any(data.has_pii(row.prompt) for row in splits["train"])
+    assert data.check_splits({name: [row.prompt for row in split] for name, split in splits.items()}) == []
+
+
+def test_D1_split_is_deterministic_near_its_shares_and_keeps_order():
+    rows, shares = [(i % 200, i) for i in range(2000)], {"train": 0.7, "validation": 0.2, "test": 0.1}
+    first = data.split_by(rows, lambda row: row[0], shares, 3)
+    assert first == data.split_by(rows, lambda row: row[0], shares, 3)
+    assert first != data.split_by(rows, lambda row: row[0], shares, 4)
+    assert {name: len(split) for name, split in first.items()} == {"train": 1400, "validation": 400, "test": 200}
+    assert all(split == sorted(split, key=lambda row: row[1]) for split in first.values())
+    with pytest.raises(UserError, match="do not sum to 1"):
+        data.split_by(rows, lambda row: row[0], {"train": 0.7}, 3)
+
+
+def test_D1_at_most_so_many_prompts_a_customer():
+    assert data.cap_per([("a", 1), ("b", 1), ("a", 2), ("a", 3)], lambda row: row[0], 2) == [
+        ("a", 1),
+        ("b", 1),
+        ("a", 2),
+    ]
+
+
+def test_D1_shared_prefix_keeps_the_first():
+    rows = ["Summarise this: one", "Summarise  this: two", "Summarise", "Translate this"]
+    assert data.dedupe_prefix(rows, 15) == ["Summarise this: one", "Summarise", "Translate this"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mail me: a.b+c@mail.example.co.uk.", "call +44 20 7946 0958 now", "(555) 010-9999", "555-010-9999",
+        "打电话13800138000。",
+        "138-0013-8000", "card 4111 1111 1111 1111", "4111111111111111", "身份证11010519491231002X",
+        ({"role": "user", "content": "a@b.org"},),
+    ],
+)  # fmt: skip
+def test_D1_personal_data_is_found(text):
+    assert data.has_pii(text) and data.drop_pii([Prompt(text), Prompt("fine")]) == [Prompt("fine")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["On 2023-09-19 at 12:30", "1 000 000 people", "3.14159265358979323846", "@home and user@", "4111 1111 1111 1112",
+     "ISBN 978-3-16-148410-0", "1 2 3 4 5 6 7 8 9", "2+2=4, 12-34-56"],
+)  # fmt: skip
+def test_D1_other_numbers_are_no_personal_data(text):
+    assert not data.has_pii(text)
+
+
+def test_D1_a_prompt_in_two_splits_is_a_problem():
+    named = {
+        "train.jsonl": ["a  b", "c"],
+        "validation.jsonl": [({"role": "user", "content": "a b"},), "d"],
+        "test": ["e"],
+    }
+    (problem,) = data.check_splits(named)
+    assert problem.kind == "in_two_splits"
+    assert str(problem).startswith("validation.jsonl: 1 of its 2 prompts are also in train.jsonl: split by prompt")
+
+
+def test_D1_rows_in_two_splits_stop_or_are_dropped(tmp_path):
+    path = lines(tmp_path / "v.jsonl", {"prompt": "a"}, {"prompt": "b "})
+    rows, report = data.load_prompts(path)
+    with pytest.raises(UserError, match="prompts of 1 of its 2 rows"):
+        data.keep_apart(rows, report, [Prompt("b")])
+    kept, less = data.keep_apart(rows, report, [Prompt("b")], "drop")
+    assert [row.prompt for row in kept] == ["a"] and less.dropped == {"in_two_splits": 1} and less.rows_used == 1
+    assert data.keep_apart(rows, report, [Prompt("z")]) == (rows, report)
+    with pytest.raises(UserError, match="every prompt"):
+        data.keep_apart(rows, report, rows, "drop")
+
+
+class Words:
+    """One token a word, EOS after a response."""
+
+    def prompt(self, prompt):
+        return prompt.split()
+
+    def response(self, completion):
+        return [*completion.split(), "EOS"]
+
+
+def test_D2_prompts_over_the_cap_are_dropped_and_counted_never_cut(tmp_path):
+    path = lines(tmp_path / "p.jsonl", *({"prompt": "w " * n} for n in (1, 3, 4, 9)))
+    rows, report = data.load_prompts(path)
+    kept, less = data.drop_long(rows, Words(), 3, report)
+    assert kept == rows[:2]
+    assert less.dropped == {"too_long": 2} and (less.rows_used, less.rows_read) == (2, 4) and report.dropped == {}
+    assert data.drop_long(rows, Words(), 9, report) == (rows, report)
+    with pytest.raises(UserError, match="every row is over 0 tokens"):
+        data.drop_long(rows, Words(), 0, report)
+
+
+def test_D2_lengths_count_the_whole_sequence(tmp_path):
+    demonstration = Demonstration("a b", "c d e")
+    ranking = Ranking("a b", ("c", "d e f g", "h i"), (0.0, 1.0, 2.0))
+    assert data.demonstration_length(demonstration, Words()) == 2 + 3 + 1
+    assert data.ranking_length(ranking, Words()) == 2 + 4 + 1
+    _, report = data.load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
+    assert data.drop_long([ranking], Words(), 7, report, data.ranking_length)[0] == [ranking]
+
+
+# Order
+
+
+def test_epoch_order_is_a_fixed_permutation():
+    order = data.epoch_order(100, seed=5, epoch=2)
+    assert sorted(order) == list(range(100)) and order == data.epoch_order(100, 5, 2)
+    assert len({tuple(data.epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
+def test_batches_span_epochs_and_cover_each():
+    stream = data.batches(10, 4, seed=0)
+    flat = [i for _ in range(5) for i in next(stream)]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 3), st.lists(st.integers(0, 30), max_size=6), st.integers(0, 6))
+def test_resumed_cursor_continues_like_the_uninterrupted_one(num_rows, seed, takes, stop):
+    whole = data.Cursor(num_rows, seed)
+    want = [whole.take(n) for n in takes]
+    cursor = data.Cursor(num_rows, seed)
+    got = [cursor.take(n) for n in takes[:stop]]
+    cursor = data.Cursor.from_state(json.loads(json.dumps(cursor.state())), num_rows)
+    got += [cursor.take(n) for n in takes[stop:]]
+    assert got == want and cursor.state() == whole.state()
+
+
+def test_cursor_refuses_other_data():
+    with pytest.raises(UserError, match="has 4 rows, the checkpoint was written with 5"):
+        data.Cursor.from_state(data.Cursor(5, 0).state(), 4)
+    with pytest.raises(UserError, match="no rows"):
+        data.Cursor(0, 0)
