@@ -94,8 +94,8 @@ def _plain_errors(path: Path) -> Iterator[None]:
     """What goes wrong in writing `path`, as a UserError. Libraries report a full disk each in its own way."""
     try:
         yield
-    except UserError:
-        raise
+    except _DiskFull:  # from a write inside a folder that is still temporary: name the folder the user knows
+        raise _disk_full(path) from None
     except OSError as error:
         if error.errno in DISK_FULL:
             raise _disk_full(path) from None
@@ -109,8 +109,12 @@ def _plain_errors(path: Path) -> Iterator[None]:
         raise
 
 
+class _DiskFull(UserError):
+    pass
+
+
 def _disk_full(path: Path) -> UserError:
-    return UserError(f"{path}: disk full: free some space and run again; nothing was written")
+    return _DiskFull(f"{path}: disk full: free some space and run again; nothing was written")
 
 
 def _existing(path: Path) -> Path:

@@ -6,6 +6,7 @@ Names follow TRL and TrainingArguments where they mean the same. Defaults are th
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -51,13 +52,14 @@ class BaseConfig(StageConfig):
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     max_position_embeddings: int = 256
-    per_device_train_batch_size: int = 20
-    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 20  # documents
+    max_steps: int = 6000
     learning_rate: float = 4e-3
     adam_beta2: float = 0.98
     warmup_steps: int = 100
-    decay_fraction: float = 0.6  # the last share of the steps, over which the rate falls linearly to 0
+    decay_steps: int = 3600  # the last steps, over which the rate falls linearly to 0
     max_grad_norm: float = 1.0
+    save_steps: int = 0  # a checkpoint to resume from every so many steps; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +264,7 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     for key, (_, place) in values.items():
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
-            raise UserError(f"{place}: unknown key" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UserError(f"{place}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; {cls.__name__} in align/config.py lists the keys"))
     required = [
         f.name
         for f in dataclasses.fields(cls)
@@ -294,6 +296,8 @@ def _flags(argv: list[str]) -> dict[str, str]:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{key}: has no value; write --{key} VALUE")
             value = words.pop(0)
+        if not key.isprintable():
+            raise UserError(f"{word!r}: not a key; write --key value")
         flags[key.replace("-", "_")] = value
     return flags
 
@@ -303,12 +307,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); give an existing file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"{path}{where}: not valid YAML; mend its syntax") from None
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict) or not all(isinstance(key, str) and key.isprintable() for key in content):
         raise UserError(f"{path}: must hold `key: value` lines")
     return content
 
@@ -323,17 +327,30 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
         if kind is bool:
             return _as_bool(value)
         if kind is int:
-            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
-            if number is None or number != int(number):
-                raise ValueError
-            return int(number)
-        if kind is float and not isinstance(value, bool):
+            return _as_int(value)
+        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
         if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{place}: {value!r} is not {'a ' + kind.__name__}")
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    try:
+        return int(value) if isinstance(value, (int, str)) else _whole(value)
+    except ValueError:
+        return _whole(value)
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
 
 
 def _as_bool(value: Any) -> bool:

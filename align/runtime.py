@@ -77,6 +77,10 @@ class Runtime:
         """Element-wise sum over processes."""
         return self.accelerator.reduce(x, reduction="sum") if self.world > 1 else x
 
+    def max(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over processes. (N,) -> (N,)"""
+        return self.accelerator.gather(x).view(self.world, -1).max(0).values if self.world > 1 else x
+
     def gather_rows(self, x: Tensor, pad: float = 0) -> Tensor:
         """Every process's rows in global order (inverse of `mine`); narrower ones padded on the right."""
         if self.world == 1:
@@ -121,6 +125,11 @@ def is_main_process() -> bool:
 
 def wait_for_everyone() -> None:
     PartialState().wait_for_everyone()
+
+
+def on_cpu() -> bool:
+    """No accelerator here, or the launcher says not to use it."""
+    return PartialState().device.type == "cpu"
 
 
 def num_processes() -> int:

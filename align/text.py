@@ -8,10 +8,11 @@ sampled from, token for token.
 
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.errors import UserError
-from align.types import Text
+from align.types import Text, pad_rows
 
 
 class Codec:
@@ -52,9 +53,9 @@ class Codec:
         text = completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
 
-    def document(self, text: str) -> list[int]:
-        """Token ids of a pretraining document, closed by EOS."""
-        return [*self.tokenizer(text)["input_ids"], self.eos_id]
+    def documents(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of pretraining documents, each closed by EOS."""
+        return [[*ids, self.eos_id] for ids in self.tokenizer(texts)["input_ids"]] if texts else []
 
     def decode(self, response: list[int] | tuple[int, ...]) -> str:
         """The text of a response, up to EOS."""
@@ -73,3 +74,17 @@ class Codec:
             return prompt
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+class CausalCollator:
+    """{"input_ids"[, "labels"]} rows -> right-padded batch. No attention mask: nothing looks ahead at padding."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        labels = [row.get("labels", row["input_ids"]) for row in rows]
+        return {
+            "input_ids": pad_rows([row["input_ids"] for row in rows], self.pad_id),
+            "labels": pad_rows(labels, -100),
+        }

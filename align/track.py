@@ -63,3 +63,9 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def announce(line: str) -> None:
+    """One line for the person who watches, from the main process."""
+    if is_main_process():
+        print(line, flush=True)

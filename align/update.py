@@ -151,16 +151,13 @@ def pretraining_backward(
 
 
 def summed(stats: list[dict[str, Tensor]], runtime: Runtime) -> dict[str, float]:
-    """Totals over microbatches and processes; names that start with max_ take the maximum of this process."""
+    """Totals over microbatches and processes; maxima for names that start with max_."""
     names = sorted({name for part in stats for name in part})
-    totals = {}
-    for name in names:
-        values = torch.stack([part[name].detach().double() for part in stats if name in part])
-        totals[name] = values.max() if name.startswith("max_") else values.sum()
-    sums = [name for name in names if not name.startswith("max_")]
-    reduced = runtime.sum(torch.stack([totals[name] for name in sums])).tolist()
-    maxima = {name: float(totals[name]) for name in names if name.startswith("max_")}
-    return dict(zip(sums, reduced, strict=True)) | maxima
+    columns = {name: torch.stack([part[name].double() for part in stats if name in part]) for name in names}
+    sums = {name: column.sum() for name, column in columns.items() if not name.startswith("max_")}
+    maxima = {name: column.max() for name, column in columns.items() if name.startswith("max_")}
+    totals = dict(zip(sums, runtime.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    return totals | dict(zip(maxima, runtime.max(torch.stack(list(maxima.values()))).tolist(), strict=True))
 
 
 def step_optimisers(

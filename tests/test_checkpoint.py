@@ -156,6 +156,8 @@ def test_atomic_folder_is_complete_or_as_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(UserError, match="disk full"), ck.atomic_folder(target) as folder:
         (folder / "a").write_text("half")
+    with pytest.raises(UserError, match=f"^{target}: disk full"), ck.atomic_folder(target) as folder:
+        ck.write_json(folder / "a.json", {})
     assert (target / "a").read_text() == "new" and names(tmp_path / "x") == ["checkpoint-1"]
 
 

@@ -478,6 +478,13 @@ def test_D1_other_numbers_are_no_personal_data(text):
     assert not data.has_pii(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["a." * 100_000, "1 " * 100_000, "a@" * 100_000, "a@" + "a." * 100_000, "+1 " * 100_000]
+)
+def test_D1_the_filter_takes_linear_time(text):
+    assert not data.has_pii(text)
+
+
 def test_D1_a_prompt_in_two_splits_is_a_problem():
     named = {
         "train.jsonl": ["a  b", "c"],

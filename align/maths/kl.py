@@ -18,7 +18,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
     if estimator == "k2":
         return u**2 / 2
     if estimator == "k3":
-        return torch.exp(-u) - 1 + u
+        return torch.expm1(-u) + u
     raise ValueError(f"estimator must be one of {ESTIMATORS}, not {estimator!r}")
 
 

@@ -54,6 +54,7 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of 0.5 * max((V - R)^2, (clip(V, V_old +- c) - R)^2); plain squares when c is None. All (B, R)."""
+    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     unclipped = (values - returns) ** 2
     worst = unclipped
     if cliprange_value is not None:
@@ -71,4 +72,5 @@ def lm_loss(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     The first token has no state before it: its mask is ignored.
     """
     assert logits.shape[:2] == input_ids.shape == mask.shape
-    return -masked_sum(token_logprobs(logits[:, :-1], input_ids[:, 1:]), mask[:, 1:])
+    mask = mask[:, 1:]
+    return -token_logprobs(logits[:, :-1][mask], input_ids[:, 1:][mask]).sum()

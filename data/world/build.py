@@ -14,7 +14,7 @@ from data.world import labelers, policies, prompts
 from data.world.config import WorldConfig
 from data.world.judge import judge
 from data.world.prompts import Row, stream
-from data.world.text import write_text
+from data.world.text import spoken, write_text
 
 Files = dict[str, list[dict[str, Any]]]
 FEW_SHOT_FAMILIES = ("story_two", "colour", "list", "opposite_phrase", "greet", "note", "summary", "kind")
@@ -57,7 +57,7 @@ def _demonstration(row: Row, labeler: labelers.Labeler, seed: int) -> Row:
     completion = labeler.write(row, stream(seed, "demonstration", row["id"]))
     return {
         "prompt": row["prompt"],
-        "completion": completion,
+        "completion": spoken(row["language"], completion),
         "labeler": labeler.name,
         **{key: value for key, value in row.items() if key != "prompt"},
     }
@@ -80,7 +80,7 @@ def few_shot(rows: list[Row], number: int) -> list[Row]:
             chosen.append(
                 {
                     "prompt": row["prompt"],
-                    "completion": policies.ideal(row),
+                    "completion": spoken(row["language"], policies.ideal(row)),
                     "labeler": "reference",
                     **{key: value for key, value in row.items() if key != "prompt"},
                 }

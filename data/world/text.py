@@ -12,6 +12,12 @@ PAGE_WRONG = 0.25  # of the answers on question-and-answer pages belong to anoth
 Writer = Callable[[Random], str]
 
 
+def spoken(language: str, answer: str) -> str:
+    """An answer as it follows its prompt: an English one starts with a space, as in Stiennon et al.'s data, so that a
+    word copied from the prompt is the same token in both places."""
+    return f" {answer}" if language == "en" else answer
+
+
 def _fact(rng: Random) -> str:
     kind = rng.choice(("capital", "capital", "land", "eats", "lives", "colour", "colour", "kind", "tip"))
     if kind == "tip":
@@ -336,7 +342,7 @@ def _sheet(source: PromptSource) -> str:
 
 def _page(source: PromptSource) -> str:
     rows = [source.draw() for _ in range(2)]
-    return "\n\n".join(f"{row['prompt']}\n{_page_answer(source, row)}" for row in rows)
+    return "\n\n".join(f"{row['prompt']}\n{spoken(row['language'], _page_answer(source, row))}" for row in rows)
 
 
 def _page_answer(source: PromptSource, row: Row) -> str:

@@ -1,0 +1,83 @@
+"""What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from align.config import StageConfig
+from align.models import save_scalar_model
+from align.ranking import batch_ranking_loss
+from align.runtime import on_cpu
+from align.track import Metrics, MetricsCallback
+
+
+def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
+    return {
+        "output_dir": str(output),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": config.bf16,
+        "use_cpu": on_cpu(),
+        "logging_steps": config.logging_steps,
+        "report_to": config.report_to,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not on_cpu(),
+        "weight_decay": 0.0,
+        "disable_tqdm": None,
+    }
+
+
+def cosine_to_tenth() -> dict[str, Any]:
+    """Cosine to 10% of peak (paper App. C.1, C.2)."""
+    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+
+
+def metrics_callback(output: Path, checkpoint: Path | None) -> MetricsCallback:
+    return MetricsCallback(Metrics(output, int(checkpoint.name.split("-")[1]) if checkpoint else None))
+
+
+def resume_argument(checkpoint: Path | None) -> str | None:
+    return str(checkpoint) if checkpoint else None
+
+
+class RankingTrainer(Trainer):
+    """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
+
+    def __init__(self, *args: Any, pad_id: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.pad_id = pad_id
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, not by accumulation steps
+        self.totals: dict[str, float] = {}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        prompts = sum(batch["group"].max() + 1 for batch in batch_samples)
+        return self.accelerator.gather(torch.as_tensor(prompts, device=device)).sum()
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, stats = batch_ranking_loss(model, inputs)
+        prompts = inputs["group"].max() + 1 if num_items_in_batch is None else num_items_in_batch
+        loss = loss / prompts
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes
+        for name, value in stats.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(self.accelerator.gather(value).sum())
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.totals.get("pairs"):
+            logs["accuracy"] = self.totals["correct"] / self.totals["pairs"]
+            logs["margin"] = self.totals["margin"] / self.totals["pairs"]
+            self.totals = {}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoints are ordinary sequence classifiers too."""
+        folder = output_dir or self.args.output_dir
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_scalar_model(self.accelerator.unwrap_model(self.model), folder, self.pad_id)
+        torch.save(self.args, Path(folder) / "training_args.bin")

@@ -1,0 +1,120 @@
+"""Stage 0: text -> a small Llama and its byte-level BPE tokenizer, from scratch.
+
+    minimise  - sum over tokens of log p(token | tokens before it) / number of tokens
+
+The embedded stand-in for a pretrained model, so that the pipeline can be watched whole on a CPU. With any other preset
+a model path or hub id takes its place. One document is one row: nothing unrelated stands in its context.
+
+    python -m stages.base --config configs/tiny/base.yaml --run runs/tiny
+"""
+
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+
+from align.checkpoint import atomic_contents, latest_checkpoint, start_output, write_manifest
+from align.config import BaseConfig, parse
+from align.data import load_texts
+from align.text import CausalCollator, Codec
+from align.track import announce
+from align.trainer import common_arguments, metrics_callback, resume_argument
+from stages.__main__ import run
+
+# One user message and its answer, as in "instruction\nanswer<eos>".
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, data, folder.
+    config = parse(BaseConfig, argv)
+    texts, text_report = load_texts(config.train_file, config.on_bad_rows)
+    held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
+    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    set_seed(config.seed)
+
+    # 2. Tokenizer: byte-level, so any text survives a round trip; pad and EOS are tokens of their own.
+    codec = Codec(train_tokenizer(texts, config.vocab_size))
+    rows = Dataset.from_dict({"input_ids": codec.documents(texts)})
+    validation = Dataset.from_dict({"input_ids": codec.documents(held_out)})
+
+    # 3. Model, and training with rows of like length together.
+    trainer = Trainer(
+        model=LlamaForCausalLM(llama_config(config, codec)),
+        args=training_arguments(config, output),
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=CausalCollator(codec.pad_id),
+        callbacks=[metrics_callback(output, checkpoint)],
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
+    loss = trainer.evaluate()["eval_loss"]
+
+    # 4. Save: a HuggingFace folder, its manifest last.
+    with atomic_contents(output) as folder:
+        trainer.save_model(folder)
+        codec.save(folder)
+        data = {"train_file": text_report, "validation_file": held_out_report}
+        write_manifest(folder, "base", config, config.seed, data=data, metrics={"validation_loss": loss})
+    announce(f"base model in {output} (validation loss {loss:.3f} a token); next: make sft")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<pad>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    fast.clean_up_tokenization_spaces = False
+    return fast
+
+
+def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(codec.tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=codec.eos_id,
+        pad_token_id=codec.pad_id,
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:
+    return TrainingArguments(
+        **common_arguments(config, output),
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=128,
+        train_sampling_strategy="group_by_length",
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": config.decay_steps, "decay_type": "linear"},
+        warmup_steps=config.warmup_steps,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

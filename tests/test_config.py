@@ -1,0 +1,352 @@
+"""Configs: a mistake is one line that names its place, types survive YAML and the command line, fields are frozen."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align import config as configs
+from align.config import EvaluateConfig, PPOConfig, RMConfig, SFTConfig, StageConfig, exact_div, parse
+from align.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PPO = ["--output_dir", "out", "--reward_model_path", "rm", "--ptx_coef", "0"]
+
+# A new knob must delete or justify one: change the list together with docs and presets.
+FIELDS = {
+    "StageConfig": """
+        output_dir seed bf16 attn_implementation report_to logging_steps on_bad_rows
+        overwrite_output_dir resume_from_checkpoint
+    """,
+    "BaseConfig": """
+        train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
+        num_attention_heads max_position_embeddings per_device_train_batch_size num_train_epochs
+        learning_rate adam_beta2 warmup_steps decay_fraction max_grad_norm
+    """,
+    "SFTConfig": """
+        model_name_or_path train_file validation_file pretraining_file pretraining_fraction
+        completion_only_loss max_length residual_dropout num_train_epochs learning_rate
+        per_device_train_batch_size gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon
+        max_grad_norm save_steps reward_model_path selection_prompts max_new_tokens temperature
+        use_peft lora_r lora_alpha
+    """,
+    "CollectConfig": """
+        model_name_or_path prompts_file output_file labelers labelers_per_prompt min_k max_k
+        max_new_tokens temperature per_device_batch_size
+    """,
+    "RMConfig": """
+        model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
+        num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps
+        per_device_eval_batch_size adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps
+        save_steps use_peft lora_r lora_alpha
+    """,
+    "PPOConfig": """
+        model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
+        train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
+        rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
+        per_device_rollout_batch_size max_prompt_length max_new_tokens temperature learning_rate
+        value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
+        max_grad_norm kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
+        whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
+        save_iterations transcript_iterations
+    """,
+    "EvaluateConfig": """
+        preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
+        few_shot_file text_file agreement_file num_prompts max_new_tokens per_device_batch_size
+        num_transcripts
+    """,
+}
+
+STAGES = {
+    "base": "BaseConfig",
+    "sft": "SFTConfig",
+    "collect": "CollectConfig",
+    "rm": "RMConfig",
+    "ppo": "PPOConfig",
+    "overoptimise": "PPOConfig",
+    "evaluate": "EvaluateConfig",
+}
+PRESETS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "accelerate")
+
+
+def yaml_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "ppo.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def ppo(*argv: str) -> PPOConfig:
+    return parse(PPOConfig, [*PPO, *argv])
+
+
+def fails(*argv: str, cls=PPOConfig, start=PPO) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(cls, [*start, *argv])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_are_frozen(name):
+    cls = getattr(configs, name)
+    inherited = FIELDS["StageConfig"].split() if name != "StageConfig" else []
+    assert [f.name for f in dataclasses.fields(cls)] == inherited + FIELDS[name].split()
+    assert cls.__dataclass_params__.frozen
+
+
+def test_every_config_is_listed():
+    found = {k for k, v in vars(configs).items() if isinstance(v, type) and issubclass(v, StageConfig)}
+    assert found == set(FIELDS)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_presets_parse(path):
+    if path.stem == "world":  # the data set's own file, read by data.world
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+        return
+    name = STAGES.get(path.stem) or STAGES[path.stem.split("-")[0]]
+    config = parse(getattr(configs, name), ["--config", str(path), "--run", "runs/x"])
+    assert "{run}" not in repr(config)
+
+
+# The paper's constants (reference in the config's comments)
+
+
+def test_defaults_are_the_papers():
+    config = ppo()
+    assert (config.total_episodes, config.rollout_batch_size, config.num_mini_batches) == (256_000, 512, 8)
+    assert (config.num_ppo_epochs, config.kl_coef, config.gamma, config.lam) == (1, 0.02, 1.0, 0.95)
+    assert (config.cliprange, config.cliprange_value, config.ema_decay) == (0.2, 0.2, 0.992)
+    assert (config.warmup_iterations, config.ptx_examples_per_episode) == (10, 8)
+    assert PPOConfig.ptx_coef == 27.8
+    rm = RMConfig(output_dir="o")
+    assert (rm.num_train_epochs, rm.learning_rate, rm.per_device_train_batch_size) == (1.0, 9e-6, 64)
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: 1e-3", 1e-3),  # YAML 1.1 reads this as a string
+        ("learning_rate: 1.0e-3", 1e-3),
+        ("learning_rate: '0.5'", 0.5),
+        ("learning_rate: 1", 1.0),
+        ("total_episodes: 1e3", 1000),
+        ("total_episodes: 256_000", 256_000),
+        ("kl_target: null", None),
+        ("kl_target: ~", None),
+        ("kl_target: 6", 6.0),
+        ("cliprange_value: none", None),
+        ("whiten_rewards: true", True),
+        ("whiten_rewards: yes", True),
+        ("whiten_rewards: 'False'", False),
+        ("missing_eos_penalty: -1", -1.0),
+        ("model_name_or_path: 123", "123"),
+        ("model_name_or_path: 中文/模型", "中文/模型"),
+    ],
+)
+def test_yaml_values(tmp_path, text, expected):
+    got = getattr(ppo("--config", yaml_file(tmp_path, text)), text.split(":")[0])
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "expected"),
+    [
+        (["--kl_coef", "-1.0"], "kl_coef", -1.0),
+        (["--kl_coef=-1.0"], "kl_coef", -1.0),
+        (["--learning-rate", "1e-3"], "learning_rate", 1e-3),
+        (["--seed", "7"], "seed", 7),
+        (["--seed", "9007199254740993"], "seed", 9007199254740993),  # 2^53 + 1: no float on the way
+        (["--total_episodes", "1e4"], "total_episodes", 10_000),
+        (["--cliprange_value", "null"], "cliprange_value", None),
+        (["--ema_decay", "None"], "ema_decay", None),
+        (["--whiten_advantages", "false"], "whiten_advantages", False),
+        (["--bf16", "True"], "bf16", True),
+        (["--train_file", "a=b.jsonl"], "train_file", "a=b.jsonl"),
+        (["--train_file=a=b.jsonl"], "train_file", "a=b.jsonl"),
+    ],
+)
+def test_command_line_values(argv, key, expected):
+    got = getattr(ppo(*argv), key)
+    assert got == expected and type(got) is type(expected)
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = yaml_file(tmp_path, "seed: 1\ngamma: 0.5")
+    assert ppo("--config", path, "--seed", "2").seed == 2
+    assert ppo("--seed", "2", "--config", path).gamma == 0.5
+
+
+def test_an_empty_file_is_no_mistake(tmp_path):
+    assert ppo("--config", yaml_file(tmp_path, "")) == ppo()
+
+
+def test_run_fills_in_paths(tmp_path):
+    path = yaml_file(tmp_path, "train_file: '{run}/data/prompts.jsonl'")
+    assert ppo("--config", path, "--run", "runs/tiny-seed2").train_file == "runs/tiny-seed2/data/prompts.jsonl"
+    message = fails("--config", path)
+    assert "ppo.yaml: train_file" in message and "--run" in message
+
+
+# Mistakes: one line, the place, the remedy
+
+
+def test_unknown_key_is_suggested(tmp_path):
+    assert fails("--learning_rat", "1") == "--learning_rat: unknown key; did you mean 'learning_rate'?"
+    message = fails("--config", yaml_file(tmp_path, "klcoef: 0.1"))
+    assert "ppo.yaml: klcoef" in message and "'kl_coef'" in message
+
+
+def test_unknown_key_like_nothing_else_has_a_remedy_too():
+    message = fails("--zzz", "1")
+    assert message.startswith("--zzz: unknown key") and message != "--zzz: unknown key"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["oops"], ["'oops'", "--key value"]),
+        (["--seed"], ["--seed", "has no value", "--seed VALUE"]),
+        (["--seed", "--gamma", "1"], ["--seed", "has no value"]),
+        (["--seed", "1.5"], ["--seed", "'1.5'", "int"]),
+        (["--seed", "x"], ["--seed", "'x'", "int"]),
+        (["--seed", "nan"], ["--seed", "int"]),
+        (["--seed", "inf"], ["--seed", "int"]),
+        (["--seed", "null"], ["--seed", "int"]),
+        (["--seed", "a\nb"], ["--seed", "int"]),
+        (["--gamma", "much"], ["--gamma", "'much'", "float"]),
+        (["--bf16", "1"], ["--bf16", "'1'", "bool"]),
+        (["--output_dir", ""], ["output_dir", "empty", "--output_dir"]),
+        (["--kl_estimator", "k4"], ["kl_estimator", "'k4'", "k1, k2, k3"]),
+        (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
+        (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
+        (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
+        (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
+        (["--temperature", "0"], ["temperature", "outside"]),
+        (["--reward_model_path", "null"], ["reward_model_path", "reward_function"]),
+        (["--reward_model_path", "null", "--reward_function", "a:b"], ["value_model_path", "missing"]),
+        (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
+    ],
+    ids=str,
+)
+def test_command_line_mistakes(argv, parts):
+    message = fails(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_is_finite(value):
+    assert "--kl_coef" in fails("--kl_coef", value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "parts"),
+    [
+        (SFTConfig, ["--pretraining_fraction", "0.1"], ["pretraining_file", "missing"]),
+        (SFTConfig, ["--pretraining_fraction", "1.5"], ["pretraining_fraction", "outside"]),
+        (SFTConfig, ["--residual_dropout", "-0.1"], ["residual_dropout", "outside"]),
+        (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
+        (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
+        (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
+    ],
+    ids=str,
+)
+def test_mistakes_of_other_stages(cls, argv, parts):
+    message = fails(*argv, cls=cls, start=["--output_dir", "out"])
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS])
+def test_output_dir_is_required(name):
+    message = fails(cls=getattr(configs, name), start=[])
+    assert message.startswith("output_dir: missing") and "--output_dir" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: [", ["ppo.yaml:1", "not valid YAML", "mend"]),
+        ("gamma: 1\n  seed: 2", ["ppo.yaml:2", "not valid YAML"]),
+        ("- seed", ["ppo.yaml", "`key: value`"]),
+        ("just words", ["ppo.yaml", "`key: value`"]),
+        ("1: 2", ["ppo.yaml", "`key: value`"]),
+        ("seed: true", ["ppo.yaml: seed", "True", "int"]),
+        ("learning_rate: [1, 2]", ["ppo.yaml: learning_rate", "float"]),
+        ("gamma: {a: 1}", ["ppo.yaml: gamma", "float"]),
+        ("train_file: true", ["ppo.yaml: train_file", "str"]),
+        ("bf16: 'on'", ["ppo.yaml: bf16", "bool"]),
+        ("output_dir: x\nconfig: other.yaml", ["ppo.yaml: config", "unknown key"]),
+        ("seed: !!python/object/apply:os.getcwd []", ["ppo.yaml:1", "not valid YAML"]),
+        ("seed: 2020-99-99", ["ppo.yaml", "not valid YAML"]),  # PyYAML raises ValueError for it
+        ("seed: " + "[" * 5000, ["ppo.yaml", "not valid YAML"]),  # and RecursionError for this
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_yaml_mistakes(tmp_path, text, parts):
+    message = fails("--config", yaml_file(tmp_path, text))
+    assert all(part in message for part in parts), message
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "ppo.yaml"
+    path.write_bytes(b"\xff\xfe\x00seed")
+    assert "not valid YAML" in fails("--config", str(path))
+    assert str(tmp_path) in fails("--config", str(tmp_path))
+
+
+def test_exact_div():
+    assert exact_div(512, 8, "rollout_batch_size / num_mini_batches") == 64
+    for a, b in ((512, 7), (5, 0), (5, -1)):
+        with pytest.raises(UserError, match="minibatch: .* does not divide"):
+            exact_div(a, b, "minibatch")
+
+
+# Fuzz: whatever a user types, a config or one line
+
+keys = st.sampled_from([f.name for f in dataclasses.fields(PPOConfig)]) | st.text(max_size=8)
+words = st.sampled_from(["1", "-1", "0.5", "1e-3", "null", "true", "nan", "k1", "", "--"]) | st.text(max_size=8)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+values = scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=3), scalars, max_size=2)
+
+
+def parses_or_says_why(argv: list[str]) -> None:
+    try:
+        config = parse(PPOConfig, argv)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+    else:
+        for field in dataclasses.fields(config):
+            got, hint = getattr(config, field.name), str(field.type)
+            assert got is None or type(got).__name__ in hint, f"{field.name}: {got!r} is not {hint}"
+
+
+@given(st.lists(st.tuples(keys, words), max_size=4))
+def test_fuzz_command_line(pairs):
+    parses_or_says_why([*PPO, *(word for key, value in pairs for word in (f"--{key}", value))])
+
+
+@given(st.lists(words, max_size=5))
+def test_fuzz_words(argv):
+    parses_or_says_why(argv)
+
+
+@given(st.dictionaries(keys, values, max_size=4))
+def test_fuzz_yaml(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    parses_or_says_why([*PPO, "--config", str(path)])
+
+
+@given(st.text(max_size=40))
+def test_fuzz_yaml_text(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(text, encoding="utf-8", errors="ignore")
+    parses_or_says_why([*PPO, "--config", str(path)])
