@@ -439,6 +439,22 @@ def require_same_tokenizer(entries: list[dict[str, Any]]) -> None:
             raise UserError(f"{second}: its tokenizer is not that of {first}: train both from one base model")
 
 
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+def copy_weights(checkpoint: str | Path, folder: str | Path) -> None:
+    """The model (or adapter) of a training checkpoint, without its optimiser and random state."""
+    for pattern in MODEL_FILES:
+        for file in sorted(Path(checkpoint).glob(pattern)):
+            shutil.copyfile(file, Path(folder) / file.name)
+
+
 # Output folder and lock
 
 

@@ -105,11 +105,14 @@ class CollectConfig(StageConfig):
 
     model_name_or_path: str = ""
     prompts_file: str = ""
-    output_file: str = ""
-    labelers: str = ""  # import path of a function that returns labelers, e.g. data.world.labelers:team
+    validation_prompts_file: str | None = None
+    labelers: str | None = None  # import path of a function that returns labelers; null: write what people should rank
+    held_out_labelers: str | None = None  # they rank the validation prompts only
     labelers_per_prompt: int = 1  # paper section 5.3: mostly one
+    validation_labelers_per_prompt: int = 2  # two, so that their agreement can be measured
     min_k: int = 4
     max_k: int = 9
+    max_prompt_length: int = 1024
     max_new_tokens: int = 256
     temperature: float = 1.0
     per_device_batch_size: int = 256
@@ -158,7 +161,7 @@ class PPOConfig(StageConfig):
     train_file: str = ""
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
-    ptx_examples_per_episode: int = 8
+    ptx_examples_per_episode: float = 8
     ptx_max_length: int = 2048
     total_episodes: int = 256_000
     rollout_batch_size: int = 512  # episodes an iteration, all processes together
@@ -192,6 +195,7 @@ class PPOConfig(StageConfig):
     missing_eos_mode: str = "replace"  # or "subtract": score - penalty
     ema_decay: float | None = 0.992  # per optimiser step; the saved policy is the average
     save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
+    save_total_limit: int = 2
     transcript_iterations: int = 10
 
     def __post_init__(self) -> None:
@@ -264,7 +268,10 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     for key, (_, place) in values.items():
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
-            raise UserError(f"{place}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; {cls.__name__} in align/config.py lists the keys"))
+            raise UserError(
+                f"{place}: unknown key"
+                + (f"; did you mean {close[0]!r}?" if close else f"; {cls.__name__} in align/config.py lists the keys")
+            )
     required = [
         f.name
         for f in dataclasses.fields(cls)

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from align.errors import UserError
-from align.maths.masks import gather_actions, response_tokens
 from align.maths.logprobs import entropy, token_logprobs
+from align.maths.masks import gather_actions, response_tokens
 
 
-def load_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(
+    path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A causal LM from a folder or hub id; a LoRA adapter is merged into its base."""
     auto = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").exists() else AutoModelForCausalLM
     model = _load(auto, path, attn_implementation, dtype)
@@ -36,11 +38,20 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The sequence classifier, with or without LoRA around it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def head(self) -> nn.Linear:
+        score = self.inner.score
+        return score.modules_to_save["default"] if hasattr(score, "modules_to_save") else score
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Scalars in float32. (B, T) -> (B, T). Right padding needs no mask: nothing looks ahead."""
-        inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        hidden = inner.base_model(input_ids, use_cache=False).last_hidden_state
-        return inner.score(hidden).squeeze(-1).float()
+        hidden = self.inner.base_model(input_ids, use_cache=False).last_hidden_state
+        return self.inner.score(hidden).squeeze(-1).float()
 
 
 def load_scalar_model(

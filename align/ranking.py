@@ -14,7 +14,7 @@ from align.maths.losses import ranking_loss
 from align.maths.masks import length_mask
 from align.models import ScalarModel
 from align.text import Codec
-from align.types import Ranking, pad_rows
+from align.types import Demonstration, Ranking, pad_rows
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,14 @@ class RankedTokens:
     ranks: tuple[float, ...]  # K
 
 
-def encode_ranking(ranking: Ranking, codec: Codec) -> RankedTokens:
-    query = codec.prompt(ranking.prompt)
-    rows = tuple(tuple(query + codec.response(completion)) for completion in ranking.completions)
-    return RankedTokens(rows, ranking.ranks)
+def encode_rankings(rankings: list[Ranking], codec: Codec) -> list[dict[str, RankedTokens]]:
+    """One {"ranking": RankedTokens} a prompt, as a Trainer's data set."""
+    queries = codec.prompts([ranking.prompt for ranking in rankings])
+    responses = iter(codec.responses([c for ranking in rankings for c in ranking.completions]))
+    return [
+        {"ranking": RankedTokens(tuple((*query, *next(responses)) for _ in ranking.completions), ranking.ranks)}
+        for query, ranking in zip(queries, rankings, strict=True)
+    ]
 
 
 class RankingCollator:
@@ -82,3 +86,29 @@ def score_rows(model: ScalarModel, rows: Iterable[list[int]], pad_id: int, batch
         for i, score in zip(picked, last_scores(model, ids, last).tolist(), strict=True):
             scores[i] = score
     return scores
+
+
+def score_rankings(
+    model: ScalarModel, rankings: list[Ranking], codec: Codec, batch_size: int
+) -> list[tuple[Ranking, list[float]]]:
+    """Each ranking with its completions' scores."""
+    encoded = [element["ranking"].rows for element in encode_rankings(rankings, codec)]
+    scores = iter(score_rows(model, [row for rows in encoded for row in rows], codec.pad_id, batch_size))
+    return [(ranking, [next(scores) for _ in ranking.completions]) for ranking in rankings]
+
+
+def score_demonstrations(
+    model: ScalarModel, demonstrations: list[Demonstration], codec: Codec, batch_size: int
+) -> list[float]:
+    queries = codec.prompts([d.prompt for d in demonstrations])
+    responses = codec.responses([d.completion for d in demonstrations])
+    rows = [query + response for query, response in zip(queries, responses, strict=True)]
+    return score_rows(model, rows, codec.pad_id, batch_size)
+
+
+@torch.no_grad()
+def normalise(model: ScalarModel, demonstration_scores: list[float]) -> float:
+    """Shift the head's bias so that demonstrations score 0 on average (paper section 3.5). Returns the old mean."""
+    mean = sum(demonstration_scores) / len(demonstration_scores)
+    model.head.bias -= mean
+    return mean

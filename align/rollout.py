@@ -10,8 +10,8 @@ from align.errors import UserError
 from align.generate import Sampler, uniform_numbers
 from align.maths.kl import kl_estimate
 from align.maths.masks import last_index, length_mask
-from align.maths.returns import gae, token_rewards
 from align.maths.reduce import whiten
+from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
 from align.ranking import last_scores
 from align.rewards import Reward, require_finite
@@ -143,12 +143,13 @@ def check_step_zero(
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
     for name, cause in (
-        ("ratio_max_deviation", "sampling and training see different log-probabilities: dropout, temperature, precision"),
+        (
+            "ratio_max_deviation",
+            "sampling and training see different log-probabilities: dropout, temperature, precision",
+        ),
         ("kl", "the policy is not its reference: other weights or a stale checkpoint"),
         ("value_minus_score", "the value model is not the reward model: other weights, head or token"),
     ):
         if not numbers[name] <= tolerance:
             raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {tolerance:g}: {cause}")
     return numbers
-
-

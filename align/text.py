@@ -40,18 +40,33 @@ class Codec:
 
     def prompt(self, prompt: Text) -> list[int]:
         """Token ids of the query, generation prompt included."""
+        return self.prompts([prompt])[0]
+
+    def prompts(self, prompts: list[Text]) -> list[list[int]]:
+        if not prompts:
+            return []
         if self.tokenizer.chat_template is None:
-            if not isinstance(prompt, str):
-                raise UserError("the prompt is a conversation but the tokenizer has no chat template; use plain text")
-            return self.tokenizer(prompt)["input_ids"]
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise UserError("a prompt is a conversation but the tokenizer has no chat template; use plain text")
+            return self.tokenizer(prompts)["input_ids"]
+        return self.tokenizer([self.render(prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
+
+    def render(self, prompt: Text) -> str:
+        """The text of the query, generation prompt included; plain text as it stands without a chat template."""
+        if self.tokenizer.chat_template is None:
+            return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def response(self, completion: Text) -> list[int]:
         """Token ids of the completion, closed by EOS."""
-        text = completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+        return self.responses([completion])[0]
+
+    def responses(self, completions: list[Text]) -> list[list[int]]:
+        texts = [c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions]
+        if not texts:
+            return []
+        return [[*ids, self.eos_id] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def documents(self, texts: list[str]) -> list[list[int]]:
         """Token ids of pretraining documents, each closed by EOS."""
@@ -68,12 +83,6 @@ class Codec:
         """Token ids of the paper's few-shot prefix: solved examples, then the prompt (section 3.5)."""
         shown = [f"{self.render(example)}{answer}\n\n" for example, answer in examples]
         return self.tokenizer("".join(shown) + self.render(prompt), add_special_tokens=False)["input_ids"]
-
-    def render(self, prompt: str) -> str:
-        if self.tokenizer.chat_template is None:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 class CausalCollator:

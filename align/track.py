@@ -11,7 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.maths.reduce import masked_row_sum, masked_var
 from align.runtime import is_main_process
+from align.text import Codec
+from align.types import Rollout, UpdateStats
 
 CLOCKED = ("_runtime", "_per_second", "total_flos", "time/")
 
@@ -49,6 +52,58 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
         self.metrics.log(state.global_step, {k: v for k, v in (logs or {}).items() if k != "step"})
+
+
+def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float) -> dict[str, float]:
+    """One iteration's row of metrics.jsonl, with TRL's names; definitions in docs/metrics.md."""
+    mask = rollout.response_mask
+    kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
+    residual = masked_var(rollout.returns - rollout.values, mask)
+    non_score = -kl_coef * kl
+    return {
+        "objective/scores": float(rollout.scores.mean()),
+        "objective/raw_scores": float(rollout.raw_scores.mean()),
+        "objective/kl": float(kl.mean()),
+        "objective/non_score_reward": float(non_score.mean()),
+        "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
+        "objective/entropy": stats.mean("entropy"),
+        "objective/response_tokens": float(rollout.response_lengths.float().mean()),
+        "objective/finished": float(rollout.finished.float().mean()),
+        "policy/approxkl_avg": stats.mean("approxkl"),
+        "policy/clipfrac_avg": stats.mean("policy_clipped"),
+        "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
+        "loss/policy_avg": stats.mean("policy_loss"),
+        "loss/value_avg": stats.mean("value_loss"),
+        "loss/ptx": stats.mean("ptx_loss", "ptx_tokens") if stats.sums["ptx_tokens"] else 0.0,
+        "val/clipfrac_avg": stats.mean("value_clipped"),
+        "val/ratio": stats.mean("ratio"),
+        "val/max_ratio_deviation": stats.sums["max_ratio_deviation"],
+        "val/explained_variance": float(1 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)),
+        "val/num_eos_tokens": float(rollout.finished.sum()),
+        "val/grad_norm": stats.mean("value_grad_norm", "steps"),
+        "kl_coef": kl_coef,
+        "lr": lr,
+    }
+
+
+def write_transcripts(path: Path, iteration: int, rollout: Rollout, codec: Codec, count: int = 8) -> None:
+    """The first episodes of a rollout as text, with their scores and KL."""
+    kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
+    rows = []
+    for i in range(min(count, len(rollout))):
+        query, total = int(rollout.query_lengths[i]), int(rollout.query_lengths[i] + rollout.response_lengths[i])
+        ids = rollout.input_ids[i].tolist()
+        rows.append(
+            {
+                "iteration": iteration,
+                "query": codec.tokenizer.decode(ids[:query]),
+                "response": codec.decode(ids[query:total]),
+                "finished": bool(rollout.finished[i]),
+                "score": float(rollout.raw_scores[i]),
+                "kl": float(kl[i]),
+            }
+        )
+    append_jsonl(path, rows)
 
 
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 from align.config import StageConfig
-from align.models import save_scalar_model
 from align.ranking import batch_ranking_loss
 from align.runtime import on_cpu
 from align.track import Metrics, MetricsCallback
@@ -43,12 +42,19 @@ def resume_argument(checkpoint: Path | None) -> str | None:
     return str(checkpoint) if checkpoint else None
 
 
+class SaveEachEpoch(TrainerCallback):
+    """A checkpoint at the end of each epoch, whatever else is saved."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> TrainerControl:
+        control.should_save = True
+        return control
+
+
 class RankingTrainer(Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
-    def __init__(self, *args: Any, pad_id: int, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.pad_id = pad_id
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, not by accumulation steps
         self.totals: dict[str, float] = {}
 
@@ -74,10 +80,3 @@ class RankingTrainer(Trainer):
             logs["margin"] = self.totals["margin"] / self.totals["pairs"]
             self.totals = {}
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Checkpoints are ordinary sequence classifiers too."""
-        folder = output_dir or self.args.output_dir
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_scalar_model(self.accelerator.unwrap_model(self.model), folder, self.pad_id)
-        torch.save(self.args, Path(folder) / "training_args.bin")

@@ -49,7 +49,9 @@ class BatchAlgebra:
 
     @staticmethod
     def of(config: PPOConfig, processes: int) -> "BatchAlgebra":
-        minibatch = exact_div(config.rollout_batch_size, config.num_mini_batches, "rollout_batch_size / num_mini_batches")
+        minibatch = exact_div(
+            config.rollout_batch_size, config.num_mini_batches, "rollout_batch_size / num_mini_batches"
+        )
         share = exact_div(minibatch, processes, "minibatch episodes / processes")
         ptx = config.ptx_examples_per_episode * minibatch if config.ptx_coef > 0 else 0
         if ptx != int(ptx):

@@ -46,7 +46,10 @@ def run(stage, argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; resume with --resume_from_checkpoint latest where the stage saves checkpoints", file=sys.stderr)
+        print(
+            "interrupted; resume with --resume_from_checkpoint latest where the stage saves checkpoints",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

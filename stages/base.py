@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from align.checkpoint import atomic_contents, latest_checkpoint, start_output, write_manifest
 from align.config import BaseConfig, parse
 from align.data import load_texts
+from align.runtime import is_main_process, limit_threads
 from align.text import CausalCollator, Codec
 from align.track import announce
 from align.trainer import common_arguments, metrics_callback, resume_argument
@@ -33,6 +34,7 @@ TEMPLATE = (
 def main(argv: list[str]) -> None:
     # 1. Config, data, folder.
     config = parse(BaseConfig, argv)
+    limit_threads()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
@@ -57,11 +59,12 @@ def main(argv: list[str]) -> None:
     loss = trainer.evaluate()["eval_loss"]
 
     # 4. Save: a HuggingFace folder, its manifest last.
-    with atomic_contents(output) as folder:
-        trainer.save_model(folder)
-        codec.save(folder)
+    if is_main_process():
         data = {"train_file": text_report, "validation_file": held_out_report}
-        write_manifest(folder, "base", config, config.seed, data=data, metrics={"validation_loss": loss})
+        with atomic_contents(output) as folder:
+            trainer.model.save_pretrained(folder)
+            codec.save(folder)
+            write_manifest(folder, "base", config, config.seed, data=data, metrics={"validation_loss": loss})
     announce(f"base model in {output} (validation loss {loss:.3f} a token); next: make sft")
 
 

@@ -10,6 +10,12 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x)).sum()
 
 
+def masked_row_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the columns of each row where mask. (B, R) -> (B,)"""
+    assert x.shape == mask.shape
+    return torch.where(mask, x, torch.zeros_like(x)).sum(1)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x where mask; 0 when nothing is."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)

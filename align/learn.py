@@ -1,0 +1,171 @@
+"""Everything stage 3 loads, builds and saves around its loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.checkpoint import (
+    atomic_contents,
+    atomic_folder,
+    check_parent,
+    load_training_state,
+    mark_complete,
+    require_same_tokenizer,
+    rotate,
+    save_training_state,
+    write_manifest,
+)
+from align.config import PPOConfig
+from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
+from align.generate import TorchSampler
+from align.maths.schedule import linear_decay, warmup_factor
+from align.models import EMA, disable_dropout, load_policy, load_scalar_model, save_scalar_model
+from align.rewards import FunctionReward, ModelReward, Reward, SumReward
+from align.rollout import Actors, Query
+from align.runtime import Runtime, is_main_process
+from align.text import Codec
+from align.update import Learner
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What stage 3 reads."""
+
+    queries: list[Query]
+    documents: list[list[int]]  # pretraining text as tokens; empty for plain PPO
+    parents: list[dict[str, Any]]
+    reports: dict[str, DataReport]
+
+
+def load_queries(config: PPOConfig, codec: Codec) -> Inputs:
+    """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
+    for role in ("reward_model_path", "value_model_path"):
+        if getattr(config, role):
+            parents.append(check_parent(getattr(config, role), role, ("rm",)))
+    require_same_tokenizer(parents)
+    prompts, report = load_prompts(config.train_file, config.on_bad_rows)
+    prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
+    tokens = codec.prompts([prompt.prompt for prompt in prompts])
+    queries = [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]
+    reports, documents = {"train_file": report}, []
+    if config.ptx_coef > 0:
+        texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
+        documents = [ids[: config.ptx_max_length] for ids in codec.documents(texts)]
+    return Inputs(queries, documents, parents, reports)
+
+
+def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
+    """Policy and value model without dropout, an Adam each, and the average of the policy's weights."""
+    policy = load_policy(config.model_name_or_path, config.attn_implementation)
+    value_model = load_scalar_model(config.value_model_path or config.reward_model_path, config.attn_implementation)
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    for model in (policy, value_model):
+        disable_dropout(model)
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, betas, eps, weight_decay=0.0)
+    value_optimizer = torch.optim.AdamW(
+        value_model.parameters(), config.value_learning_rate, betas, eps, weight_decay=0.0
+    )
+    policy, policy_optimizer = runtime.prepare(policy, policy_optimizer)
+    value_model, value_optimizer = runtime.prepare(value_model, value_optimizer)
+    ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
+    return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
+
+
+def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:
+    """The frozen reference and reward beside the trained models, and a sampler over the policy."""
+    ref_policy = frozen(load_policy(config.model_name_or_path, config.attn_implementation), runtime)
+    parts: list[tuple[Reward, float]] = []
+    if config.reward_model_path:
+        reward_model = frozen(load_scalar_model(config.reward_model_path, config.attn_implementation), runtime)
+        parts.append((ModelReward(reward_model, codec.pad_id, config.per_device_rollout_batch_size), 1.0))
+    if config.reward_function:
+        parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
+    reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)
+    policy = runtime.unwrap(learner.policy)
+    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
+    return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
+
+
+def frozen(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+    disable_dropout(model)
+    return model.requires_grad_(False).eval().to(runtime.device)
+
+
+def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_iterations: int) -> None:
+    """Policy: warm-up over the first iterations, then constant; value: constant (App. C.4). Or both decay linearly."""
+    decay = linear_decay(iteration, num_iterations) if config.lr_decay == "linear" else 1.0
+    warm = warmup_factor(iteration, config.warmup_iterations)
+    for optimizer, rate in (
+        (learner.policy_optimizer, config.learning_rate * warm * decay),
+        (learner.value_optimizer, config.value_learning_rate * decay),
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def save_state(
+    output: Path, done: int, learner: Learner, prompts: Cursor, documents: Cursor, kl_coef: float,
+    step_zero: dict[str, float], config: PPOConfig, codec: Codec, runtime: Runtime,
+) -> None:  # fmt: skip
+    """checkpoint-N: the policy as a model folder, and all that an exact resume needs. N counts finished iterations."""
+    if not is_main_process():
+        return
+    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
+    state = {
+        "iteration": done,
+        "kl_coef": kl_coef,
+        "step_zero": step_zero,
+        "prompts": prompts.state(),
+        "documents": documents.state(),
+        "policy_optimizer": learner.policy_optimizer.state_dict(),
+        "value_optimizer": learner.value_optimizer.state_dict(),
+        "ema": learner.ema.shadow if learner.ema else {},
+    }
+    with atomic_folder(output / f"checkpoint-{done}") as folder:
+        policy.save_pretrained(folder)
+        codec.save(folder)
+        save_scalar_model(value_model, folder / "value_model", codec.pad_id)
+        save_training_state(folder, state)
+        mark_complete(folder)
+    rotate(output, config.save_total_limit)
+
+
+def load_state(
+    checkpoint: Path, learner: Learner, prompts: Cursor, documents: Cursor, runtime: Runtime
+) -> tuple[int, float, dict[str, float]]:
+    """Put everything back; returns (finished iterations, kl_coef, step-zero numbers)."""
+    state = load_training_state(checkpoint)
+    copy_into(runtime.unwrap(learner.policy), load_policy(str(checkpoint)))
+    copy_into(runtime.unwrap(learner.value_model), load_scalar_model(str(checkpoint / "value_model")))
+    learner.policy_optimizer.load_state_dict(state["policy_optimizer"])
+    learner.value_optimizer.load_state_dict(state["value_optimizer"])
+    if learner.ema:
+        for name, value in state["ema"].items():
+            learner.ema.shadow[name].copy_(value)
+    for cursor, saved in ((prompts, state["prompts"]), (documents, state["documents"])):
+        cursor.position = Cursor.from_state(saved, cursor.num_rows).position
+    return state["iteration"], state["kl_coef"], state["step_zero"]
+
+
+@torch.no_grad()
+def copy_into(target: torch.nn.Module, source: torch.nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def save_policy(
+    output: Path, learner: Learner, codec: Codec, config: PPOConfig, inputs: Inputs, metrics: dict, runtime: Runtime
+) -> None:
+    """The averaged policy as a HuggingFace folder, the value model beside it, the manifest last."""
+    if not is_main_process():
+        return
+    policy = runtime.unwrap(learner.policy)
+    if learner.ema:
+        learner.ema.copy_to(policy)
+    with atomic_contents(output) as folder:
+        policy.save_pretrained(folder)
+        codec.save(folder)
+        save_scalar_model(runtime.unwrap(learner.value_model), folder / "value_model", codec.pad_id)
+        write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

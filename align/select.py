@@ -1,0 +1,59 @@
+"""Which epoch of a fine-tuning run is the policy (paper section 3.5: validation reward predicts preference best)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import SFTConfig
+from align.data import load_demonstrations
+from align.errors import UserError
+from align.generate import TorchSampler, uniform_numbers
+from align.models import load_policy, load_scalar_model
+from align.rewards import ModelReward
+from align.text import Codec
+from align.types import Prompt
+
+
+def choose_epoch(output: Path, log: list[dict[str, Any]], config: SFTConfig, codec: Codec) -> dict[str, Any]:
+    """{"criterion", "checkpoint", "table"}: highest mean reward with a reward model, else lowest validation loss.
+
+    The table has a row an epoch, with both numbers where both are known.
+    """
+    losses = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
+    epochs = {row["step"]: row["epoch"] for row in log if "eval_loss" in row}
+    table = [
+        {"checkpoint": f"checkpoint-{step}", "epoch": round(epochs[step], 3), "validation_loss": losses[step]}
+        for step in sorted(losses)
+        if (output / f"checkpoint-{step}").is_dir()
+    ]
+    if not table:
+        raise UserError(f"{output}: no checkpoint to choose from; num_train_epochs must reach the end of an epoch")
+    if config.reward_model_path:
+        for row in table:
+            row["reward"] = mean_reward(str(output / row["checkpoint"]), config, codec)
+    return pick(table)
+
+
+def pick(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best row: by reward where every row has one, else by validation loss; the earlier one of equals."""
+    if all("reward" in row for row in table):
+        best, criterion = max(table, key=lambda row: row["reward"]), "highest mean reward"
+    else:
+        best, criterion = min(table, key=lambda row: row["validation_loss"]), "lowest validation loss"
+    return {"criterion": criterion, "checkpoint": best["checkpoint"], "table": table}
+
+
+@torch.no_grad()
+def mean_reward(checkpoint: str, config: SFTConfig, codec: Codec) -> float:
+    """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers."""
+    demonstrations, _ = load_demonstrations(config.validation_file, config.on_bad_rows)
+    prompts = [d.prompt for d in demonstrations[: config.selection_prompts]]
+    queries = codec.prompts(prompts)
+    policy = load_policy(checkpoint, config.attn_implementation)
+    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, batch_size=128)
+    uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, 0)
+    episodes = sampler(queries, uniforms, config.temperature)
+    reward = ModelReward(load_scalar_model(config.reward_model_path, config.attn_implementation), codec.pad_id, 128)
+    scores = reward([Prompt(prompt) for prompt in prompts], episodes)
+    return sum(scores) / len(scores)

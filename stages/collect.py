@@ -1,0 +1,98 @@
+"""Policy -> K samples a prompt -> rankings (paper section 3.4, App. A.3: K between 4 and 9, ties allowed).
+
+    for each prompt: draw K from 4..9; sample K responses at temperature 1; a labeler ranks the distinct ones
+
+Labelers come by import path, so a simulation and a queue of people look the same. Without `labelers` the samples are
+written for people to rank, in the format that `align validate` reads back once ranks are filled in.
+
+    python -m stages.collect --config configs/tiny/collect.yaml --run runs/tiny
+"""
+
+import sys
+
+from align.checkpoint import atomic_contents, check_parent, start_output, write_jsonl, write_manifest
+from align.collect import Candidates, draw_k, group, load_labelers, rank_all
+from align.config import CollectConfig, parse
+from align.data import drop_long, load_prompts
+from align.generate import TorchSampler, uniform_numbers
+from align.models import load_policy
+from align.runtime import Runtime, is_main_process, limit_threads
+from align.text import Codec
+from align.track import announce
+from align.types import Prompt
+from stages.__main__ import run
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, policy, prompts, folder.
+    config = parse(CollectConfig, argv)
+    limit_threads()
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "ppo", "base"))]
+    codec = Codec.load(config.model_name_or_path)
+    files = {"train": config.prompts_file, "validation": config.validation_prompts_file}
+    loaded = {name: load_prompts(path, config.on_bad_rows) for name, path in files.items() if path}
+    loaded = {name: drop_long(*cut(pair, codec, config)) for name, pair in loaded.items()}
+    output = start_output(config.output_dir, config.overwrite_output_dir)
+    runtime = Runtime(config.seed, config.bf16)
+    policy = load_policy(config.model_name_or_path, config.attn_implementation).to(runtime.device)
+    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, config.per_device_batch_size, "sampling")
+
+    # 2. Sample K responses a prompt.
+    candidates = {
+        name: sample(prompts, sampler, codec, config, runtime, stream)
+        for stream, (name, (prompts, _)) in enumerate(loaded.items())
+    }
+
+    # 3. Rank, and write.
+    if is_main_process():
+        tables, metrics = rank(candidates, config)
+        with atomic_contents(output) as folder:
+            for name, rows in tables.items():
+                write_jsonl(folder / f"{name}.jsonl", rows)
+            reports = {f"{name}_prompts": report for name, (_, report) in loaded.items()}
+            write_manifest(folder, "collect", config, config.seed, parents, reports, metrics)
+    announce(f"rankings in {output}; next: make rm")
+
+
+def cut(pair: tuple, codec: Codec, config: CollectConfig) -> tuple:
+    prompts, report = pair
+    return prompts, codec, config.max_prompt_length, report
+
+
+def sample(
+    prompts: list[Prompt], sampler: TorchSampler, codec: Codec, config: CollectConfig, runtime: Runtime, stream: int
+) -> list[Candidates]:
+    sizes = draw_k(len(prompts), config.min_k, config.max_k, config.seed + stream)
+    queries = codec.prompts([prompt.prompt for prompt in prompts])
+    repeated = [query for query, size in zip(queries, sizes, strict=True) for _ in range(size)]
+    uniforms = uniform_numbers(len(repeated), config.max_new_tokens, config.seed, stream)
+    with runtime.autocast():
+        mine = sampler(runtime.mine(repeated), uniforms[runtime.rank :: runtime.world], config.temperature)
+    return group(prompts, sizes, runtime.gather_list(mine), codec)
+
+
+def rank(candidates: dict[str, list[Candidates]], config: CollectConfig) -> tuple[dict, dict]:
+    """Tables of rows by file name, and what the manifest says of them."""
+    if config.labelers is None:
+        rows = {name: [to_label(c) for c in group] for name, group in candidates.items()}
+        return {f"{name}_to_label": table for name, table in rows.items()}, {}
+    team = load_labelers(config.labelers, "labelers", config.seed)
+    jobs = [("train", team, config.labelers_per_prompt), ("validation", team, config.validation_labelers_per_prompt)]
+    if config.held_out_labelers:
+        held_out = load_labelers(config.held_out_labelers, "held_out_labelers", config.seed)
+        jobs.append(("held_out", held_out, len(held_out)))
+    tables, metrics = {}, {}
+    for name, labelers, per_prompt in jobs:
+        source = candidates.get("validation" if name == "held_out" else name, [])
+        tables[name], skipped = rank_all(source, labelers, per_prompt, config.seed)
+        metrics[name] = {"prompts": len(source), "rankings": len(tables[name]), "skipped": dict(skipped)}
+    return tables, metrics
+
+
+def to_label(candidate: Candidates) -> dict:
+    completions = [{"completion": text, "rank": None} for text in candidate.completions]
+    return {"prompt": candidate.prompt.prompt, "completions": completions, **candidate.prompt.columns}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""Stage 3: prompts, policy, reward model -> policy, by PPO or PPO-ptx (paper section 3.5, Eq. 2, App. C.4).
+
+    maximise  E_policy[ r(x, y) - kl_coef * log(policy(y|x) / ref_policy(y|x)) ] + ptx_coef * E_pretrain[ log policy(x) ]
+
+A bandit: a random prompt, one response, one score, the end. The KL penalty is paid token by token, the score comes on
+the last token; a value model that starts as the reward model turns them into advantages (no discount, GAE 0.95).
+ptx_coef 0 is plain PPO. What the paper leaves open, and the choice here:
+ 1. ptx_coef multiplies the mean loss of a pretraining token; 2. Adam epsilon 1e-5, missing EOS scores -1, advantages
+ are whitened over the rollout (Stiennon et al. 2020 and its reproductions); 3. the weight average is taken each
+ optimiser step, and the averaged policy is the one saved; 4. the warm-up ramp is linear.
+
+    python -m stages.ppo --config configs/tiny/ppo.yaml --run runs/tiny
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m stages.ppo --config ...
+"""
+
+import sys
+
+from tqdm import trange
+
+from align.checkpoint import latest_checkpoint, start_output
+from align.config import PPOConfig, parse
+from align.data import Cursor
+from align.learn import (
+    build_actors,
+    build_learner,
+    load_queries,
+    load_state,
+    save_policy,
+    save_state,
+    set_learning_rates,
+)
+from align.maths.kl import adapt_kl_coef
+from align.rollout import check_step_zero, collect_rollout
+from align.runtime import Runtime, limit_threads
+from align.text import Codec
+from align.track import Metrics, announce, ppo_metrics, write_transcripts
+from align.update import BatchAlgebra, update
+from stages.__main__ import run
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, processes, batch algebra.
+    config = parse(PPOConfig, argv)
+    limit_threads()
+    runtime = Runtime(config.seed, config.bf16, config.report_to, config.output_dir)
+    algebra = BatchAlgebra.of(config, runtime.world)
+    announce(str(algebra))
+
+    # 2. Prompts, pretraining documents, parents, folder.
+    codec = Codec.load(config.model_name_or_path)
+    inputs = load_queries(config, codec)
+    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+
+    # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
+    learner = build_learner(config, runtime)
+    actors = build_actors(config, codec, learner, runtime)
+    prompt_cursor = Cursor(len(inputs.queries), config.seed)
+    document_cursor = Cursor(max(len(inputs.documents), 1), config.seed + 1)
+    first, kl_coef, step_zero = 0, config.kl_coef, {}
+    if checkpoint:
+        first, kl_coef, step_zero = load_state(checkpoint, learner, prompt_cursor, document_cursor, runtime)
+    metrics = Metrics(output, first if checkpoint else None)
+    runtime.start_tracker("align", vars(config), output.name, str(output))
+
+    def next_documents(count: int) -> list[list[int]]:
+        return [inputs.documents[i] for i in document_cursor.take(count)]
+
+    # 4. Iterate: rollout, update, log.
+    for iteration in trange(first, algebra.iterations, desc="ppo", disable=not runtime.is_main):
+        set_learning_rates(learner, config, iteration, algebra.iterations)
+        queries = [inputs.queries[i] for i in prompt_cursor.take(algebra.rollout)]
+        rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
+        if iteration == 0:
+            value_is_reward = not config.value_model_path and not config.reward_function
+            step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, value_is_reward)
+        stats = update(rollout, learner, next_documents, config, runtime, iteration)
+        row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
+        if config.kl_target is not None:
+            kl_coef = adapt_kl_coef(kl_coef, row["objective/kl"], config.kl_target, algebra.rollout, config.kl_horizon)
+        done = iteration + 1
+        metrics.log(done, {"episode": done * algebra.rollout, **row})
+        runtime.track(row, done)
+        if config.transcript_iterations and iteration % config.transcript_iterations == 0:
+            write_transcripts(output / "transcripts.jsonl", iteration, rollout, codec)
+        if config.save_iterations and done % config.save_iterations == 0:
+            save_state(
+                output, done, learner, prompt_cursor, document_cursor, kl_coef, step_zero, config, codec, runtime
+            )
+
+    # 5. Save the averaged policy, the manifest last.
+    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, **row}, runtime)
+    runtime.end()
+    announce(f"policy in {output}; next: make evaluate")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Stage 2: rankings -> reward model (paper section 3.5, Eq. 1, App. C.2).
+
+    minimise  - E_prompts[ 1 / C(K, 2) * sum over pairs of log sigmoid(r(x, better) - r(x, worse)) ]
+
+All pairs of a prompt are one batch element and K forward rows; ties carry no gradient; one epoch; then a bias makes
+demonstrations score 0 on average and is stored in the head. transformers' Trainer drives it.
+Differs: starts from the SFT model's body (the paper's final RM starts from a GPT-3 tuned on public tasks, and reports
+that SFT starts gave similar results).
+
+    python -m stages.rm --config configs/tiny/rm.yaml --run runs/tiny
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m stages.rm --config ...
+"""
+
+import sys
+from pathlib import Path
+
+from peft import get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from align.checkpoint import atomic_contents, check_parent, latest_checkpoint, start_output, write_json, write_manifest
+from align.config import RMConfig, parse
+from align.data import drop_long, keep_apart, load_demonstrations, load_rankings, ranking_length
+from align.evaluate.reward_report import ranking_accuracy
+from align.evaluate.win_rate import plain
+from align.models import disable_dropout, load_scalar_model, lora_config, save_scalar_model
+from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings
+from align.runtime import is_main_process, limit_threads
+from align.text import Codec
+from align.track import announce
+from align.trainer import RankingTrainer, common_arguments, cosine_to_tenth, metrics_callback, resume_argument
+from stages.__main__ import run
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, parent, data, folder.
+    config = parse(RMConfig, argv)
+    limit_threads()
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base"))]
+    codec = Codec.load(config.model_name_or_path)
+    rankings, held, reports = load_all(config, codec)
+    demonstrations, reports["demonstrations_file"] = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
+    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    set_seed(config.seed)
+
+    # 2. The language model's body with a fresh scalar head; no dropout.
+    model = load_scalar_model(config.model_name_or_path, config.attn_implementation, fresh_head=True)
+    disable_dropout(model)
+    if config.use_peft:
+        model.model = get_peft_model(model.model, lora_config(config.lora_r, config.lora_alpha, scalar=True))
+
+    # 3. Train: each prompt once an epoch, its pairs never apart.
+    trainer = RankingTrainer(
+        model=model,
+        args=training_arguments(config, output),
+        train_dataset=encode_rankings(rankings, codec),
+        data_collator=RankingCollator(codec.pad_id),
+        callbacks=[metrics_callback(output, checkpoint)],
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
+
+    # 4. Normalise: demonstrations score 0 on average.
+    mean = normalise(model, score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size))
+
+    # 5. Report on prompts, customers and labelers that training never saw; save, the manifest last.
+    if is_main_process():
+        metrics = report(model, held, codec, config) | {"demonstration_mean_before": mean}
+        after = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
+        metrics["demonstration_mean"] = sum(after) / len(after)
+        with atomic_contents(output) as folder:
+            save_scalar_model(model, folder, codec.pad_id)
+            codec.save(folder)
+            write_json(folder / "report.json", metrics)
+            write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
+        announce(f"held-out accuracy {metrics['validation']['accuracy']['mean']:.3f}")
+    announce(f"reward model in {output}; next: make ppo")
+
+
+def load_all(config: RMConfig, codec: Codec) -> tuple[list, dict[str, list], dict]:
+    """Training rankings, held-out rankings by name, and what was read and dropped."""
+    held, reports = {}, {}
+    for name, path in (("validation", config.validation_file), ("held_out_labelers", config.held_out_file)):
+        if path:
+            held[name], reports[name] = load_rankings(path, config.on_bad_rows)
+    rankings, report = load_rankings(config.train_file, config.on_bad_rows)
+    for others in held.values():
+        rankings, report = keep_apart(rankings, report, others, config.on_bad_rows)
+    rankings, reports["train_file"] = drop_long(rankings, codec, config.max_length, report, ranking_length)
+    return rankings, held, reports
+
+
+def report(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
+    """Accuracy with intervals, calibration and baselines, by name of the held-out set."""
+    scored = {
+        name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()
+    }
+    return {name: plain(ranking_accuracy(rows, config.seed)) for name, rows in scored.items()}
+
+
+def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
+    return TrainingArguments(
+        **common_arguments(config, output),
+        **cosine_to_tenth(),
+        num_train_epochs=config.num_train_epochs,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Stage 1: demonstrations -> policy, by supervised fine-tuning (paper section 3.5, App. C.1 and C.3).
+
+    minimise  - E_demonstrations[ sum_t log p(response_t | prompt, response_<t) ]     prompt tokens are not predicted
+
+TRL's SFTTrainer drives it. Of the paper: cosine to 10% of peak without warm-up, epochs over one, a checkpoint each
+epoch, the final one chosen by reward where a reward model is given, an optional share of pretraining text (C.3).
+Differs: prompt masking is not stated in the paper; here it is on by default.
+
+    python -m stages.sft --config configs/tiny/sft.yaml --run runs/tiny
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m stages.sft --config ...
+"""
+
+import sys
+from pathlib import Path
+
+import trl
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTTrainer
+
+from align.checkpoint import (
+    atomic_contents,
+    check_parent,
+    copy_weights,
+    latest_checkpoint,
+    start_output,
+    write_manifest,
+)
+from align.config import SFTConfig, parse
+from align.data import keep_apart, load_demonstrations, load_texts
+from align.demonstrations import demonstration_rows, mix_pretraining
+from align.models import add_residual_dropout, load_policy, lora_config
+from align.runtime import is_main_process, limit_threads
+from align.select import choose_epoch
+from align.text import Codec
+from align.track import announce
+from align.trainer import SaveEachEpoch, common_arguments, cosine_to_tenth, metrics_callback, resume_argument
+from stages.__main__ import run
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, parents, data, folder.
+    config = parse(SFTConfig, argv)
+    limit_threads()
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
+    codec = Codec.load(config.model_name_or_path)
+    train, validation, reports = load_rows(config, codec)
+    if config.reward_model_path:
+        parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
+    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    set_seed(config.seed)
+
+    # 2. The policy, with dropout on the residual stream in training mode only.
+    policy = load_policy(config.model_name_or_path, config.attn_implementation)
+    if config.residual_dropout > 0:
+        add_residual_dropout(policy, config.residual_dropout)
+
+    # 3. Train.
+    trainer = SFTTrainer(
+        model=policy,
+        args=training_arguments(config, output),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(validation),
+        processing_class=codec.tokenizer,
+        peft_config=lora_config(config.lora_r, config.lora_alpha) if config.use_peft else None,
+        callbacks=[metrics_callback(output, checkpoint), SaveEachEpoch()],
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
+
+    # 4. Choose the epoch: best mean reward of sampled responses, else lowest validation loss.
+    choice = choose_epoch(output, trainer.state.log_history, config, codec)
+    announce(f"chose {choice['checkpoint']} by {choice['criterion']}")
+
+    # 5. Save: a HuggingFace folder (or a PEFT adapter), its manifest last.
+    if is_main_process():
+        with atomic_contents(output) as folder:
+            copy_weights(output / choice["checkpoint"], folder)
+            codec.save(folder)
+            write_manifest(folder, "sft", config, config.seed, parents, reports, {"selection": choice})
+    announce(f"policy in {output}; next: make collect, make rm")
+
+
+def load_rows(config: SFTConfig, codec: Codec) -> tuple[list[dict], list[dict], dict]:
+    """Training rows (with their share of pretraining text), validation rows, and what was read and dropped."""
+    held_out, held_out_report = load_demonstrations(config.validation_file, config.on_bad_rows)
+    demonstrations, report = load_demonstrations(config.train_file, config.on_bad_rows)
+    demonstrations, report = keep_apart(demonstrations, report, held_out, config.on_bad_rows)
+    train, report = demonstration_rows(demonstrations, codec, config.max_length, report)
+    validation, held_out_report = demonstration_rows(held_out, codec, config.max_length, held_out_report)
+    reports = {"train_file": report, "validation_file": held_out_report}
+    if config.pretraining_fraction > 0:
+        texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
+        train = mix_pretraining(train, texts, config.pretraining_fraction, codec, config.max_length, config.seed)
+    return train, validation, reports
+
+
+def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
+    return trl.SFTConfig(
+        **common_arguments(config, output),
+        **cosine_to_tenth(),
+        max_length=config.max_length,
+        completion_only_loss=config.completion_only_loss,
+        num_train_epochs=config.num_train_epochs,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        train_sampling_strategy="group_by_length",
+        learning_rate=config.learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="epoch",
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        gradient_checkpointing=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
