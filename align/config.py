@@ -227,7 +227,7 @@ class EvaluateConfig(StageConfig):
     prompts_file: str = ""
     few_shot_file: str | None = None
     text_file: str = ""
-    agreement_file: str | None = None  # rankings of the same completions by several labelers
+    rankings_file: str | None = None  # held-out rankings; several labelers a prompt also give their agreement
     num_prompts: int = 0  # 0: all
     max_new_tokens: int = 256
     per_device_batch_size: int = 256

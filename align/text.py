@@ -79,10 +79,11 @@ class Codec:
             ids = ids[: ids.index(self.eos_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def few_shot(self, examples: list[tuple[str, str]], prompt: str) -> list[int]:
-        """Token ids of the paper's few-shot prefix: solved examples, then the prompt (section 3.5)."""
-        shown = [f"{self.render(example)}{answer}\n\n" for example, answer in examples]
-        return self.tokenizer("".join(shown) + self.render(prompt), add_special_tokens=False)["input_ids"]
+    def few_shot(self, examples: list[tuple[str, str]], prompts: list[str]) -> list[list[int]]:
+        """Token ids of the paper's few-shot prefix, solved examples parted by blank lines, then the prompt (3.5)."""
+        shown = "".join(f"{self.render(prompt)}{answer}\n\n" for prompt, answer in examples)
+        texts = [shown + self.render(prompt) for prompt in prompts]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 class CausalCollator:

@@ -1,7 +1,12 @@
 """`python -m stages STAGE --config FILE [--key value ...]`, also installed as the command `align`."""
 
 import importlib
+import json
 import sys
+import time
+from pathlib import Path
+
+import psutil
 
 from align.errors import UserError
 
@@ -12,7 +17,6 @@ STAGES = {
     "rm": "rankings -> reward model",
     "ppo": "prompts, policy, reward model -> policy",
     "evaluate": "checkpoints -> numbers with intervals, plots, a report",
-    "curve": "a PPO run's checkpoints -> proxy and true score against KL",
 }
 TOOLS = {"validate": "FILE...: report every bad row of data files"}
 
@@ -42,6 +46,7 @@ def run(stage, argv: list[str]) -> int:
     """Run a stage; what the user can mend is one line and exit status 2, never a traceback."""
     try:
         stage(argv)
+        record_seconds(argv, stage.__module__.rpartition(".")[2])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,6 +57,22 @@ def run(stage, argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def record_seconds(argv: list[str], stage: str) -> None:
+    """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key."""
+    flags = dict(zip(argv, argv[1:], strict=False))
+    if "--run" in flags:
+        name = Path(flags["--output_dir"]).name if "--output_dir" in flags else stage
+        path = Path(flags["--run"]) / "seconds.json"
+        path.write_text(json.dumps(seconds_so_far(flags["--run"], name), indent=2) + "\n", encoding="utf-8")
+
+
+def seconds_so_far(run_dir: str, name: str) -> dict[str, float]:
+    """Seconds of the run's stages; under `name` those since this process started, imports included."""
+    path = Path(run_dir) / "seconds.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return known | {name: round(time.time() - psutil.Process().create_time(), 1)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""What a policy answers, and how good, how far from SFT and how fluent it is."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.generate import TorchSampler, uniform_numbers
+from align.maths.losses import lm_loss
+from align.maths.masks import length_mask
+from align.maths.reduce import masked_row_sum
+from align.models import ScalarModel, response_logprobs
+from align.ranking import score_rows
+from align.runtime import Runtime
+from align.text import Codec
+from align.types import Episode, Prompt, pad_rows
+
+Judge = Callable[[dict[str, Any], str, bool], Any]  # (row, response, finished) -> object with likert and as_dict()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every policy is measured with."""
+
+    codec: Codec
+    prompts: list[Prompt]
+    sft: torch.nn.Module
+    reward_model: ScalarModel
+    judge: Judge
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+
+def answer(
+    policy: torch.nn.Module,
+    setting: Setting,
+    temperature: float,
+    runtime: Runtime,
+    few_shot: list[tuple[str, str]] = (),
+) -> list[dict[str, Any]]:
+    """One record a prompt. With `few_shot` the policy sees solved examples first, and its answer ends at a blank line."""
+    codec, prompts = setting.codec, setting.prompts
+    plain = codec.prompts([prompt.prompt for prompt in prompts])
+    queries = codec.few_shot(few_shot, [prompt.prompt for prompt in prompts]) if few_shot else plain
+    uniforms = uniform_numbers(len(queries), setting.max_new_tokens, setting.seed, 0)
+    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
+    mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
+    with runtime.autocast():
+        episodes = sampler(mine, uniforms[picked], temperature)
+    if few_shot:
+        episodes = [cut_at_blank_line(episode, codec) for episode in episodes]
+    rows = [record(prompts[i], e, setting) for i, e in zip(picked, episodes, strict=True)]
+    own = [Episode(tuple(plain[i]), e.response, e.finished) for i, e in zip(picked, episodes, strict=True)]
+    with torch.no_grad(), runtime.autocast():
+        here = sequence_logprobs(policy, episodes, setting, runtime.device)
+        there = sequence_logprobs(setting.sft, own, setting, runtime.device)
+        closed = [[*e.query, *e.response] if e.finished else [*e.query, *e.response, codec.eos_id] for e in own]
+        proxies = score_rows(setting.reward_model, closed, codec.pad_id, setting.batch_size)
+    for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
+        row |= {"kl": kl, "proxy": proxy}
+    return runtime.gather_list(rows)
+
+
+def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:
+    response = setting.codec.decode(episode.response)
+    row = {"prompt": prompt.prompt, **prompt.columns}
+    judged = setting.judge(row, response, episode.finished)
+    fields = {name: value for name, value in judged.as_dict().items() if name != "likert"}
+    shown = {key: row.get(key) for key in ("id", "prompt", "use_case", "language", "constraint")}
+    return shown | {
+        "response": response.strip(),
+        "likert": judged.likert,
+        "fields": fields,
+        "finished": episode.finished,
+        "response_tokens": len(episode.response),
+    }
+
+
+def cut_at_blank_line(episode: Episode, codec: Codec) -> Episode:
+    """The answer alone: a few-shot prompted base model goes on with the next instruction after a newline (App. D)."""
+    for i in range(1, len(episode.response) + 1):
+        text = codec.decode(episode.response[:i])
+        if text.strip() and "\n" in text.lstrip():
+            kept = episode.response[: i - 1] or (codec.eos_id,)
+            return Episode(episode.query, (*kept, codec.eos_id), True)
+    return episode
+
+
+def sequence_logprobs(policy: torch.nn.Module, episodes: list[Episode], setting: Setting, device) -> Tensor:
+    """Log-probability of each whole response. (N,)"""
+    totals = torch.zeros(len(episodes))
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].query) + len(episodes[i].response))
+    for start in range(0, len(order), setting.batch_size):
+        rows = order[start : start + setting.batch_size]
+        batch = [episodes[i] for i in rows]
+        ids = pad_rows([[*e.query, *e.response] for e in batch], setting.codec.pad_id).to(device)
+        starts = torch.tensor([len(e.query) for e in batch], device=device)
+        lengths = torch.tensor([len(e.response) for e in batch], device=device)
+        width = int(lengths.max())
+        logprobs, _ = response_logprobs(policy, ids, starts, width, 1.0)
+        totals[rows] = masked_row_sum(logprobs, length_mask(lengths, width)).cpu()
+    return totals
+
+
+@torch.no_grad()
+def perplexity(policy: torch.nn.Module, documents: list[list[int]], pad_id: int, batch_size: int, device) -> float:
+    """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted."""
+    total, tokens = 0.0, 0
+    documents = sorted(documents, key=len)
+    for start in range(0, len(documents), batch_size):
+        rows = documents[start : start + batch_size]
+        ids = pad_rows(rows, pad_id).to(device)
+        mask = length_mask(torch.tensor([len(row) for row in rows], device=device), ids.shape[1])
+        total += float(lm_loss(policy(input_ids=ids, use_cache=False).logits, ids, mask))
+        tokens += sum(len(row) - 1 for row in rows)
+    return math.exp(total / tokens)

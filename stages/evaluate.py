@@ -1,0 +1,135 @@
+"""Checkpoints -> numbers with intervals (paper section 3.6): is PPO better than SFT, and what did it cost?
+
+    every policy answers the same held-out prompts, sampled (temperature 1) and greedy; a judge scores each answer;
+    win rate and paired gain against SFT with 95% intervals; KL to SFT, perplexity on plain text, length, share finished
+
+Policies: base, base with a few-shot prefix ("prompted"), SFT, PPO and PPO-ptx where they were trained.
+
+    python -m stages.evaluate --config configs/tiny/evaluate.yaml --run runs/tiny
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from align.checkpoint import check_parent, read_manifest, start_output, write_json, write_jsonl
+from align.config import EvaluateConfig, parse
+from align.data import load_demonstrations, load_prompts, load_rankings, load_texts
+from align.evaluate.policies import Setting, answer, perplexity
+from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
+from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
+from align.evaluate.win_rate import agreement, plain
+from align.models import load_policy, load_scalar_model
+from align.ranking import score_rankings
+from align.rewards import import_function
+from align.runtime import Runtime, is_main_process, limit_threads
+from align.text import Codec
+from align.track import announce, read_jsonl
+from stages.__main__ import run, seconds_so_far
+
+
+def main(argv: list[str]) -> None:
+    # 1. Config, checkpoints, prompts, judge.
+    config = parse(EvaluateConfig, argv)
+    limit_threads()
+    paths = policy_paths(config)
+    check_parent(config.reward_model_path, "reward_model_path", ("rm",))
+    codec = Codec.load(config.sft_path)
+    prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
+    prompts = prompts[: config.num_prompts] if config.num_prompts else prompts
+    documents = codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])
+    output = start_output(config.output_dir, overwrite=True)
+    runtime = Runtime(config.seed, config.bf16)
+    policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
+    reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation).to(runtime.device)
+    judge = import_function(config.judge, "judge")
+    setting = Setting(
+        codec, prompts, policies["sft"], reward_model, judge, config.max_new_tokens, config.per_device_batch_size, config.seed
+    )  # fmt: skip
+
+    # 2. Every policy answers every prompt, sampled and greedy.
+    measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}
+    for name, policy, examples in lineup(policies, config):
+        announce(f"evaluating {name}")
+        measured[name] = {
+            "sampled": answer(policy, setting, 1.0, runtime, examples),
+            "greedy": answer(policy, setting, 0.0, runtime, examples),
+            "perplexity": perplexity(policy, documents, codec.pad_id, config.per_device_batch_size, runtime.device),
+        }
+
+    # 3. The reward model against labelers and judge, and the labelers against each other.
+    evaluation = {"preset": config.preset, "policies": measured, **judges_report(config, setting)}
+    evaluation["step_zero"] = step_zero(config)
+    evaluation["seconds"] = seconds_so_far(config.run_dir, "evaluate")
+    evaluation["transcripts"] = pick_transcripts(evaluation, config.num_transcripts, config.seed)
+
+    # 4. Write: evaluation.json, summary.json, plots, tables, transcripts.
+    if is_main_process():
+        write_all(output, evaluation, config)
+    announce(f"report in {output / 'index.html'}, numbers in {Path(config.run_dir) / 'summary.json'}")
+
+
+def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
+    """Checked checkpoints by policy; a PPO folder that was not written counts as not trained."""
+    paths = {"base": config.base_path, "sft": config.sft_path}
+    for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
+        paths[name] = path if path and (Path(path) / "manifest.json").exists() else None
+    for name, path in paths.items():
+        if path:
+            check_parent(path, f"{name}_path", {"base": ("base",), "sft": ("sft",)}.get(name, ("ppo",)))
+    return paths
+
+
+def load(path: str, config: EvaluateConfig, runtime: Runtime):
+    return load_policy(path, config.attn_implementation).to(runtime.device).eval()
+
+
+def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
+    rows = [(name, policy, []) for name, policy in policies.items()]
+    if config.few_shot_file and "base" in policies:
+        examples, _ = load_demonstrations(config.few_shot_file, config.on_bad_rows)
+        rows.insert(1, ("prompted", policies["base"], [(d.prompt, d.completion) for d in examples]))
+    return rows
+
+
+def judges_report(config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
+    if not config.rankings_file:
+        return {"rm": {}, "labelers": {"agreement": None}}
+    rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
+    scored = score_rankings(setting.reward_model, rankings, setting.codec, setting.batch_size)
+    gold = [
+        [
+            setting.judge({"prompt": r.prompt, **r.columns}, text, done).likert
+            for text, done in zip(r.completions, r.columns.get("finished") or [True] * len(r.completions), strict=True)
+        ]
+        for r in rankings
+    ]
+    manifest = read_manifest(config.reward_model_path)
+    report = ranking_accuracy(scored, config.seed) | {"gold_accuracy": gold_accuracy(scored, gold, config.seed)}
+    report["demonstration_mean"] = manifest.metrics["demonstration_mean"] if manifest else None
+    agreed = agreement(rankings, config.seed)
+    return {"rm": report, "labelers": {"agreement": agreed.interval if agreed else None}}
+
+
+def step_zero(config: EvaluateConfig) -> dict[str, float] | None:
+    for path in (config.ppo_ptx_path, config.ppo_path):
+        manifest = read_manifest(path) if path and Path(path).exists() else None
+        if manifest:
+            return manifest.metrics["step_zero"]
+    return None
+
+
+def write_all(output: Path, evaluation: dict[str, Any], config: EvaluateConfig) -> None:
+    summary = summarise(evaluation, config.seed)
+    training = {"ppo": config.ppo_path, "ppo_ptx": config.ppo_ptx_path}
+    logs = {name: read_jsonl(Path(path) / "metrics.jsonl") for name, path in training.items() if path}
+    sft = read_jsonl(Path(config.sft_path) / "metrics.jsonl")
+    plots = write_plots(output / "plots", evaluation, summary, training={k: v for k, v in logs.items() if v}, sft=sft)
+    write_report(output, evaluation, plots, summary)
+    write_jsonl(output / "transcripts.jsonl", evaluation["transcripts"])
+    write_json(Path(config.run_dir) / "evaluation.json", plain(evaluation))
+    write_json(Path(config.run_dir) / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
