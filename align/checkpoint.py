@@ -223,6 +223,8 @@ def atomic_contents(path: str | Path) -> Iterator[Path]:
                 _sync(file)
             (path / MANIFEST).unlink(missing_ok=True)
             for file in files:
+                if (path / file.name).is_dir():
+                    _remove(path / file.name)
                 os.replace(file, path / file.name)
     finally:
         _remove(new)

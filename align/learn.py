@@ -21,7 +21,7 @@ from align.config import PPOConfig
 from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
 from align.generate import TorchSampler
 from align.maths.schedule import linear_decay, warmup_factor
-from align.models import EMA, disable_dropout, load_policy, load_scalar_model, save_scalar_model
+from align.models import EMA, disable_dropout, load_policy, load_scalar_model, require_context, save_scalar_model
 from align.rewards import FunctionReward, ModelReward, Reward, SumReward
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
@@ -33,19 +33,22 @@ from align.update import Learner
 class Inputs:
     """What stage 3 reads."""
 
+    codec: Codec
     queries: list[Query]
     documents: list[list[int]]  # pretraining text as tokens; empty for plain PPO
     parents: list[dict[str, Any]]
     reports: dict[str, DataReport]
 
 
-def load_queries(config: PPOConfig, codec: Codec) -> Inputs:
+def load_inputs(config: PPOConfig) -> Inputs:
     """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
     for role in ("reward_model_path", "value_model_path"):
         if getattr(config, role):
             parents.append(check_parent(getattr(config, role), role, ("rm",)))
     require_same_tokenizer(parents)
+    codec = Codec.load(config.model_name_or_path)
+    require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
     tokens = codec.prompts([prompt.prompt for prompt in prompts])
@@ -54,7 +57,7 @@ def load_queries(config: PPOConfig, codec: Codec) -> Inputs:
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
         documents = [ids[: config.ptx_max_length] for ids in codec.documents(texts)]
-    return Inputs(queries, documents, parents, reports)
+    return Inputs(codec, queries, documents, parents, reports)
 
 
 def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:

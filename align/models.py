@@ -14,7 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from align.errors import UserError
@@ -29,6 +29,16 @@ def load_policy(
     auto = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").exists() else AutoModelForCausalLM
     model = _load(auto, path, attn_implementation, dtype)
     return model.merge_and_unload() if auto is AutoPeftModelForCausalLM else model
+
+
+def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:
+    """Prompt and response must fit the model's context together (paper App. C: 1k + 1k of 2k)."""
+    context = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    if context is not None and prompt_tokens + response_tokens > context:
+        raise UserError(
+            f"max_prompt_length {prompt_tokens} + max_new_tokens {response_tokens}: over the {context} tokens that "
+            f"{path} can read; lower one"
+        )
 
 
 class ScalarModel(nn.Module):

@@ -37,7 +37,11 @@ class FunctionReward:
         completions = [self.codec.decode(episode.response) for episode in episodes]
         names = {name for prompt in prompts for name in prompt.columns}
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-        scores = self.function(prompts=[prompt.prompt for prompt in prompts], completions=completions, **columns)
+        try:
+            scores = self.function(prompts=[prompt.prompt for prompt in prompts], completions=completions, **columns)
+        except Exception as error:  # a user's code may raise anything; it ends the run with one line
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UserError(f"reward_function: {self.path} raised {what}; mend the function") from error
         if len(scores) != len(episodes):
             raise UserError(f"reward_function: {self.path} returned {len(scores)} scores for {len(episodes)} episodes")
         return [float(score) for score in scores]
@@ -56,17 +60,17 @@ class SumReward:
 
 def require_finite(scores: list[float], prompts: list[Prompt]) -> list[float]:
     """The scores, or an error that names the first prompt whose score is NaN or infinite."""
-    for score, prompt in zip(scores, prompts, strict=True):
+    for number, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
         if not math.isfinite(score):
-            name = prompt.columns.get("id", str(prompt.prompt)[:60])
-            raise UserError(f"reward: returned {score} for prompt {name!r}; a reward must be a finite number, mend it")
+            name = prompt.columns.get("id", f"number {number} of the batch")
+            raise UserError(f"reward: returned {score} for prompt {name}; a reward must be a finite number, mend it")
     return scores
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
     """`package.module:name` to the object it names."""
     module, colon, name = path.partition(":")
-    if not colon:
+    if not (colon and module and name):
         raise UserError(f"{key}: {path!r} is no import path; write package.module:function")
     try:
         return getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
 
@@ -118,22 +118,28 @@ class Runtime:
         self.accelerator.end_training()
 
 
+def state() -> PartialState:
+    """The launcher's processes. Accelerator reads ACCELERATE_USE_CPU, a bare PartialState does not: so it is said here,
+    or two processes on a CPU would each believe that they are alone."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def is_main_process() -> bool:
     """Also before or without a Runtime (a Trainer makes its own Accelerator)."""
-    return PartialState().is_main_process
+    return state().is_main_process
 
 
 def wait_for_everyone() -> None:
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
 
 
 def on_cpu() -> bool:
     """No accelerator here, or the launcher says not to use it."""
-    return PartialState().device.type == "cpu"
+    return state().device.type == "cpu"
 
 
 def num_processes() -> int:
-    return PartialState().num_processes
+    return state().num_processes
 
 
 def seed_everything(seed: int) -> None:

@@ -66,11 +66,15 @@ class Codec:
         texts = [c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions]
         if not texts:
             return []
-        return [[*ids, self.eos_id] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        # A special token spelled out in a text stays text.
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [[*row, self.eos_id] for row in ids]
 
     def documents(self, texts: list[str]) -> list[list[int]]:
         """Token ids of pretraining documents, each closed by EOS."""
-        return [[*ids, self.eos_id] for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        if not texts:
+            return []
+        return [[*ids, self.eos_id] for ids in self.tokenizer(texts, split_special_tokens=True)["input_ids"]]
 
     def decode(self, response: list[int] | tuple[int, ...]) -> str:
         """The text of a response, up to EOS."""

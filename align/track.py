@@ -27,10 +27,8 @@ class Metrics:
         self.start = time.perf_counter()
         if not is_main_process():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.timing):
-            kept = [] if resume_step is None else [r for r in read_jsonl(path) if r.get("step", 0) <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            keep_rows(path, "step", resume_step)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if not is_main_process():
@@ -86,24 +84,31 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     }
 
 
-def write_transcripts(path: Path, iteration: int, rollout: Rollout, codec: Codec, count: int = 8) -> None:
-    """The first episodes of a rollout as text, with their scores and KL."""
-    kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
-    rows = []
-    for i in range(min(count, len(rollout))):
-        query, total = int(rollout.query_lengths[i]), int(rollout.query_lengths[i] + rollout.response_lengths[i])
-        ids = rollout.input_ids[i].tolist()
-        rows.append(
-            {
-                "iteration": iteration,
-                "query": codec.tokenizer.decode(ids[:query]),
-                "response": codec.decode(ids[query:total]),
-                "finished": bool(rollout.finished[i]),
-                "score": float(rollout.raw_scores[i]),
-                "kl": float(kl[i]),
-            }
-        )
-    append_jsonl(path, rows)
+class Transcripts:
+    """Some episodes of a rollout as text, with their scores and KL, in transcripts.jsonl."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None, count: int = 8):
+        self.path, self.count = Path(folder) / "transcripts.jsonl", count
+        if is_main_process():
+            keep_rows(self.path, "iteration", None if resume_step is None else resume_step - 1)
+
+    def write(self, iteration: int, rollout: Rollout, codec: Codec) -> None:
+        kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
+        ends = rollout.query_lengths + rollout.response_lengths
+        rows = []
+        for i in range(min(self.count, len(rollout))):
+            query, end, ids = int(rollout.query_lengths[i]), int(ends[i]), rollout.input_ids[i].tolist()
+            row = {"query": codec.tokenizer.decode(ids[:query]), "response": codec.decode(ids[query:end])}
+            numbers = {"score": float(rollout.raw_scores[i]), "kl": float(kl[i])}
+            rows.append({"iteration": iteration, **row, "finished": bool(rollout.finished[i]), **numbers})
+        append_jsonl(self.path, rows)
+
+
+def keep_rows(path: Path, key: str, last: int | None) -> None:
+    """Start a log anew, or cut what a resumed run will write again: rows whose `key` is over `last`."""
+    kept = [] if last is None else [row for row in read_jsonl(path) if row.get(key, 0) <= last]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 
 
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:

@@ -1,10 +1,14 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTTrainer
 
 from align.config import StageConfig
 from align.ranking import batch_ranking_loss
@@ -40,6 +44,40 @@ def metrics_callback(output: Path, checkpoint: Path | None) -> MetricsCallback:
 
 def resume_argument(checkpoint: Path | None) -> str | None:
     return str(checkpoint) if checkpoint else None
+
+
+class LengthGroups(Sampler):
+    """Rows of like length in one global batch, so that little is padding; the same for any number of processes."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class GroupedByLength:
+    """Mixed into a Trainer: training batches come from `LengthGroups`."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroups([len(ids) for ids in rows["input_ids"]], size, self.args.seed)
+
+
+class LanguageModelTrainer(GroupedByLength, Trainer):
+    """transformers' Trainer, batches grouped by length."""
+
+
+class DemonstrationTrainer(GroupedByLength, SFTTrainer):
+    """TRL's SFTTrainer, batches grouped by length."""
 
 
 class SaveEachEpoch(TrainerCallback):

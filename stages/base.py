@@ -13,15 +13,16 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from align.checkpoint import atomic_contents, latest_checkpoint, start_output, write_manifest
 from align.config import BaseConfig, parse
 from align.data import load_texts
+from align.initialise import embedding_std, start_with_induction
 from align.runtime import is_main_process, limit_threads
 from align.text import CausalCollator, Codec
 from align.track import announce
-from align.trainer import common_arguments, metrics_callback, resume_argument
+from align.trainer import LanguageModelTrainer, common_arguments, metrics_callback, resume_argument
 from stages.__main__ import run
 
 # One user message and its answer, as in "instruction\nanswer<eos>".
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> None:
     validation = Dataset.from_dict({"input_ids": codec.documents(held_out)})
 
     # 3. Model, and training with rows of like length together.
-    trainer = Trainer(
-        model=LlamaForCausalLM(llama_config(config, codec)),
+    trainer = LanguageModelTrainer(
+        model=build_model(config, codec),
         args=training_arguments(config, output),
         train_dataset=rows,
         eval_dataset=validation,
@@ -84,6 +85,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return fast
 
 
+def build_model(config: BaseConfig, codec: Codec) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(llama_config(config, codec))
+    start_with_induction(model)
+    return model
+
+
 def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(codec.tokenizer),
@@ -93,6 +100,9 @@ def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=True,
+        attention_bias=True,
+        initializer_range=embedding_std(config.hidden_size),
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # documents are short
         bos_token_id=None,
         eos_token_id=codec.eos_id,
         pad_token_id=codec.pad_id,
@@ -105,7 +115,6 @@ def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:
         **common_arguments(config, output),
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=128,
-        train_sampling_strategy="group_by_length",
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
         adam_beta2=config.adam_beta2,

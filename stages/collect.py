@@ -15,7 +15,7 @@ from align.collect import Candidates, draw_k, group, load_labelers, rank_all
 from align.config import CollectConfig, parse
 from align.data import drop_long, load_prompts
 from align.generate import TorchSampler, uniform_numbers
-from align.models import load_policy
+from align.models import load_policy, require_context
 from align.runtime import Runtime, is_main_process, limit_threads
 from align.text import Codec
 from align.track import announce
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     limit_threads()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "ppo", "base"))]
     codec = Codec.load(config.model_name_or_path)
+    require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     files = {"train": config.prompts_file, "validation": config.validation_prompts_file}
     loaded = {name: load_prompts(path, config.on_bad_rows) for name, path in files.items() if path}
     loaded = {name: drop_long(*cut(pair, codec, config)) for name, pair in loaded.items()}

@@ -23,7 +23,7 @@ from align.data import Cursor
 from align.learn import (
     build_actors,
     build_learner,
-    load_queries,
+    load_inputs,
     load_state,
     save_policy,
     save_state,
@@ -32,8 +32,7 @@ from align.learn import (
 from align.maths.kl import adapt_kl_coef
 from align.rollout import check_step_zero, collect_rollout
 from align.runtime import Runtime, limit_threads
-from align.text import Codec
-from align.track import Metrics, announce, ppo_metrics, write_transcripts
+from align.track import Metrics, Transcripts, announce, ppo_metrics
 from align.update import BatchAlgebra, update
 from stages.__main__ import run
 
@@ -46,9 +45,9 @@ def main(argv: list[str]) -> None:
     algebra = BatchAlgebra.of(config, runtime.world)
     announce(str(algebra))
 
-    # 2. Prompts, pretraining documents, parents, folder.
-    codec = Codec.load(config.model_name_or_path)
-    inputs = load_queries(config, codec)
+    # 2. Parents, prompts, pretraining documents, folder.
+    inputs = load_inputs(config)
+    codec = inputs.codec
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
 
@@ -61,6 +60,7 @@ def main(argv: list[str]) -> None:
     if checkpoint:
         first, kl_coef, step_zero = load_state(checkpoint, learner, prompt_cursor, document_cursor, runtime)
     metrics = Metrics(output, first if checkpoint else None)
+    transcripts = Transcripts(output, first if checkpoint else None)
     runtime.start_tracker("align", vars(config), output.name, str(output))
 
     def next_documents(count: int) -> list[list[int]]:
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         metrics.log(done, {"episode": done * algebra.rollout, **row})
         runtime.track(row, done)
         if config.transcript_iterations and iteration % config.transcript_iterations == 0:
-            write_transcripts(output / "transcripts.jsonl", iteration, rollout, codec)
+            transcripts.write(iteration, rollout, codec)
         if config.save_iterations and done % config.save_iterations == 0:
             save_state(
                 output, done, learner, prompt_cursor, document_cursor, kl_coef, step_zero, config, codec, runtime

@@ -2,7 +2,7 @@
 
     minimise  - E_demonstrations[ sum_t log p(response_t | prompt, response_<t) ]     prompt tokens are not predicted
 
-TRL's SFTTrainer drives it. Of the paper: cosine to 10% of peak without warm-up, epochs over one, a checkpoint each
+TRL's SFTTrainer drives it (align/trainer.py groups its batches by length). Of the paper: cosine to 10% of peak without warm-up, epochs over one, a checkpoint each
 epoch, the final one chosen by reward where a reward model is given, an optional share of pretraining text (C.3).
 Differs: prompt masking is not stated in the paper; here it is on by default.
 
@@ -16,7 +16,6 @@ from pathlib import Path
 import trl
 from datasets import Dataset
 from transformers import set_seed
-from trl import SFTTrainer
 
 from align.checkpoint import (
     atomic_contents,
@@ -34,7 +33,14 @@ from align.runtime import is_main_process, limit_threads
 from align.select import choose_epoch
 from align.text import Codec
 from align.track import announce
-from align.trainer import SaveEachEpoch, common_arguments, cosine_to_tenth, metrics_callback, resume_argument
+from align.trainer import (
+    DemonstrationTrainer,
+    SaveEachEpoch,
+    common_arguments,
+    cosine_to_tenth,
+    metrics_callback,
+    resume_argument,
+)
 from stages.__main__ import run
 
 
@@ -57,7 +63,7 @@ def main(argv: list[str]) -> None:
         add_residual_dropout(policy, config.residual_dropout)
 
     # 3. Train.
-    trainer = SFTTrainer(
+    trainer = DemonstrationTrainer(
         model=policy,
         args=training_arguments(config, output),
         train_dataset=Dataset.from_list(train),
@@ -105,7 +111,6 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        train_sampling_strategy="group_by_length",
         learning_rate=config.learning_rate,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,

@@ -265,7 +265,7 @@ def _reward_table(summary: Mapping[str, Any]) -> Table:
     rm, agreement = summary["rm"], summary["labelers"]["agreement"]
     rows = [
         ["accuracy against labelers", str(Interval(**rm["accuracy"]))],
-        ["accuracy against gold", str(Interval(**rm["gold_accuracy"]))],
+        ["accuracy against gold", str(Interval(**rm["gold_accuracy"])) if rm["gold_accuracy"] else "no pair differs"],
         ["agreement of two labelers", str(Interval(**agreement)) if agreement else NO_VALUE],
         ["mean score of demonstrations", f"{rm['demonstration_mean']:.2g}"],
     ]

@@ -67,13 +67,16 @@ def ranking_accuracy(
     }
 
 
-def gold_accuracy(scored: Sequence[Scored], gold: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """How the scores order the pairs whose `gold` values (one row of K a ranking; higher is better) differ."""
+def gold_accuracy(scored: Sequence[Scored], gold: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
+    """How the scores order the pairs whose `gold` values (one row of K a ranking; higher is better) differ.
+
+    None when no pair differs, as with a policy whose every answer is worthless.
+    """
     pairs = [
         pair for (ranking, scores), values in zip(scored, gold, strict=True) for pair in _pairs(ranking, scores, values)
     ]
     if not pairs:
-        raise ValueError("no pair of completions differs in gold value")
+        return None
     return accuracy_interval(_correct([p.gap for p in pairs]), [text_key(p.ranking.prompt) for p in pairs], seed)
 
 

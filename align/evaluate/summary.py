@@ -135,7 +135,8 @@ def _check_rm(rm: Any) -> list[str]:
     if problems:
         return problems
     problems += _interval(rm["accuracy"], "rm.accuracy", rate=True)
-    problems += _interval(rm["gold_accuracy"], "rm.gold_accuracy", rate=True)
+    if rm["gold_accuracy"] is not None:
+        problems += _interval(rm["gold_accuracy"], "rm.gold_accuracy", rate=True)
     problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
     if type(rm["pairs"]) is not int or rm["pairs"] < 0:
         problems.append(f"rm.pairs is {rm['pairs']!r}, not a count")

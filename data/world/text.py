@@ -312,7 +312,7 @@ WRITERS: dict[Writer, float] = {
     _zh_list: 2.5,
     _zh_talk: 3,
 }
-SHEETS, PAGES = 0.07, 0.05  # shares of the documents: instructions without answers; with answers
+SHEETS, PAGES = 0.08, 0.10  # shares of the documents: instructions without answers; with answers
 
 
 def _document(rng: Random, writer: Writer) -> str:
@@ -341,7 +341,7 @@ def _sheet(source: PromptSource) -> str:
 
 
 def _page(source: PromptSource) -> str:
-    rows = [source.draw() for _ in range(2)]
+    rows = [source.draw() for _ in range(source.rng.choice((2, 3, 4)))]
     return "\n\n".join(f"{row['prompt']}\n{spoken(row['language'], _page_answer(source, row))}" for row in rows)
 
 

@@ -1,0 +1,208 @@
+"""What a user gets wrong: exit status 2, one `error:` line on stderr, nothing half-written, no traceback."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.__main__ import main
+
+pytestmark = pytest.mark.xdist_group("stages")
+
+
+@pytest.fixture
+def refused(mini, capsys):
+    def check(stage: str, *words: str, **changes) -> str:
+        capsys.readouterr()
+        code = main([stage, *mini.arguments(stage, mini.run, **changes)])
+        out = capsys.readouterr()
+        errors = [line for line in out.err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1, out.err
+        assert "Traceback" not in out.err + out.out
+        assert out.err.rstrip().splitlines()[-1] == errors[0], "the error is the last line"
+        for word in words:
+            assert word in errors[0]
+        return errors[0]
+
+    return check
+
+
+def empty(folder) -> bool:
+    """Absent, or holding nothing that looks like a model or a run."""
+    if not folder.exists():
+        return True
+    left = {path.name for path in folder.rglob("*") if path.is_file()}
+    return not {n for n in left if n.endswith((".safetensors", ".partial")) or n in ("manifest.json", "config.json")}
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "collect", "rm", "ppo", "evaluate"])
+def test_unknown_key(refused, tmp_path, stage):
+    refused(stage, "--sede", "did you mean 'seed'?", output_dir=tmp_path / "out", sede=3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, key",
+    [
+        ("sft", "model_name_or_path"), ("collect", "model_name_or_path"), ("rm", "model_name_or_path"),
+        ("ppo", "model_name_or_path"), ("ppo", "reward_model_path"), ("evaluate", "reward_model_path"),
+        ("sft", "reward_model_path"), ("evaluate", "sft_path"),
+    ],
+)  # fmt: skip
+def test_missing_checkpoint(refused, tmp_path, stage, key):
+    refused(stage, key, "no such checkpoint", **{key: tmp_path / "gone", "output_dir": tmp_path / "out"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, key, given",
+    [
+        ("sft", "model_name_or_path", "rm"),
+        ("rm", "model_name_or_path", "ppo"),
+        ("ppo", "model_name_or_path", "base"),
+        ("ppo", "reward_model_path", "sft"),
+        ("ppo", "value_model_path", "sft"),
+        ("evaluate", "reward_model_path", "sft"),
+        ("collect", "model_name_or_path", "rm"),
+        ("evaluate", "sft_path", "rm"),
+    ],
+)
+def test_wrong_stage(refused, mini, tmp_path, stage, key, given):
+    refused(stage, key, f"comes from stage {given}", **{key: mini.run / given, "output_dir": tmp_path / "out"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_without_a_head_and_without_a_manifest(refused, mini, tmp_path):
+    shutil.copytree(mini.run / "sft", tmp_path / "foreign", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    refused("ppo", "score", reward_model_path=tmp_path / "foreign", output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+def test_tampered_weights(refused, mini, tmp_path):
+    folder = tmp_path / "sft"
+    shutil.copytree(mini.run / "sft", folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for stage in ("collect", "rm", "ppo"):
+        line = refused(stage, "weights changed", model_name_or_path=folder, output_dir=tmp_path / "out")
+        assert str(folder) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_torn_weights(refused, mini, tmp_path):
+    folder = tmp_path / "sft"
+    shutil.copytree(mini.run / "sft", folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("ppo", "model_name_or_path", model_name_or_path=folder, output_dir=tmp_path / "out")
+
+
+def nan_reward(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+
+
+def short_reward(prompts, completions, **columns):
+    return [0.0]
+
+
+def raising_reward(prompts, completions, **columns):
+    raise ZeroDivisionError("division by zero")
+
+
+@pytest.fixture
+def rewards_module(monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("bad_rewards")
+    module.nan, module.short, module.raising = nan_reward, short_reward, raising_reward
+    monkeypatch.setitem(sys.modules, "bad_rewards", module)
+
+
+def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
+    refused("ppo", "reward", "nan", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+def test_reward_that_returns_too_few(refused, rewards_module, tmp_path):
+    refused("ppo", "returned 1 scores for 16", reward_function="bad_rewards:short", output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+def test_reward_that_cannot_be_imported(refused, tmp_path):
+    refused("ppo", "reward_function", reward_function="no.such:thing", output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "stage, folder", [("base", "base"), ("sft", "sft"), ("collect", "rankings"), ("rm", "rm"), ("ppo", "ppo")]
+)
+def test_output_folder_that_holds_another_run(refused, mini, stage, folder):
+    def content():
+        return {p: p.read_bytes() for p in (mini.run / folder).rglob("*") if p.is_file() and p.name != "run.lock"}
+
+    before = content()
+    refused(stage, "already holds another run", "overwrite_output_dir")
+    assert before == content()
+
+
+@pytest.mark.parametrize(
+    "stage, key", [("sft", "train_file"), ("rm", "train_file"), ("ppo", "train_file"), ("collect", "prompts_file")]
+)
+def test_bad_rows_are_named_by_line(refused, mini, tmp_path, stage, key):
+    good = {
+        "sft": "data/demonstrations",
+        "rm": "rankings/train",
+        "ppo": "data/prompts_ppo",
+        "collect": "data/prompts_rm",
+    }
+    lines = (mini.run / f"{good[stage]}.jsonl").read_text(encoding="utf-8").splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:3], '{"prompt": ', *lines[3:]]) + "\n", encoding="utf-8")
+    refused(stage, f"{bad}:4", **{key: bad, "output_dir": tmp_path / "out"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_file(refused, tmp_path):
+    refused("ppo", "gone.jsonl", "no such file", train_file=tmp_path / "gone.jsonl", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_left_under_the_prompt_cap(refused, tmp_path):
+    refused("ppo", "every row is over 1 tokens", max_prompt_length=1, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch_sizes_that_do_not_divide(refused, tmp_path):
+    refused("ppo", "does not divide", rollout_batch_size=18, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_D2_prompt_and_response_over_the_models_context(refused, mini, tmp_path):
+    context = json.loads((mini.run / "sft" / "config.json").read_text())["max_position_embeddings"]
+    refused("ppo", "max_new_tokens", max_new_tokens=context, output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+def test_nothing_to_resume_from(refused, tmp_path):
+    refused("ppo", "resume_from_checkpoint", resume_from_checkpoint="latest", output_dir=tmp_path / "out")
+    assert empty(tmp_path / "out")
+
+
+def test_usage(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["pretrain"]) == 2
+    assert "unknown stage 'pretrain'" in capsys.readouterr().err
+
+
+def test_the_random_state_of_torch_is_no_input(mini, tmp_path):
+    """A stage seeds itself: what ran before in this process must not matter."""
+    torch.manual_seed(12345)
+    mini.stage("collect", mini.run, output_dir=tmp_path / "a")
+    torch.manual_seed(54321)
+    mini.stage("collect", mini.run, output_dir=tmp_path / "b")
+    assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()

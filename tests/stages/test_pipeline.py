@@ -1,0 +1,210 @@
+"""The stages end to end at mini size: files, manifests, loading without our code, reproducibility, resume."""
+
+import filecmp
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.evaluate.report import check_summary
+
+pytestmark = pytest.mark.xdist_group("stages")
+
+
+def manifest(mini: SimpleNamespace, name: str) -> dict:
+    return json.loads((mini.run / name / "manifest.json").read_text())
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_stage_leaves_its_files(mini):
+    for name in ("base", "sft", "rm", "ppo"):
+        names = {path.name for path in (mini.run / name).iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "manifest.json", "metrics.jsonl"} <= names, name
+    for name in ("train.jsonl", "validation.jsonl", "held_out.jsonl"):
+        assert rows(mini.run / "rankings" / name), name
+    assert (mini.run / "rm" / "report.json").is_file()
+    assert rows(mini.run / "ppo" / "transcripts.jsonl")
+    assert (mini.run / "ppo" / "value_model" / "model.safetensors").is_file()
+    assert not list(mini.run.rglob("*partial*")), "nothing half-written"
+
+
+def test_manifests_chain(mini):
+    for child, parents in {"sft": ["base"], "rankings": ["sft"], "rm": ["sft"], "ppo": ["sft", "rm"]}.items():
+        stated = manifest(mini, child)["parents"]
+        assert [entry["stage"] for entry in stated] == parents
+        for entry, parent in zip(stated, parents, strict=True):
+            digest = hashlib.sha256((mini.run / parent / "model.safetensors").read_bytes()).hexdigest()
+            assert entry["weights_sha256"] == digest == manifest(mini, parent)["weights_sha256"]
+            assert entry["tokenizer_sha256"] == manifest(mini, "base")["tokenizer_sha256"]
+
+
+def test_data_files_are_in_the_manifest_with_their_hashes(mini):
+    for name, report in manifest(mini, "sft")["data"].items():
+        assert report["rows_used"] + sum(report["dropped"].values()) == report["rows_read"] > 0, name
+        for path, digest in report["sha256"].items():
+            with open(path, "rb") as file:
+                assert hashlib.sha256(file.read()).hexdigest() == digest
+
+
+def test_folders_load_with_transformers_alone(mini):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(mini.run / "ppo")
+    ids = tokenizer("hello there", return_tensors="pt")["input_ids"]
+    for name in ("base", "sft", "ppo"):
+        policy, info = AutoModelForCausalLM.from_pretrained(mini.run / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        out = policy.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        assert out.shape[1] > ids.shape[1]
+    for folder in (mini.run / "rm", mini.run / "ppo" / "value_model"):
+        assert AutoModelForSequenceClassification.from_pretrained(folder)(ids).logits.shape == (1, 1)
+        assert AutoModelForTokenClassification.from_pretrained(folder)(ids).logits.shape == (1, ids.shape[1], 1)
+
+
+def moved(before, after) -> set[str]:
+    a, b = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    return {name for name in a if name in b and not torch.equal(a[name].float(), b[name].float())}
+
+
+def test_every_trained_parameter_moved(mini):
+    names = set(load_file(mini.run / "base" / "model.safetensors"))
+    assert moved(mini.run / "base", mini.run / "sft") == names
+    assert moved(mini.run / "sft", mini.run / "ppo") == names
+    rm = set(load_file(mini.run / "rm" / "model.safetensors"))
+    assert moved(mini.run / "sft", mini.run / "rm") == names & rm and {"score.weight", "score.bias"} <= rm
+    assert moved(mini.run / "rm", mini.run / "ppo" / "value_model") == rm
+
+
+def test_R9_demonstrations_score_0_on_average(mini):
+    """By transformers and a loop of single rows; and as the manifest says."""
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    assert abs(manifest(mini, "rm")["metrics"]["demonstration_mean"]) < 1e-4
+    model = AutoModelForTokenClassification.from_pretrained(mini.run / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(mini.run / "rm")
+    total, demonstrations = 0.0, rows(mini.run / "data" / "demonstrations.jsonl")
+    for row in demonstrations:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            total += float(model(ids).logits[0, -1, 0])
+    assert abs(total / len(demonstrations)) < 1e-4
+
+
+def test_summary_follows_its_schema(evaluated):
+    summary = json.loads((evaluated / "summary.json").read_text())
+    check_summary(summary)
+    assert list((evaluated / "report" / "plots").glob("*.png")) and (evaluated / "report" / "index.html").is_file()
+    assert summary["policies"]["ppo_ptx"] and summary["policies"]["sft"] and summary["policies"]["prompted"]
+
+
+def test_evaluating_hopeless_policies_is_no_crash(mini, tmp_path):
+    """No pair of completions differs in gold value; there is still a report to write."""
+    lines = (mini.run / "rankings" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    ranking = json.loads(lines[0])
+    for item, text in zip(ranking["completions"], "abcdefghi", strict=False):
+        item["completion"] = text * 3
+    (tmp_path / "same.jsonl").write_text(json.dumps(ranking, ensure_ascii=False) + "\n", encoding="utf-8")
+    mini.stage("evaluate", mini.run, rankings_file=tmp_path / "same.jsonl", output_dir=tmp_path / "report")
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_step_zero_numbers_are_kept(mini):
+    numbers = manifest(mini, "ppo")["metrics"]["step_zero"]
+    assert set(numbers) == {"ratio_max_deviation", "kl", "value_minus_score"}
+    assert all(abs(value) < 1e-3 for value in numbers.values())
+
+
+def test_losses_fall(mini):
+    losses = [row["loss"] for row in rows(mini.run / "base" / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_rankings_hold_4_to_k_samples_and_distinct_labelers(mini):
+    train = rows(mini.run / "rankings" / "train.jsonl")
+    held_out = rows(mini.run / "rankings" / "held_out.jsonl")
+    assert all(2 <= len(row["completions"]) <= 5 for row in train)
+    assert not {row["labeler"] for row in train} & {row["labeler"] for row in held_out}
+    for row in train:
+        texts = [item["completion"] for item in row["completions"]]
+        assert len(set(texts)) == len(texts) == len(row["finished"])
+
+
+def test_same_seed_twice_gives_the_same_metrics_and_weights(mini, tmp_path):
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "again")
+    first, again = mini.run / "ppo", tmp_path / "again"
+    assert filecmp.cmp(first / "metrics.jsonl", again / "metrics.jsonl", shallow=False)
+    assert len(rows(again / "metrics.jsonl")) == 2
+    assert filecmp.cmp(first / "model.safetensors", again / "model.safetensors", shallow=False)
+    assert filecmp.cmp(first / "transcripts.jsonl", again / "transcripts.jsonl", shallow=False)
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "other", seed=1)
+    assert not filecmp.cmp(first / "metrics.jsonl", tmp_path / "other" / "metrics.jsonl", shallow=False)
+
+
+def test_same_seed_twice_in_sft_and_rm(mini, tmp_path):
+    for stage in ("sft", "rm"):
+        mini.stage(stage, mini.run, output_dir=tmp_path / stage)
+        for name in ("metrics.jsonl", "model.safetensors"):
+            assert filecmp.cmp(mini.run / stage / name, tmp_path / stage / name, shallow=False), (stage, name)
+
+
+def test_ppo_resume_equals_the_uninterrupted_run(mini, tmp_path, monkeypatch):
+    """Three iterations in one go, against a run that dies in its third and goes on from its checkpoint."""
+    import stages.ppo
+
+    changes = {"total_episodes": 48, "save_iterations": 1, "kl_target": 0.01, "kl_horizon": 100, "seed": 3}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    mini.stage("ppo", mini.run, output_dir=whole, **changes)
+
+    real = stages.ppo.collect_rollout
+
+    def dies(queries, actors, config, runtime, kl_coef, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return real(queries, actors, config, runtime, kl_coef, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.ppo, "collect_rollout", dies)
+        with pytest.raises(KeyboardInterrupt):
+            mini.stage("ppo", mini.run, output_dir=cut, **changes)
+    assert not (cut / "manifest.json").exists()
+    mini.stage("ppo", mini.run, output_dir=cut, resume_from_checkpoint="latest", **changes)
+    names = ["metrics.jsonl", "model.safetensors", "value_model/model.safetensors", "transcripts.jsonl"]
+    different = [name for name in names if not filecmp.cmp(whole / name, cut / name, shallow=False)]
+    assert different == []
+
+
+def test_ppo_resume_from_an_earlier_checkpoint_cuts_what_came_after(mini, tmp_path):
+    changes = {"total_episodes": 48, "save_iterations": 1, "seed": 3}
+    mini.stage("ppo", mini.run, output_dir=tmp_path, **changes)
+    before = {
+        name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors", "transcripts.jsonl")
+    }
+    mini.stage("ppo", mini.run, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2", **changes)
+    assert [name for name, content in before.items() if (tmp_path / name).read_bytes() != content] == []
+
+
+def test_plain_ppo_reads_no_text(mini, tmp_path):
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "plain", ptx_coef=0, pretraining_file="null")
+    assert [row["loss/ptx"] for row in rows(tmp_path / "plain" / "metrics.jsonl")] == [0.0, 0.0]
+
+
+def test_S5_sft_chooses_by_reward_when_a_reward_model_is_given(mini, tmp_path):
+    mini.stage("sft", mini.run, output_dir=tmp_path / "sft", reward_model_path=mini.run / "rm", max_new_tokens=6)
+    choice = json.loads((tmp_path / "sft" / "manifest.json").read_text())["metrics"]["selection"]
+    best = max(choice["table"], key=lambda row: row["reward"])
+    assert choice["criterion"] == "highest mean reward" and choice["checkpoint"] == best["checkpoint"]
+    weights = "model.safetensors"
+    assert filecmp.cmp(tmp_path / "sft" / weights, tmp_path / "sft" / best["checkpoint"] / weights, shallow=False)

@@ -1,0 +1,110 @@
+"""align/collect.py: how many samples, which are shown, what the labelers' ranks become."""
+
+from collections import Counter
+
+import pytest
+
+from align.collect import Candidates, draw_k, group, load_labelers, rank_all
+from align.data import parse_ranking
+from align.errors import UserError
+from align.types import Episode, Prompt
+
+
+class ByLength:
+    def __init__(self, name):
+        self.name, self.shown = name, []
+
+    def rank(self, row, completions, finished):
+        self.shown.append((row, completions, finished))
+        return [float(len(text)) for text in completions]
+
+
+class Short:
+    name = "short"
+
+    def rank(self, row, completions, finished):
+        return [0.0]
+
+
+class NotALabeler:
+    pass
+
+
+def no_labelers(seed):
+    return []
+
+
+def wrong_labelers(seed):
+    return [NotALabeler()]
+
+
+def candidates(*texts, **columns) -> Candidates:
+    return Candidates(Prompt("p", columns), texts, tuple(True for _ in texts))
+
+
+def test_k_is_uniform_over_4_to_9():
+    sizes = draw_k(6000, 4, 9, seed=1)
+    counts = Counter(sizes)
+    assert set(counts) == {4, 5, 6, 7, 8, 9} and all(850 < count < 1150 for count in counts.values())
+    assert sizes == draw_k(6000, 4, 9, seed=1) != draw_k(6000, 4, 9, seed=2)
+    assert draw_k(3, 2, 2, 0) == [2, 2, 2]
+
+
+def test_equal_and_empty_texts_are_shown_once_or_not_at_all(tiny_codec):
+    def episode(text, finished=True):
+        ids = tiny_codec.response(text)
+        return Episode((5,), tuple(ids if finished else ids[:-1]), finished)
+
+    episodes = [episode("cow"), episode("dog", False), episode("cow", False), episode(""), episode(" "), episode("fox")]
+    first, second = group([Prompt("a"), Prompt("b")], [5, 1], episodes, tiny_codec)
+    assert (first.prompt.prompt, first.completions, first.finished) == ("a", ("cow", "dog"), (True, False))
+    assert (second.prompt.prompt, second.completions, second.finished) == ("b", ("fox",), (True,))
+
+
+def test_rows_are_rankings_that_the_reader_accepts():
+    labeler = ByLength("ann")
+    rows, skipped = rank_all([candidates("aaa", "b", id="x", customer="c")], [labeler], 1, seed=0)
+    assert rows == [
+        {
+            "prompt": "p", "labeler": "ann", "id": "x", "customer": "c", "finished": [True, True],
+            "completions": [{"completion": "aaa", "rank": 3.0}, {"completion": "b", "rank": 1.0}],
+        }
+    ]  # fmt: skip
+    ranking = parse_ranking(rows[0], Counter())
+    assert ranking.completions == ("aaa", "b") and ranking.ranks == (3.0, 1.0) and ranking.labeler == "ann"
+    assert labeler.shown == [({"prompt": "p", "id": "x", "customer": "c"}, ["aaa", "b"], [True, True])]
+    assert not skipped
+
+
+def test_what_gives_no_ranking_is_counted():
+    rows, skipped = rank_all([candidates("a"), candidates("a", "b"), candidates("a", "bb")], [ByLength("ann")], 1, 0)
+    assert len(rows) == 1 and skipped == {"fewer than two distinct completions": 1, "all tied": 1}
+
+
+def test_labelers_are_drawn_without_repeating_one():
+    team = [ByLength(name) for name in "abcde"]
+    rows, _ = rank_all([candidates("a", "bb", id=i) for i in range(200)], team, 2, seed=3)
+    by_prompt = {i: [row["labeler"] for row in rows if row["id"] == i] for i in range(200)}
+    assert all(len(set(names)) == 2 for names in by_prompt.values())
+    assert all(count > 50 for count in Counter(row["labeler"] for row in rows).values())
+    alone, _ = rank_all([candidates("a", "bb")], team[:1], 2, seed=3)
+    assert len(alone) == 1
+
+
+def test_a_labeler_that_miscounts_is_named():
+    with pytest.raises(UserError, match="short gave 1 ranks for 2 completions"):
+        rank_all([candidates("a", "bb")], [Short()], 1, 0)
+
+
+def test_labelers_by_import_path(monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("some_labelers")
+    module.team = lambda seed: [ByLength(f"ann-{seed}")]
+    module.none, module.wrong = no_labelers, wrong_labelers
+    monkeypatch.setitem(sys.modules, "some_labelers", module)
+    assert [labeler.name for labeler in load_labelers("some_labelers:team", "labelers", 7)] == ["ann-7"]
+    for path in ("some_labelers:none", "some_labelers:wrong", "some_labelers:gone"):
+        with pytest.raises(UserError, match="labelers: "):
+            load_labelers(path, "labelers", 7)

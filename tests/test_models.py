@@ -1,0 +1,311 @@
+"""align/models.py: heads, scores, dropout, forward passes over responses, the weight average."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from align.errors import UserError
+from align.models import (
+    EMA,
+    add_residual_dropout,
+    disable_dropout,
+    load_policy,
+    load_scalar_model,
+    response_logprobs,
+    response_values,
+    save_scalar_model,
+)
+from align.ranking import last_scores, normalise, score_rows
+
+PAD, EOS = 0, 1
+ROWS = [[5, 6, 7, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 1], [8, 60, 1], [44, 45, 46, 47, 48, 1]]
+
+
+@pytest.fixture
+def policy_folder(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+@pytest.fixture
+def scalar(policy_folder):
+    model = load_scalar_model(policy_folder, "eager", fresh_head=True).eval()
+    with torch.no_grad():
+        model.head.bias.fill_(0.7)
+    return model
+
+
+def pad(rows, value=PAD, extra=0):
+    width = max(map(len, rows)) + extra
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def last(rows):
+    return torch.tensor([len(row) - 1 for row in rows])
+
+
+def one_by_one(model, rows) -> list[float]:
+    with torch.no_grad():
+        return [float(model(torch.tensor([row]))[0, -1]) for row in rows]
+
+
+def test_R7_fresh_head(tmp_path):
+    size = 4096
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=64,
+        num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    head = load_scalar_model(str(tmp_path), "eager", fresh_head=True).head
+    assert head.weight.shape == (1, size) and head.bias.tolist() == [0.0]
+    numbers = head.weight[0].double()
+    std = math.sqrt(float(((numbers - numbers.mean()) ** 2).sum()) / (size - 1))
+    assert std == pytest.approx(1 / math.sqrt(size + 1), rel=0.05)
+    assert abs(float(numbers.mean())) < 4 / size  # 4 standard errors
+
+
+def test_a_fresh_head_needs_the_seed_alone(policy_folder):
+    torch.manual_seed(5)
+    first = load_scalar_model(policy_folder, fresh_head=True).head.weight.clone()
+    torch.manual_seed(5)
+    assert torch.equal(first, load_scalar_model(policy_folder, fresh_head=True).head.weight)
+
+
+@pytest.mark.parametrize("extra, junk", [(0, PAD), (7, PAD), (3, 59), (3, EOS)])
+def test_R8_score_under_padding_and_batch_mates(scalar, extra, junk):
+    expected = one_by_one(scalar, ROWS)
+    with torch.no_grad():
+        scores = last_scores(scalar, pad(ROWS, junk, extra), last(ROWS))
+    assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+    assert len({round(x, 3) for x in expected}) == len(ROWS), "scores that are all alike prove nothing"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_R8_batches_keep_their_order(scalar, size):
+    assert score_rows(scalar, ROWS, PAD, size) == pytest.approx(one_by_one(scalar, ROWS), abs=1e-4)
+
+
+def test_R8_equals_a_stock_sequence_classifier_up_to_the_bias(scalar, tmp_path):
+    expected = one_by_one(scalar, ROWS)
+    save_scalar_model(scalar, tmp_path, PAD)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        single = [float(stock(torch.tensor([row])).logits[0, 0]) + 0.7 for row in ROWS]
+        batch = (stock(pad(ROWS), attention_mask=(pad(ROWS) != PAD).long()).logits[:, 0] + 0.7).tolist()
+        left = torch.tensor([[PAD] * (8 - len(row)) + row for row in ROWS])
+        position_ids = ((left != PAD).long().cumsum(-1) - 1).clamp(min=0)
+        left_padded = stock(left, attention_mask=(left != PAD).long(), position_ids=position_ids).logits[:, 0] + 0.7
+    assert single == pytest.approx(expected, abs=1e-4) and batch == pytest.approx(expected, abs=1e-4)
+    assert left_padded.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_R8_a_stock_token_classifier_reads_the_very_same_scores(scalar, tmp_path):
+    expected = one_by_one(scalar, ROWS)
+    save_scalar_model(scalar, tmp_path, PAD)
+    stock, info = AutoModelForTokenClassification.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        scores = [float(stock(torch.tensor([row])).logits[0, -1, 0]) for row in ROWS]
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_R9_normalised_demonstrations_score_0(scalar, tmp_path):
+    before = one_by_one(scalar, ROWS)
+    returned = normalise(scalar, before)
+    after = one_by_one(scalar, ROWS)
+    assert returned == pytest.approx(sum(before) / 5)
+    assert sum(after) / 5 == pytest.approx(0, abs=1e-5)
+    order = sorted(range(5), key=before.__getitem__)
+    assert order == sorted(range(5), key=after.__getitem__)
+    gaps = [(a - before[0]) - (b - after[0]) for a, b in zip(before, after, strict=True)]
+    assert gaps == pytest.approx([0] * 5, abs=1e-6), "differences, and so the variance, stay"
+    save_scalar_model(scalar, tmp_path, PAD)
+    assert one_by_one(load_scalar_model(str(tmp_path), "eager").eval(), ROWS) == pytest.approx(after, abs=1e-6)
+
+
+def test_R9_a_second_round_trip_keeps_the_bias(scalar, tmp_path):
+    save_scalar_model(scalar, tmp_path / "a", PAD)
+    save_scalar_model(load_scalar_model(str(tmp_path / "a"), "eager"), tmp_path / "b", PAD)
+    assert float(load_scalar_model(str(tmp_path / "b"), "eager").head.bias) == pytest.approx(0.7)
+
+
+def test_a_policy_is_no_reward_model(policy_folder):
+    with pytest.raises(UserError, match="no head `score`"):
+        load_scalar_model(policy_folder)
+
+
+def test_no_model_at_all(tmp_path):
+    with pytest.raises(UserError, match="no model could be loaded"):
+        load_policy(str(tmp_path))
+
+
+def test_lora_reward_model_is_saved_merged(policy_folder, tmp_path):
+    from peft import get_peft_model
+
+    from align.models import lora_config
+
+    scalar = load_scalar_model(policy_folder, "eager", fresh_head=True)
+    scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
+    with torch.no_grad():
+        for name, parameter in scalar.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    normalise(scalar, [-0.5])
+    expected = one_by_one(scalar.eval(), ROWS)
+    save_scalar_model(scalar, tmp_path / "rm", PAD)
+    assert one_by_one(load_scalar_model(str(tmp_path / "rm"), "eager").eval(), ROWS) == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def test_S4_residual_dropout_acts_in_training_mode_only(tiny_llama):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    plain = logits(tiny_llama, ids)
+    assert add_residual_dropout(tiny_llama, 0.2) == 4, "two a block: attention and feed-forward"
+    assert torch.equal(logits(tiny_llama.eval(), ids), plain)
+    assert torch.equal(logits(tiny_llama, ids), logits(tiny_llama, ids)), "two eval passes are bit-equal"
+    tiny_llama.train()
+    assert not torch.equal(logits(tiny_llama, ids), logits(tiny_llama, ids))
+    assert torch.equal(logits(tiny_llama.eval(), ids), plain)
+
+
+def test_S4_residual_dropout_drops_the_share_asked_for(tiny_llama):
+    add_residual_dropout(tiny_llama, 0.2)
+    seen = []
+    tiny_llama.model.layers[0].mlp.register_forward_hook(lambda *call: seen.append(call[2]))
+    tiny_llama.train()(input_ids=torch.randint(2, 64, (8, 64)))
+    assert float((seen[0] == 0).float().mean()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_S4_an_unknown_architecture_is_refused():
+    with pytest.raises(UserError, match="residual_dropout"):
+        add_residual_dropout(torch.nn.Linear(2, 2), 0.2)
+
+
+def test_disable_dropout(tiny_llama):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    plain = logits(tiny_llama, ids)
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
+    assert not torch.equal(logits(tiny_llama.train(), ids), plain)
+    disable_dropout(tiny_llama)
+    assert torch.equal(logits(tiny_llama.train(), ids), plain)
+
+
+# Log-probabilities and values of responses
+
+
+QUERIES = [[5, 6], [9], [30, 31, 32, 33], [8, 60, 2]]
+RESPONSES = [[7, 8, 1], [10, 11, 12, 13, 14], [1], [3, 4]]
+
+
+def naive(policy, temperature) -> list[list[float]]:
+    """One row at a time, no padding, softmax in float64."""
+    out = []
+    for query, response in zip(QUERIES, RESPONSES, strict=True):
+        scores = policy(input_ids=torch.tensor([query + response])).logits[0].double() / temperature
+        steps = range(len(query) - 1, len(query) + len(response) - 1)
+        out.append([scores[t, token] - scores[t].exp().sum().log() for t, token in zip(steps, response, strict=True)])
+    return out
+
+
+def batch(junk=PAD, extra=0, order=(0, 1, 2, 3)):
+    rows = [QUERIES[i] + RESPONSES[i] for i in order]
+    return pad(rows, junk, extra), torch.tensor([len(QUERIES[i]) for i in order])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_P5_logprobs_are_those_of_single_rows(tiny_llama, temperature):
+    expected = naive(tiny_llama, temperature)
+    for junk, extra, order in ((PAD, 0, (0, 1, 2, 3)), (PAD, 9, (3, 1, 0, 2)), (EOS, 4, (2, 0, 1, 3)), (0, 0, (2, 0))):
+        ids, starts = batch(junk, extra, order)
+        logprobs, _ = response_logprobs(tiny_llama, ids, starts, 5, temperature)
+        for row, i in enumerate(order):
+            assert logprobs[row, : len(RESPONSES[i])].tolist() == pytest.approx(
+                [float(x) for x in expected[i]], abs=1e-4
+            )
+
+
+def test_P5_entropy_is_that_of_the_whole_distribution(tiny_llama):
+    ids, starts = batch()
+    _, entropies = response_logprobs(tiny_llama, ids, starts, 5, 0.5)
+    for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        scores = logits(tiny_llama, torch.tensor([query + response]))[0].double() / 0.5
+        for r in range(len(response)):
+            p = scores[len(query) - 1 + r].softmax(-1).tolist()
+            assert float(entropies[i, r]) == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-4)
+
+
+def gradient(policy, ids, starts):
+    logprobs, _ = response_logprobs(policy, ids, starts, 5, 1.0)
+    mask = torch.arange(5)[None, :] < torch.tensor([len(r) for r in RESPONSES])[:, None]
+    return torch.autograd.grad(torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(), list(policy.parameters()))
+
+
+def test_P5_junk_in_the_padding_changes_no_logprob_and_no_gradient(tiny_llama):
+    clean, dirty = gradient(tiny_llama, *batch()), gradient(tiny_llama, *batch(junk=57))
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    alone = torch.autograd.grad(sum(sum(row) for row in naive(tiny_llama, 1.0)), list(tiny_llama.parameters()))
+    assert max(float((a - b).abs().max()) for a, b in zip(clean, alone, strict=True)) < 1e-4
+
+
+def test_values_are_read_before_each_token(scalar):
+    ids, starts = batch(junk=57, extra=2)
+    with torch.no_grad():
+        values = response_values(scalar, ids, starts, 5)
+    for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        for r in range(len(response)):
+            assert float(values[i, r]) == pytest.approx(one_by_one(scalar, [query + response[:r]])[0], abs=1e-4)
+
+
+# The weight average
+
+
+def test_P15_average_by_a_loop(tiny_llama):
+    ema = EMA(tiny_llama, 0.992)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    expected = tiny_llama.get_parameter(name).detach().double().clone()
+    for step in range(20):
+        with torch.no_grad():
+            for parameter in tiny_llama.parameters():
+                parameter.add_(0.1 * math.sin(step))
+        ema.update(tiny_llama)
+        expected = 0.992 * expected + 0.008 * tiny_llama.get_parameter(name).detach().double()
+    assert float((ema.shadow[name].double() - expected).abs().max()) < 1e-6
+    trained = copy.deepcopy(tiny_llama.state_dict())
+    ema.copy_to(tiny_llama)
+    assert torch.equal(tiny_llama.get_parameter(name), ema.shadow[name])
+    assert not torch.equal(trained[name], tiny_llama.state_dict()[name])
+
+
+def test_P15_constant_weights_are_a_fixed_point(tiny_llama):
+    ema = EMA(tiny_llama, 0.992)
+    for _ in range(50):
+        ema.update(tiny_llama)
+    assert all(torch.equal(value, tiny_llama.get_parameter(name)) for name, value in ema.shadow.items())
+
+
+def test_P15_the_average_is_a_copy(tiny_llama):
+    ema = EMA(tiny_llama, 0.9)
+    name = "lm_head.weight"
+    before = ema.shadow[name].clone()
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.add_(1.0)
+    assert torch.equal(ema.shadow[name], before)

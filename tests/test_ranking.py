@@ -1,0 +1,238 @@
+"""align/ranking.py and the RankingTrainer: K completions of a prompt are one element, whatever the batching."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from align.models import load_scalar_model
+from align.ranking import (
+    RankedTokens,
+    RankingCollator,
+    batch_ranking_loss,
+    by_prompt,
+    encode_rankings,
+    score_demonstrations,
+    score_rankings,
+)
+from align.trainer import RankingTrainer
+from align.types import Demonstration, Ranking
+
+PAD = 0
+
+
+@pytest.fixture
+def scalar(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "policy")
+    torch.manual_seed(1)
+    return load_scalar_model(str(tmp_path / "policy"), "eager", fresh_head=True)
+
+
+def element(k: int, seed: int, ties: bool = False) -> dict:
+    rng = random.Random(seed)
+    query = tuple(rng.randrange(2, 64) for _ in range(rng.randint(1, 4)))
+    rows = tuple((*query, *(rng.randrange(2, 64) for _ in range(rng.randint(1, 5))), 1) for _ in range(k))
+    ranks = [float(r) for r in range(k)]
+    rng.shuffle(ranks)
+    return {"ranking": RankedTokens(rows, tuple(r // 2 if ties else r for r in ranks))}
+
+
+def naive_loss(model, ranking: RankedTokens) -> torch.Tensor:
+    """-log sigmoid(better - worse), averaged over all C(K, 2) pairs; a row at a time, float64."""
+    scores = [model(torch.tensor([row]))[0, -1].double() for row in ranking.rows]
+    k, total = len(scores), 0.0
+    for i in range(k):
+        for j in range(k):
+            if ranking.ranks[i] < ranking.ranks[j]:
+                total = total + torch.log(1 + torch.exp(-(scores[i] - scores[j])))
+    return total / math.comb(k, 2)
+
+
+def gradient(loss, model) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in model.parameters()])])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_R1_kwise_gradient_is_the_mean_of_pairwise_gradients(scalar, ties):
+    ranking = element(5, 3, ties)
+    whole = gradient(batch_ranking_loss(scalar, RankingCollator(PAD)([ranking]))[0], scalar)
+    rows, ranks = ranking["ranking"].rows, ranking["ranking"].ranks
+    pairs = []
+    for i in range(5):
+        for j in range(i + 1, 5):
+            pair = {"ranking": RankedTokens((rows[i], rows[j]), (ranks[i], ranks[j]))}
+            pairs.append(gradient(batch_ranking_loss(scalar, RankingCollator(PAD)([pair]))[0], scalar))
+    assert len(pairs) == 10 and float(whole.abs().max()) > 1e-3
+    assert float((whole - sum(pairs) / 10).abs().max()) < 1e-5 * max(1.0, float(whole.abs().max()))
+    alone = gradient(naive_loss(scalar, ranking["ranking"]), scalar)
+    assert float((whole - alone).abs().max()) < 1e-5 * max(1.0, float(whole.abs().max()))
+
+
+def test_R2_a_completion_is_one_forward_row(scalar):
+    seen = []
+    scalar.inner.base_model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    batch_ranking_loss(scalar, RankingCollator(PAD)([element(4, 1), element(9, 2), element(2, 3)]))
+    assert sum(seen) == 15
+
+
+def test_collator_and_by_prompt():
+    a = {"ranking": RankedTokens(((5, 6, 1), (5, 1)), (1.0, 0.0))}
+    b = {"ranking": RankedTokens(((7, 8, 9, 1), (7, 1), (7, 2, 1)), (0.0, 2.0, 1.0))}
+    batch = RankingCollator(PAD)([a, b])
+    assert batch["input_ids"].tolist() == [[5, 6, 1, 0], [5, 1, 0, 0], [7, 8, 9, 1], [7, 1, 0, 0], [7, 2, 1, 0]]
+    assert batch["last_index"].tolist() == [2, 1, 3, 1, 2] and batch["group"].tolist() == [0, 0, 1, 1, 1]
+    scores, ranks, mask = by_prompt(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), batch["ranks"], batch["group"])
+    assert scores.tolist() == [pytest.approx([0.1, 0.2, 0.0]), pytest.approx([0.3, 0.4, 0.5])]
+    assert ranks.tolist() == [[1, 0, 0], [0, 2, 1]] and mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+@pytest.mark.parametrize("junk", [17, 1, 63])
+def test_R8_junk_in_the_padding_changes_no_loss_and_no_gradient(scalar, junk):
+    batch = RankingCollator(PAD)([element(3, 1), element(6, 2)])
+    past = torch.arange(batch["input_ids"].shape[1])[None, :] > batch["last_index"][:, None]
+    dirty = batch | {"input_ids": batch["input_ids"].masked_fill(past, junk)}
+    assert past.any()
+    clean_loss, dirty_loss = batch_ranking_loss(scalar, batch)[0], batch_ranking_loss(scalar, dirty)[0]
+    assert torch.equal(clean_loss, dirty_loss)
+    assert torch.equal(gradient(clean_loss, scalar), gradient(dirty_loss, scalar))
+
+
+def trainer_of(model, elements, folder, cls=RankingTrainer, **changes):
+    values = {
+        "num_train_epochs": 1, "per_device_train_batch_size": 2, "learning_rate": 0.5, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True, "seed": 0,
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=str(folder), **(values | changes))
+    return cls(model=model, args=args, train_dataset=elements, data_collator=RankingCollator(PAD))
+
+
+def trained(scalar, elements, folder, **changes):
+    model = copy.deepcopy(scalar)
+    trainer = trainer_of(model, elements, folder, **changes)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_R3_each_prompt_weighs_the_same_whatever_its_k(scalar, tmp_path):
+    """One SGD step through the trainer, against the mean of the two prompts' losses by a loop."""
+    elements = [element(4, 1), element(9, 2)]
+    weights, losses = trained(scalar, elements, tmp_path, learning_rate=0.5)
+    each = [naive_loss(scalar, e["ranking"]) for e in elements]
+    before = torch.cat([p.detach().flatten() for p in scalar.parameters()])
+    expected = before - 0.5 * (gradient(each[0], scalar) + gradient(each[1], scalar)) / 2
+    assert float((weights - expected).abs().max()) < 1e-5
+    assert float((weights - before).abs().max()) > 1e-3
+    assert losses == pytest.approx([float((each[0] + each[1]).detach()) / 2], abs=1e-4)
+
+
+def test_R3_gradient_accumulation_is_the_bigger_batch(scalar, tmp_path):
+    elements = [element(k, k) for k in (4, 9, 2, 6, 5)]  # the last step holds one prompt only
+    whole, losses = trained(scalar, elements, tmp_path, learning_rate=0.1)
+    cut, cut_losses = trained(
+        scalar, elements, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.1
+    )
+    assert float((whole - cut).abs().max()) < 1e-5
+    assert len(losses) == 3 and losses == pytest.approx(cut_losses, abs=1e-4)
+
+
+def test_R10_each_prompt_once_and_its_pairs_together(scalar, tmp_path):
+    seen = []
+
+    class Spy(RankingTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            rows = [
+                tuple(row[: n + 1].tolist()) for row, n in zip(inputs["input_ids"], inputs["last_index"], strict=True)
+            ]
+            seen.append((self.state.global_step, rows, inputs["group"].tolist()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    elements = [element(2 + i % 8, i) for i in range(11)]
+    trainer = trainer_of(copy.deepcopy(scalar), elements, tmp_path, Spy, per_device_train_batch_size=3)
+    trainer.train()
+    prompts = []
+    for _, rows, group in seen:
+        for g in range(max(group) + 1):
+            prompts.append(tuple(row for row, at in zip(rows, group, strict=True) if at == g))
+    assert sorted(prompts) == sorted(e["ranking"].rows for e in elements)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+
+
+def planted(count: int, seed: int, flip: bool = False) -> list[dict]:
+    """Completions are better the more of their tokens lie below 32."""
+    rng, elements = random.Random(seed), []
+    while len(elements) < count:
+        query = tuple(rng.randrange(2, 64) for _ in range(2))
+        responses = [tuple(rng.randrange(2, 64) for _ in range(4)) for _ in range(4)]
+        ranks = [float(sum(token >= 32 for token in response)) for response in responses]
+        if len(set(ranks)) > 1:
+            rows = tuple((*query, *response, 1) for response in responses)
+            elements.append({"ranking": RankedTokens(rows, tuple(-r if flip else r for r in ranks))})
+    return elements
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_R11_planted_reward(scalar, tmp_path, flip):
+    trainer = trainer_of(
+        scalar, planted(400, 1, flip), tmp_path, per_device_train_batch_size=10, learning_rate=3e-3, optim="adamw_torch"
+    )
+    trainer.train()
+    right = total = 0
+    for e in planted(60, 2):
+        ranking = e["ranking"]
+        with torch.no_grad():
+            scores = [float(scalar(torch.tensor([row]))[0, -1]) for row in ranking.rows]
+        for i in range(4):
+            for j in range(4):
+                if ranking.ranks[i] < ranking.ranks[j]:
+                    right, total = right + (scores[i] > scores[j]), total + 1
+    accuracy = right / total
+    assert accuracy < 0.3 if flip else accuracy > 0.7, accuracy
+
+
+def test_logged_accuracy_and_margin_are_those_of_the_batches(scalar, tmp_path):
+    elements = [element(4, 5), element(3, 6)]
+    trainer = trainer_of(copy.deepcopy(scalar), elements, tmp_path)
+    trainer.add_callback(TrainerCallback())
+    trainer.train()
+    right = pairs = margin = 0.0
+    for e in elements:
+        ranking = e["ranking"]
+        with torch.no_grad():
+            scores = [float(scalar(torch.tensor([row]))[0, -1]) for row in ranking.rows]
+        for i, a in enumerate(ranking.ranks):
+            for j, b in enumerate(ranking.ranks):
+                if a < b:
+                    right, pairs, margin = right + (scores[i] > scores[j]), pairs + 1, margin + scores[i] - scores[j]
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert row["accuracy"] == pytest.approx(right / pairs) and row["margin"] == pytest.approx(margin / pairs, abs=1e-4)
+
+
+def test_encoding_and_scoring_rankings(tiny_codec, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_codec.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_scalar_model(str(tmp_path), fresh_head=True).eval()
+    rankings = [
+        Ranking("hot?", ("cold", "用中文", "a"), (0, 1, 1)),
+        Ranking("a farm", ("cow", "a dog and a bird"), (1, 0)),
+    ]
+    encoded = encode_rankings(rankings, tiny_codec)
+    scored = score_rankings(model, rankings, tiny_codec, batch_size=2)
+    demonstrations = [Demonstration(r.prompt, c) for r in rankings for c in r.completions]
+    flat = iter(score_demonstrations(model, demonstrations, tiny_codec, batch_size=3))
+    for ranking, element_, (same, scores) in zip(rankings, encoded, scored, strict=True):
+        assert same is ranking and element_["ranking"].ranks == ranking.ranks
+        for completion, row, score in zip(ranking.completions, element_["ranking"].rows, scores, strict=True):
+            assert list(row) == tiny_codec.prompt(ranking.prompt) + tiny_codec.response(completion)
+            with torch.no_grad():
+                expected = float(model(torch.tensor([row]))[0, -1])
+            assert score == pytest.approx(expected, abs=1e-5) and next(flat) == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,256 @@
+"""align/rollout.py: rollouts, the missing-EOS rule, and the checks before the first update."""
+
+import copy
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from align.config import PPOConfig
+from align.errors import UserError
+from align.generate import TorchSampler
+from align.models import load_scalar_model
+from align.rewards import ModelReward
+from align.rollout import Actors, Query, apply_eos_rule, check_step_zero, collect_rollout, shape_rewards
+from align.runtime import Runtime
+from align.types import Prompt
+
+EOS, PAD, BETA = 1, 0, 0.3
+SHARED = {"total_episodes": 16, "rollout_batch_size": 16, "num_mini_batches": 2, "ptx_coef": 0.0}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return Runtime(seed=0)
+
+
+def config_of(**changes) -> PPOConfig:
+    values = SHARED | {"max_new_tokens": 6, "per_device_rollout_batch_size": 4, "per_device_train_batch_size": 3}
+    return PPOConfig(output_dir="out", model_name_or_path="m", reward_model_path="r", **(values | changes))
+
+
+def make_queries(count: int) -> list[Query]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1 + i % 5 for i in range(count)]
+    tokens = [tuple((torch.randint(2, 64, (n,), generator=generator)).tolist()) for n in lengths]
+    return [Query(Prompt("p", {"id": f"row-{i}"}), ids) for i, ids in enumerate(tokens)]
+
+
+def sharpen(policy: torch.nn.Module) -> None:
+    """A fresh policy is nearly uniform and almost never ends; make it opinionated, with some EOS."""
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(20)
+        policy.lm_head.weight[EOS] = policy.lm_head.weight[2:10].mean(0) + policy.lm_head.weight[7]
+
+
+@pytest.fixture
+def actors(tiny_llama, tmp_path) -> Actors:
+    sharpen(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path)
+    reward_model = load_scalar_model(str(tmp_path), "eager", fresh_head=True)
+    reward_model.head.bias.data.fill_(0.4)
+    sampler = TorchSampler(tiny_llama, EOS, PAD, 4)
+    reference, value_model = copy.deepcopy(tiny_llama), copy.deepcopy(reward_model)
+    return Actors(tiny_llama, reference, value_model, ModelReward(reward_model, PAD, 4), sampler, PAD)
+
+
+@pytest.fixture
+def rollout(actors, runtime):
+    return collect_rollout(make_queries(16), actors, config_of(), runtime, BETA, iteration=0)
+
+
+def test_rollout_is_laid_out_as_query_response_padding(rollout):
+    queries = make_queries(16)
+    for i, query in enumerate(queries):
+        total = int(rollout.query_lengths[i] + rollout.response_lengths[i])
+        row = rollout.input_ids[i].tolist()
+        response = row[len(query.tokens) : total]
+        assert tuple(row[: len(query.tokens)]) == query.tokens
+        assert bool(rollout.finished[i]) == (response[-1] == EOS) and EOS not in response[:-1]
+        assert rollout.response_mask[i].tolist() == [c < len(response) for c in range(rollout.response_mask.shape[1])]
+        assert set(row[total:]) <= {PAD}
+    assert 0 < int(rollout.finished.sum()) < 16, "the setup should hold both kinds of episodes"
+
+
+def test_D3_every_finished_response_ends_in_exactly_one_eos(rollout):
+    for i in range(len(rollout)):
+        start, length = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
+        response = rollout.input_ids[i, start : start + length].tolist()
+        assert response.count(EOS) == int(rollout.finished[i])
+
+
+def test_P2_value_at_the_last_token_is_the_score(rollout, actors):
+    for i in range(len(rollout)):
+        total = int(rollout.query_lengths[i] + rollout.response_lengths[i])
+        with torch.no_grad():
+            value = actors.value_model(rollout.input_ids[i : i + 1, :total])[0, -1]
+        assert float(value) == pytest.approx(float(rollout.raw_scores[i]), abs=1e-4)
+
+
+def test_values_are_read_at_the_state_before_each_token(rollout, actors):
+    for i in range(len(rollout)):
+        start, length = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
+        for r in range(length):
+            with torch.no_grad():
+                value = actors.value_model(rollout.input_ids[i : i + 1, : start + r])[0, -1]
+            assert float(value) == pytest.approx(float(rollout.values[i, r]), abs=1e-4)
+
+
+def test_P3_kl_to_the_reference_is_0(rollout):
+    u = (rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask]
+    assert float(u.abs().max()) < 1e-6
+
+
+def test_P2_P3_P4_step_zero_passes(rollout, actors, runtime):
+    numbers = check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+    assert numbers["ratio_max_deviation"] < 1e-5 and numbers["kl"] < 1e-6 and numbers["value_minus_score"] < 1e-4
+
+
+def nudged(model: torch.nn.Module) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def with_dropout(policy: torch.nn.Module) -> torch.nn.Module:
+    policy.config.attention_dropout = 0.3
+    for module in policy.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return policy.train()
+
+
+def test_P4_dropout_in_training_mode_is_caught(rollout, actors, runtime):
+    with_dropout(actors.policy)
+    with pytest.raises(UserError, match="step-zero check: ratio_max_deviation .*dropout"):
+        check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+
+
+def test_P4_another_temperature_is_caught(rollout, actors, runtime):
+    with pytest.raises(UserError, match="step-zero check: ratio_max_deviation .*temperature"):
+        check_step_zero(rollout, actors, config_of(temperature=0.7), runtime, EOS, value_is_reward=True)
+
+
+def test_P3_another_reference_is_caught(actors, runtime):
+    changed = dataclasses.replace(actors, ref_policy=nudged(actors.ref_policy))
+    rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, iteration=0)
+    with pytest.raises(UserError, match="step-zero check: kl "):
+        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
+
+
+def test_P2_another_value_model_is_caught(actors, runtime):
+    changed = dataclasses.replace(actors, value_model=nudged(actors.value_model))
+    rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, iteration=0)
+    with pytest.raises(UserError, match="step-zero check: value_minus_score "):
+        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
+    assert check_step_zero(rollout, changed, config_of(), runtime, EOS, False)["value_minus_score"] == 0.0
+
+
+def test_a_finished_response_without_eos_is_caught(rollout, actors, runtime):
+    wrong = dataclasses.replace(rollout, finished=torch.ones_like(rollout.finished))
+    with pytest.raises(UserError, match="step-zero check: a finished response does not end in EOS"):
+        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_is_reward=True)
+
+
+def test_nan_never_passes_the_step_zero_check(rollout, actors, runtime):
+    wrong = dataclasses.replace(rollout, raw_scores=torch.full_like(rollout.raw_scores, float("nan")))
+    with pytest.raises(UserError, match="step-zero check: value_minus_score is nan"):
+        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_is_reward=True)
+
+
+def test_P7_rewards_sum_to_score_minus_kl(actors, runtime):
+    changed = dataclasses.replace(actors, ref_policy=nudged(actors.ref_policy))
+    rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, iteration=0)
+    for i in range(len(rollout)):
+        length = int(rollout.response_lengths[i])
+        u = [float(rollout.logprobs[i, r]) - float(rollout.ref_logprobs[i, r]) for r in range(length)]
+        expected = float(rollout.scores[i]) - BETA * sum(u)
+        assert sum(rollout.rewards[i].tolist()) == pytest.approx(expected, abs=1e-4)
+        assert rollout.rewards[i, : length - 1].tolist() == pytest.approx([-BETA * x for x in u[:-1]], abs=1e-5)
+        assert rollout.rewards[i, length:].abs().sum() == 0
+    assert float((rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask].abs().max()) > 0.01
+
+
+def test_P8_no_eos_replaces_the_score(actors, runtime):
+    rollout = collect_rollout(make_queries(16), actors, config_of(missing_eos_penalty=-1.5), runtime, BETA, 0)
+    for score, raw, done in zip(rollout.scores.tolist(), rollout.raw_scores.tolist(), rollout.finished, strict=True):
+        assert score == (raw if done else -1.5)
+
+
+@pytest.mark.parametrize("penalty", [-1.5, 1.5])
+def test_P8_no_eos_is_subtracted(actors, runtime, penalty):
+    config = config_of(missing_eos_penalty=penalty, missing_eos_mode="subtract")
+    rollout = collect_rollout(make_queries(16), actors, config, runtime, BETA, 0)
+    for score, raw, done in zip(rollout.scores.tolist(), rollout.raw_scores.tolist(), rollout.finished, strict=True):
+        assert score == pytest.approx(raw if done else raw - 1.5, abs=1e-6)
+
+
+def test_P8_goldens():
+    scores, finished = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
+    assert apply_eos_rule(scores, finished, -1.0, "replace").tolist() == [2.0, -1.0]
+    assert apply_eos_rule(scores, finished, -1.0, "subtract").tolist() == [2.0, 1.0]
+    assert apply_eos_rule(scores, finished, None, "replace").tolist() == [2.0, 2.0]
+
+
+def test_reward_clip_comes_after_the_eos_rule(actors, runtime):
+    config = config_of(reward_clip=0.25, missing_eos_penalty=-9.0)
+    rollout = collect_rollout(make_queries(16), actors, config, runtime, BETA, 0)
+    assert float(rollout.scores.abs().max()) <= 0.25
+    assert rollout.scores[~rollout.finished].tolist() == [-0.25] * int((~rollout.finished).sum())
+
+
+def test_P10_advantages_are_whitened_over_the_rollout(rollout):
+    values = rollout.advantages[rollout.response_mask].double()
+    assert float(values.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(((values - values.mean()) ** 2).mean()) == pytest.approx(1, abs=1e-3)
+
+
+def test_P5_batching_of_the_rollout_changes_nothing(actors, runtime):
+    rollouts = []
+    for size in (1, 3, 16):
+        sampler = TorchSampler(actors.policy, EOS, PAD, size)
+        config = config_of(per_device_rollout_batch_size=size)
+        changed = dataclasses.replace(actors, sampler=sampler)
+        rollouts.append(collect_rollout(make_queries(16), changed, config, runtime, BETA, 0))
+    first = rollouts[0]
+    for other in rollouts[1:]:
+        assert torch.equal(first.input_ids, other.input_ids)
+        for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+            a, b = (getattr(r, name).masked_fill(~first.response_mask, 0) for r in (first, other))
+            assert torch.allclose(a, b, atol=1e-4), name
+
+
+def test_the_iteration_and_the_seed_change_what_is_sampled(actors, runtime):
+    def ids(iteration, **changes):
+        return collect_rollout(make_queries(16), actors, config_of(**changes), runtime, BETA, iteration).input_ids
+
+    assert torch.equal(ids(3), ids(3))
+    assert not torch.equal(ids(0), ids(1))
+    assert not torch.equal(ids(0), ids(0, seed=1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_names_the_prompt(actors, runtime, bad):
+    before = copy.deepcopy(actors.policy.state_dict())
+
+    def broken(prompts, episodes):
+        return [bad if prompt.columns["id"] == "row-5" else 0.0 for prompt in prompts]
+
+    changed = dataclasses.replace(actors, reward=broken)
+    with pytest.raises(UserError, match="'row-5'") as error:
+        collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in actors.policy.state_dict().items())
+
+
+def test_whitened_rewards_keep_rewards_as_paid(rollout):
+    """`rewards` is what was paid; whitening acts on what GAE sees."""
+    names = ("input_ids", "query_lengths", "response_lengths", "finished", "logprobs", "ref_logprobs", "values")
+    tensors = {name: getattr(rollout, name) for name in names}
+    plain = shape_rewards(tensors, rollout.raw_scores, config_of(), BETA)
+    whitened = shape_rewards(tensors, rollout.raw_scores, config_of(whiten_rewards=True), BETA)
+    assert torch.equal(plain.rewards, whitened.rewards) and not torch.allclose(plain.returns, whitened.returns)

@@ -1,0 +1,154 @@
+"""align/select.py, the learning rate of SFT, and the pretraining share of its rows."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+import align.select
+import stages.rm
+import stages.sft
+from align.config import RMConfig, SFTConfig
+from align.demonstrations import mix_pretraining
+from align.errors import UserError
+from align.select import choose_epoch, mean_reward, pick
+
+LOG = [
+    {"step": 5, "epoch": 1.0, "loss": 3.0},
+    {"step": 5, "epoch": 1.0, "eval_loss": 2.0},
+    {"step": 10, "epoch": 2.0, "eval_loss": 1.0},
+    {"step": 15, "epoch": 3.0, "eval_loss": 1.5},
+]
+
+
+@pytest.fixture
+def output(tmp_path):
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    return tmp_path
+
+
+def config_of(output, **changes) -> SFTConfig:
+    return SFTConfig(output_dir=str(output), model_name_or_path="m", **changes)
+
+
+def test_S5_the_highest_mean_reward_wins_though_its_loss_is_worse(output, monkeypatch):
+    rewards = {"checkpoint-5": 0.3, "checkpoint-10": -1.0, "checkpoint-15": 0.1}
+    monkeypatch.setattr(align.select, "mean_reward", lambda path, *rest: rewards[path.rsplit("/", 1)[1]])
+    choice = choose_epoch(output, LOG, config_of(output, reward_model_path="rm"), codec=None)
+    assert choice["checkpoint"] == "checkpoint-5" and choice["criterion"] == "highest mean reward"
+    assert [(row["reward"], row["validation_loss"]) for row in choice["table"]] == [(0.3, 2.0), (-1.0, 1.0), (0.1, 1.5)]
+
+
+def test_without_a_reward_model_the_lowest_loss_wins(output):
+    choice = choose_epoch(output, LOG, config_of(output), codec=None)
+    assert choice["checkpoint"] == "checkpoint-10" and choice["criterion"] == "lowest validation loss"
+    assert [row["epoch"] for row in choice["table"]] == [1.0, 2.0, 3.0]
+
+
+def test_only_checkpoints_that_exist_are_chosen(output):
+    (output / "checkpoint-10").rmdir()
+    assert choose_epoch(output, LOG, config_of(output), codec=None)["checkpoint"] == "checkpoint-15"
+    with pytest.raises(UserError, match="no checkpoint to choose from"):
+        choose_epoch(output / "elsewhere", LOG, config_of(output), codec=None)
+
+
+def test_pick_takes_the_earlier_of_equals():
+    table = [{"checkpoint": name, "validation_loss": 1.0, "reward": 2.0} for name in ("a", "b")]
+    assert pick(table)["checkpoint"] == "a"
+    assert pick([{k: v for k, v in row.items() if k != "reward"} for row in table])["checkpoint"] == "a"
+    mixed = [{"checkpoint": "a", "validation_loss": 2.0, "reward": 9.0}, {"checkpoint": "b", "validation_loss": 1.0}]
+    assert pick(mixed)["checkpoint"] == "b", "rewards count only where every epoch has one"
+
+
+def test_S5_mean_reward_samples_the_checkpoint_and_scores_it(tiny_codec, tmp_path):
+    """Against generation and scoring by hand: greedy, so that transformers' generate is the oracle."""
+    from transformers import AutoModelForTokenClassification, LlamaConfig, LlamaForCausalLM
+
+    from align.models import load_scalar_model, save_scalar_model
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_codec.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=tiny_codec.pad_id, eos_token_id=tiny_codec.eos_id, bos_token_id=None,
+    )  # fmt: skip
+    policy = LlamaForCausalLM(config).eval()
+    policy.save_pretrained(tmp_path / "policy")
+    scalar = load_scalar_model(str(tmp_path / "policy"), fresh_head=True)
+    with torch.no_grad():
+        scalar.head.bias.fill_(-0.3)
+    save_scalar_model(scalar, tmp_path / "rm", tiny_codec.pad_id)
+    prompts = ["hot", "a cow", "三种水果"]
+    rows = "".join(f'{{"prompt": "{p}", "completion": "x"}}\n' for p in prompts)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    settings = config_of(
+        tmp_path, reward_model_path=str(tmp_path / "rm"), validation_file=str(tmp_path / "rows.jsonl"),
+        max_new_tokens=5, temperature=0.0, selection_prompts=2,
+    )  # fmt: skip
+    judge = AutoModelForTokenClassification.from_pretrained(tmp_path / "rm")
+    total = 0.0
+    for prompt in prompts[:2]:
+        ids = policy.generate(torch.tensor([tiny_codec.prompt(prompt)]), max_new_tokens=5, do_sample=False)
+        total += float(judge(ids).logits[0, -1, 0].detach())
+    assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.used = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.used.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_S3_learning_rate_starts_at_its_peak_and_ends_at_a_tenth(stage, tmp_path):
+    """The scheduler that transformers makes of the stage's arguments, as the optimiser meets it."""
+    common = {"output_dir": str(tmp_path), "model_name_or_path": "m", "learning_rate": 1e-3, "num_train_epochs": 1.0}
+    if stage == "sft":
+        args = stages.sft.training_arguments(SFTConfig(**common, per_device_train_batch_size=1), tmp_path)
+        args.eval_strategy = "no"
+    else:
+        args = stages.rm.training_arguments(RMConfig(**common, per_device_train_batch_size=1), tmp_path)
+    args.train_sampling_strategy = "random"
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"loss": (self.weight * x).sum()}
+
+    rates = Rates()
+    data = [{"x": torch.ones(1)} for _ in range(50)]
+    trainer = Trainer(model=Line(), args=args, train_dataset=data, callbacks=[rates])
+    trainer.train()
+    expected = [1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 50))) for step in range(50)]
+    assert len(rates.used) == 50 and rates.used[0] == 1e-3, "no warm-up"
+    assert rates.used == pytest.approx(expected, rel=1e-6)
+    assert rates.used == sorted(rates.used, reverse=True) and rates.used[-1] == pytest.approx(1e-4, rel=0.02)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_S6_pretraining_share(tiny_codec, fraction):
+    rows = [{"input_ids": [5, 1], "completion_mask": [0, 1]} for _ in range(900)]
+    texts = [f"{i} document" for i in range(3000)]
+    mixed = mix_pretraining(rows, texts, fraction, tiny_codec, 6, seed=1)
+    drawn = mixed[900:]
+    assert mixed[:900] == rows and len(drawn) / len(mixed) == pytest.approx(fraction, abs=1e-3)
+    assert all(row["completion_mask"] == [1] * len(row["input_ids"]) and len(row["input_ids"]) <= 6 for row in drawn)
+    assert drawn == mix_pretraining(rows, texts, fraction, tiny_codec, 6, seed=1)[900:]
+    assert drawn != mix_pretraining(rows, texts, fraction, tiny_codec, 6, seed=2)[900:]
+
+
+def test_S6_documents_repeat_only_when_they_run_out(tiny_codec):
+    rows = [{"input_ids": [5, 1], "completion_mask": [0, 1]} for _ in range(10)]
+    texts = ["cow", "dog", "bird", "fox"]
+    assert mix_pretraining(rows, texts, 0.0, tiny_codec, 9, 0) is rows
+    few = mix_pretraining(rows, texts, 3 / 13, tiny_codec, 9, 0)[10:]
+    assert len({tuple(row["input_ids"]) for row in few}) == 3
+    many = Counter(tuple(row["input_ids"]) for row in mix_pretraining(rows, texts, 0.5, tiny_codec, 9, 0)[10:])
+    assert many.total() == 10 and len(many) == 4

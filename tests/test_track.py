@@ -1,0 +1,108 @@
+"""align/track.py: the metrics file, its resume, and every PPO metric by a loop over tokens."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from align.track import Metrics, MetricsCallback, ppo_metrics, read_jsonl, write_transcripts
+from align.types import Rollout, UpdateStats
+
+
+def test_rows_are_appended_and_the_clock_stays_out(tmp_path):
+    metrics = Metrics(tmp_path / "run")
+    metrics.log(1, {"loss": 0.5, "train_runtime": 3.0, "train_samples_per_second": 9.0, "total_flos": 1e9, "time/x": 1})
+    metrics.log(2, {"loss": 0.25})
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    timing = read_jsonl(tmp_path / "run" / "timing.jsonl")
+    assert timing[0]["train_runtime"] == 3.0 and timing[0]["time/x"] == 1 and timing[1].keys() == {"step", "seconds"}
+
+
+def test_a_new_run_starts_a_new_file_and_a_resumed_one_goes_on(tmp_path):
+    first = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step)})
+    resumed = Metrics(tmp_path, resume_step=2)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    resumed.log(3, {"loss": 9.0})
+    assert [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
+    assert [row["step"] for row in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2, 3]
+    Metrics(tmp_path)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_trainer_logs_come_through_the_same_door(tmp_path):
+    callback = MetricsCallback(Metrics(tmp_path))
+    state = type("State", (), {"global_step": 4})()
+    callback.on_log(None, state, None, logs={"loss": 1.0, "step": 99, "eval_runtime": 2.0})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 4, "loss": 1.0}]
+
+
+def test_read_jsonl_of_nothing(tmp_path):
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+JUNK = 1e30
+LENGTHS, FINISHED = [2, 3], [True, False]
+LOGPROBS = [[-1.0, -2.0, JUNK], [-0.5, -1.5, -0.25]]
+REF = [[-1.5, -2.25, -JUNK], [-0.5, -1.0, -1.0]]
+VALUES, RETURNS = [[0.5, 1.0, JUNK], [0.0, 0.5, -0.5]], [[1.0, 1.0, -JUNK], [0.5, 0.0, -1.0]]
+SCORES, RAW = [1.5, -1.0], [1.5, 0.25]
+SUMS = {
+    "tokens": 10.0, "steps": 4.0, "ptx_tokens": 8.0, "entropy": 25.0, "approxkl": 0.5, "policy_clipped": 2.0,
+    "policy_grad_norm": 6.0, "value_grad_norm": 2.0, "policy_loss": -1.0, "value_loss": 3.0, "value_clipped": 1.0,
+    "ptx_loss": 20.0, "ratio": 10.5, "max_ratio_deviation": 0.125,
+}  # fmt: skip
+
+
+@pytest.fixture
+def rollout() -> Rollout:
+    lengths = torch.tensor(LENGTHS)
+    zeros = torch.zeros(2, 3)
+    return Rollout(
+        input_ids=torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 0]]), query_lengths=torch.tensor([1, 1]),
+        response_lengths=lengths, finished=torch.tensor(FINISHED),
+        response_mask=torch.tensor([[True, True, False], [True, True, True]]), logprobs=torch.tensor(LOGPROBS),
+        ref_logprobs=torch.tensor(REF), values=torch.tensor(VALUES), scores=torch.tensor(SCORES),
+        raw_scores=torch.tensor(RAW), rewards=zeros, advantages=zeros, returns=torch.tensor(RETURNS),
+    )  # fmt: skip
+
+
+def test_ppo_metrics_goldens(rollout):
+    row = ppo_metrics(rollout, UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
+    kl = [0.75, 0.25]  # (0.5 + 0.25), (0 - 0.5 + 0.75)
+    real = [(v, r) for i in range(2) for v, r in zip(VALUES[i][: LENGTHS[i]], RETURNS[i][: LENGTHS[i]], strict=True)]
+
+    def variance(numbers):
+        mean = sum(numbers) / len(numbers)
+        return sum((x - mean) ** 2 for x in numbers) / len(numbers)
+
+    expected = {
+        "objective/scores": 0.25, "objective/raw_scores": 0.875, "objective/kl": sum(kl) / 2,
+        "objective/non_score_reward": -0.25, "objective/rlhf_reward": 0.0, "objective/entropy": 2.5,
+        "objective/response_tokens": 2.5, "objective/finished": 0.5, "policy/approxkl_avg": 0.05,
+        "policy/clipfrac_avg": 0.2, "policy/grad_norm": 1.5, "loss/policy_avg": -0.1, "loss/value_avg": 0.3,
+        "loss/ptx": 2.5, "val/clipfrac_avg": 0.1, "val/ratio": 1.05, "val/max_ratio_deviation": 0.125,
+        "val/explained_variance": 1 - variance([r - v for v, r in real]) / variance([r for _, r in real]),
+        "val/num_eos_tokens": 1.0, "val/grad_norm": 0.5, "kl_coef": 0.5, "lr": 1e-4,
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-6)
+    assert all(math.isfinite(value) for value in row.values()), "junk in the padding reached a metric"
+
+
+def test_stats_add_up_and_maxima_do_not():
+    total = UpdateStats.total([UpdateStats({"a": 1.0, "max_x": 0.5}), UpdateStats({"a": 2.0, "b": 3.0, "max_x": 0.25})])
+    assert total.sums == {"a": 3.0, "b": 3.0, "max_x": 0.5}
+
+
+def test_transcripts(rollout, tiny_codec, tmp_path):
+    write_transcripts(tmp_path / "t.jsonl", 7, rollout, tiny_codec, count=1)
+    write_transcripts(tmp_path / "t.jsonl", 8, rollout, tiny_codec, count=5)
+    lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["iteration"] for row in rows] == [7, 8, 8]
+    assert rows[1] | {} == {
+        "iteration": 8, "query": tiny_codec.tokenizer.decode([5]), "response": tiny_codec.decode([6, 7]),
+        "finished": True, "score": 1.5, "kl": 0.75,
+    }  # fmt: skip

@@ -1,0 +1,441 @@
+"""align/update.py and align/learn.py: one PPO(-ptx) update, its batch algebra, learning rates, a toy bandit."""
+
+import copy
+import dataclasses
+import hashlib
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import align.update
+from align.config import PPOConfig
+from align.errors import UserError
+from align.generate import TorchSampler
+from align.learn import build_actors, build_learner, set_learning_rates
+from align.models import EMA, load_scalar_model, save_scalar_model
+from align.rewards import ModelReward
+from align.rollout import Actors, Query, collect_rollout
+from align.runtime import Runtime
+from align.types import Episode, Prompt
+from align.update import BatchAlgebra, Learner, optimiser_step, update
+
+EOS, PAD = 1, 0
+DOCUMENTS = [[5, 9, 33, 2, 1], [40, 41, 1], [7, 7, 8, 60, 61, 62, 1], [12, 1]]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return Runtime(seed=0)
+
+
+class Recorder(torch.optim.Optimizer):
+    """Keeps the gradients of each step and changes no weight."""
+
+    def __init__(self, parameters):
+        super().__init__(list(parameters), {})
+        self.steps: list[list[torch.Tensor]] = []
+
+    def step(self):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.steps.append([torch.zeros_like(p) if g is None else g.clone() for g, p in zip(grads, params, strict=True)])
+
+
+def config_of(**changes) -> PPOConfig:
+    values = {
+        "total_episodes": 12, "rollout_batch_size": 12, "num_mini_batches": 1, "ptx_coef": 0.0, "max_new_tokens": 5,
+        "per_device_train_batch_size": 16, "per_device_rollout_batch_size": 16, "max_grad_norm": 1e9,
+    }  # fmt: skip
+    return PPOConfig(
+        output_dir="out", model_name_or_path="m", reward_model_path="r", pretraining_file="t", **(values | changes)
+    )
+
+
+def make_queries(count: int) -> list[Query]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [tuple(torch.randint(2, 64, (1 + i % 5,), generator=generator).tolist()) for i in range(count)]
+    return [Query(Prompt("p", {"id": str(i)}), row) for i, row in enumerate(rows)]
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(20)
+    tiny_llama.save_pretrained(tmp_path / "policy")
+    scalar = load_scalar_model(str(tmp_path / "policy"), "eager", fresh_head=True)
+    save_scalar_model(scalar, tmp_path / "reward", PAD)
+    return tmp_path
+
+
+def reward_of(folder):
+    return load_scalar_model(str(folder / "reward"), "eager").eval()
+
+
+def actors_of(policy, folder, reward=None) -> Actors:
+    reward = reward or ModelReward(reward_of(folder), PAD, 16)
+    sampler = TorchSampler(policy, EOS, PAD, 64)
+    return Actors(policy, copy.deepcopy(policy), reward_of(folder), reward, sampler, PAD)
+
+
+def recorder(actors: Actors) -> Learner:
+    policy, value_model = actors.policy, actors.value_model
+    return Learner(policy, value_model, Recorder(policy.parameters()), Recorder(value_model.parameters()), None)
+
+
+def moved(rollout, scale: float = 0.3):
+    """The rollout as if an older policy and value model had made it, so that ratios and clipping matter."""
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(rollout.logprobs.shape, generator=generator) * scale
+    shift = torch.randn(rollout.values.shape, generator=generator) * scale
+    return dataclasses.replace(rollout, logprobs=rollout.logprobs + noise, values=rollout.values + shift)
+
+
+@pytest.fixture
+def setup(tiny_llama, folder, runtime):
+    actors = actors_of(tiny_llama, folder)
+    rollout = collect_rollout(make_queries(12), actors, config_of(), runtime, 0.1, iteration=0)
+    return SimpleNamespace(actors=actors, rollout=rollout, moved=moved(rollout))
+
+
+def gradients(setup, rollout, runtime, documents=(), **changes):
+    learner = recorder(setup.actors)
+    stats = optimiser_step(rollout, list(documents), learner, config_of(**changes), runtime)
+    return learner.policy_optimizer.steps[0], learner.value_optimizer.steps[0], stats
+
+
+def flat(grads) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in grads])
+
+
+def close(a, b, tolerance: float) -> None:
+    a, b = flat(a), flat(b)
+    assert float(b.abs().max()) > 1e-4, "a gradient of nothing proves nothing"
+    assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+# The policy's and the value model's gradients by a loop over single episodes, no padding, no library code of ours.
+
+
+def naive_ppo_loss(policy, rollout, config) -> torch.Tensor:
+    total = 0.0
+    for i in range(len(rollout)):
+        q, n = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
+        ids = rollout.input_ids[i, : q + n]
+        logps = (policy(ids[None]).logits[0].double() / config.temperature).log_softmax(-1)
+        for r in range(n):
+            ratio = (logps[q - 1 + r, ids[q + r]] - rollout.logprobs[i, r].double()).exp()
+            advantage = float(rollout.advantages[i, r])
+            options = (ratio * advantage, min(max(ratio, 1 - config.cliprange), 1 + config.cliprange) * advantage)
+            total = total - min(options, key=lambda x: float(torch.as_tensor(x).detach()))
+    return total / int(rollout.response_lengths.sum())
+
+
+def naive_value_loss(value_model, rollout, config) -> torch.Tensor:
+    total, clip = 0.0, config.cliprange_value
+    for i in range(len(rollout)):
+        q, n = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
+        values = value_model(rollout.input_ids[i : i + 1, : q + n])[0].double()
+        for r in range(n):
+            old, target = float(rollout.values[i, r]), float(rollout.returns[i, r])
+            value = values[q - 1 + r]
+            near = min(max(value, old - clip), old + clip)
+            total = total + 0.5 * max(
+                (value - target) ** 2, (near - target) ** 2, key=lambda x: float(torch.as_tensor(x).detach())
+            )
+    return total / int(rollout.response_lengths.sum())
+
+
+def naive_lm_loss(policy, documents) -> torch.Tensor:
+    total = 0.0
+    for document in documents:
+        logps = policy(torch.tensor([document])).logits[0].double().log_softmax(-1)
+        total = total - sum(logps[t, token] for t, token in enumerate(document[1:]))
+    return total / sum(len(d) - 1 for d in documents)
+
+
+def grad_of(loss, model) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_ppo_gradient_is_that_of_a_loop_over_episodes(setup, runtime):
+    policy_grads, value_grads, _ = gradients(setup, setup.moved, runtime, per_device_train_batch_size=5)
+    close(
+        policy_grads, grad_of(naive_ppo_loss(setup.actors.policy, setup.moved, config_of()), setup.actors.policy), 1e-5
+    )
+    expected = grad_of(naive_value_loss(setup.actors.value_model, setup.moved, config_of()), setup.actors.value_model)
+    close(value_grads, expected, 1e-5)
+
+
+def test_X1_gradient_is_ppo_plus_coefficient_times_lm(setup, runtime):
+    learner, coef = recorder(setup.actors), 27.8
+    config = config_of(ptx_coef=coef, per_device_train_batch_size=3)
+    optimiser_step(setup.moved, DOCUMENTS, learner, config, runtime)
+    assert len(learner.policy_optimizer.steps) == 1, "one optimiser step a minibatch"
+    policy = setup.actors.policy
+    ppo, lm = (
+        grad_of(naive_ppo_loss(policy, setup.moved, config), policy),
+        grad_of(naive_lm_loss(policy, DOCUMENTS), policy),
+    )
+    close(learner.policy_optimizer.steps[0], [a + coef * b for a, b in zip(ppo, lm, strict=True)], 1e-5)
+
+
+def test_X2_coefficient_0_is_plain_ppo_bit_for_bit(tiny_llama, folder, runtime):
+    def weights(**changes):
+        policy = copy.deepcopy(tiny_llama)
+        config = config_of(num_mini_batches=3, max_grad_norm=1.0, **changes)
+        actors = actors_of(policy, folder)
+        learner = Learner(policy, actors.value_model, *adams(policy, actors.value_model), None)
+        asked = []
+
+        def documents(count):
+            asked.append(count)
+            return DOCUMENTS[:count]
+
+        rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
+        stats = update(rollout, learner, documents, config, runtime, 0)
+        return policy.state_dict(), asked, stats
+
+    plain, _, _ = weights(ptx_coef=0.0)
+    zero, asked, stats = weights(ptx_coef=0.0, ptx_examples_per_episode=1)
+    assert asked == [0, 0, 0] and stats.sums["ptx_tokens"] == 0
+    assert all(torch.equal(plain[name], zero[name]) for name in plain)
+    mixed, asked, _ = weights(ptx_coef=0.5, ptx_examples_per_episode=1)
+    assert asked == [4, 4, 4] and any(not torch.equal(plain[name], mixed[name]) for name in plain)
+
+
+def test_X2_a_coefficient_of_0_on_given_documents_adds_exactly_nothing(setup, runtime):
+    alone, _, _ = gradients(setup, setup.moved, runtime)
+    with_documents, _, _ = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=0.0)
+    assert torch.equal(flat(alone), flat(with_documents))
+
+
+def test_X3_documents_consumed_are_ratio_times_episodes(setup, runtime):
+    taken = []
+
+    def documents(count):
+        taken.append(count)
+        return [DOCUMENTS[i % 4] for i in range(count)]
+
+    config = config_of(ptx_coef=1.0, ptx_examples_per_episode=8, num_mini_batches=4, num_ppo_epochs=1)
+    update(setup.rollout, recorder(setup.actors), documents, config, runtime, 0)
+    assert taken == [24] * 4 and sum(taken) == 8 * 12
+
+
+def test_X4_lm_loss_sends_no_gradient_to_the_value_model(setup, runtime):
+    _, alone, _ = gradients(setup, setup.moved, runtime)
+    _, with_documents, _ = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=27.8)
+    assert torch.equal(flat(alone), flat(with_documents))
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_P16_microbatch_size_changes_no_gradient(setup, runtime, size):
+    whole = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=2.0, per_device_train_batch_size=12)
+    cut = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=2.0, per_device_train_batch_size=size)
+    close(cut[0], whole[0], 1e-5)
+    close(cut[1], whole[1], 1e-5)
+    for name, value in whole[2].sums.items():
+        assert cut[2].sums[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_P4_first_minibatch(setup, runtime):
+    _, _, stats = gradients(setup, setup.rollout, runtime, per_device_train_batch_size=5)
+    tokens = int(setup.rollout.response_lengths.sum())
+    assert stats.sums["tokens"] == tokens
+    assert stats.mean("ratio") == pytest.approx(1, abs=1e-6) and stats.sums["max_ratio_deviation"] < 1e-5
+    assert stats.sums["policy_clipped"] == 0 and stats.mean("approxkl") < 1e-10
+    advantages = [
+        a for row, n in zip(setup.rollout.advantages, setup.rollout.response_lengths, strict=True) for a in row[:n]
+    ]
+    assert stats.mean("policy_loss") == pytest.approx(-float(sum(advantages)) / tokens, abs=1e-5)
+    assert abs(stats.mean("policy_loss")) < 1e-5
+
+
+def test_P7_junk_in_the_padding_changes_no_loss_and_no_gradient(setup, runtime):
+    rollout = setup.moved
+    off = ~rollout.response_mask
+    columns = torch.arange(rollout.input_ids.shape[1])[None, :]
+    past = columns >= (rollout.query_lengths + rollout.response_lengths)[:, None]
+    assert off.any() and past.any()
+    junk = {
+        name: getattr(rollout, name).masked_fill(off, value)
+        for name, value in {
+            "logprobs": float("nan"), "ref_logprobs": 1e30, "values": float("nan"), "rewards": float("inf"),
+            "advantages": float("nan"), "returns": float("-inf"),
+        }.items()
+    }  # fmt: skip
+    ids = torch.where(past, torch.randint(2, 64, past.shape), rollout.input_ids)
+    dirty = dataclasses.replace(rollout, input_ids=ids, **junk)
+    for size in (4, 12):
+        clean_result = gradients(setup, rollout, runtime, per_device_train_batch_size=size)
+        dirty_result = gradients(setup, dirty, runtime, per_device_train_batch_size=size)
+        assert torch.equal(flat(clean_result[0]), flat(dirty_result[0]))
+        assert torch.equal(flat(clean_result[1]), flat(dirty_result[1]))
+        assert clean_result[2].sums == dirty_result[2].sums
+
+
+def test_P13_512_episodes_are_8_steps_of_64_each_episode_once_an_epoch(setup, runtime, monkeypatch):
+    rows = torch.arange(512) % 12
+    many = dataclasses.replace(setup.rollout.index(rows), raw_scores=torch.arange(512.0))
+    seen = []
+
+    def spy(minibatch, documents, *rest):
+        seen.append(minibatch.raw_scores.int().tolist())
+        return SimpleNamespace(sums={"tokens": 1.0})
+
+    monkeypatch.setattr(align.update, "optimiser_step", spy)
+    config = PPOConfig(output_dir="o", reward_model_path="r", ptx_coef=0.0, num_ppo_epochs=2)
+    assert (config.rollout_batch_size, config.num_mini_batches) == (512, 8)
+    update(many, recorder(setup.actors), lambda count: [], config, runtime, 0)
+    assert [len(part) for part in seen] == [64] * 16
+    first, second = sum(seen[:8], []), sum(seen[8:], [])
+    assert sorted(first) == list(range(512)) == sorted(second)
+    assert first != second and first != list(range(512)), "each epoch has its own order"
+
+
+def test_P13_optimisers_step_once_a_minibatch(setup, runtime):
+    learner = recorder(setup.actors)
+    config = config_of(num_mini_batches=4, per_device_train_batch_size=2, num_ppo_epochs=3)
+    stats = update(setup.rollout, learner, lambda count: [], config, runtime, 0)
+    assert len(learner.policy_optimizer.steps) == len(learner.value_optimizer.steps) == 12
+    assert stats.sums["steps"] == 12 and stats.sums["tokens"] == 3 * int(setup.rollout.response_lengths.sum())
+
+
+def test_P13_batch_algebra_is_whole():
+    algebra = BatchAlgebra.of(PPOConfig(output_dir="o", reward_model_path="r", pretraining_file="t"), 1)
+    assert (algebra.rollout, algebra.minibatch, algebra.ptx, algebra.iterations) == (512, 64, 512, 500)
+    for changes, processes in (
+        ({"rollout_batch_size": 10, "num_mini_batches": 4}, 1),
+        ({"rollout_batch_size": 12, "num_mini_batches": 4}, 2),
+        ({"total_episodes": 13}, 1),
+        ({"ptx_coef": 1.0, "ptx_examples_per_episode": 0.3}, 1),
+    ):
+        with pytest.raises(UserError):
+            BatchAlgebra.of(config_of(**changes), processes)
+
+
+def test_P14_learning_rates():
+    config = PPOConfig(output_dir="o", reward_model_path="r", pretraining_file="t", learning_rate=2e-6)
+    learner = SimpleNamespace(
+        policy_optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
+        value_optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
+    )
+    rates = []
+    for iteration in range(15):
+        set_learning_rates(learner, config, iteration, 500)
+        rates.append(learner.policy_optimizer.param_groups[0]["lr"])
+        assert learner.value_optimizer.param_groups[0]["lr"] == 9e-6
+    expected = [0.2e-6, 0.38e-6, 0.56e-6, 0.74e-6, 0.92e-6, 1.1e-6, 1.28e-6, 1.46e-6, 1.64e-6, 1.82e-6] + [2e-6] * 5
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
+def digest(model: torch.nn.Module) -> str:
+    blob = b"".join(value.contiguous().numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(blob).hexdigest()
+
+
+def adams(policy, value_model, rate: float = 3e-3):
+    return [torch.optim.AdamW(m.parameters(), rate, (0.9, 0.95), 1e-5, weight_decay=0.0) for m in (policy, value_model)]
+
+
+def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
+    config = dataclasses.replace(
+        config_of(num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3),
+        model_name_or_path=str(folder / "policy"), reward_model_path=str(folder / "reward"),
+    )  # fmt: skip
+    learner = build_learner(config, runtime)
+    codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
+    actors = build_actors(config, codec, learner, runtime)
+    names = {"reference": actors.ref_policy, "reward": actors.reward.model}
+    before = {name: digest(model) for name, model in names.items()}
+    trained = {"policy": learner.policy, "value": learner.value_model}
+    started = {name: digest(model) for name, model in trained.items()}
+    assert digest(actors.ref_policy) == digest(learner.policy) and digest(actors.reward.model) == digest(
+        learner.value_model
+    )
+    for iteration in range(3):
+        rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, iteration)
+        update(rollout, learner, lambda count: [], config, runtime, iteration)
+    assert before == {name: digest(model) for name, model in names.items()}
+    assert all(started[name] != digest(model) for name, model in trained.items())
+    assert not any(p.requires_grad for model in names.values() for p in model.parameters())
+
+
+def test_P15_average_takes_one_step_an_optimiser_step(tiny_llama, folder, runtime):
+    actors = actors_of(tiny_llama, folder)
+    ema = EMA(tiny_llama, 0.9)
+    learner = Learner(tiny_llama, actors.value_model, *adams(tiny_llama, actors.value_model), ema)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shadow = tiny_llama.get_parameter(name).detach().double().clone()
+    seen = []
+    real = learner.policy_optimizer.step
+
+    def step(*args, **kwargs):
+        result = real(*args, **kwargs)
+        seen.append(tiny_llama.get_parameter(name).detach().double().clone())
+        return result
+
+    learner.policy_optimizer.step = step
+    config = config_of(num_mini_batches=3)
+    rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
+    update(rollout, learner, lambda count: [], config, runtime, 0)
+    assert len(seen) == 3
+    for weights in seen:
+        shadow = 0.9 * shadow + 0.1 * weights
+    assert float((ema.shadow[name].double() - shadow).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("field", ["advantages", "returns", "logprobs"])
+def test_a_number_that_is_not_finite_stops_before_any_weight_changes(setup, runtime, field):
+    value = getattr(setup.rollout, field).clone()
+    value[0, 0] = float("nan")
+    wrong = dataclasses.replace(setup.rollout, **{field: value})
+    policy, value_model = setup.actors.policy, setup.actors.value_model
+    ema = EMA(policy, 0.9)
+    learner = Learner(policy, value_model, *adams(policy, value_model), ema)
+    before = digest(policy), digest(value_model)
+    with pytest.raises(UserError, match="no weight was changed"):
+        optimiser_step(wrong, [], learner, config_of(), runtime)
+    assert before == (digest(policy), digest(value_model))
+
+
+def share_of_low_tokens(prompts, episodes: list[Episode]) -> list[float]:
+    return [sum(token < 32 for token in e.response) / len(e.response) for e in episodes]
+
+
+def bandit(policy, folder, runtime, reward, kl_coef: float, iterations: int = 12, rate: float = 3e-3):
+    """PPO on 'write tokens below 32'; the mean share of them and the mean KL, an entry an iteration."""
+    policy = copy.deepcopy(policy)
+    policy.lm_head.weight.data.div_(20)  # nearly uniform, as it was made
+    config = config_of(
+        rollout_batch_size=64, total_episodes=64, num_mini_batches=4, per_device_train_batch_size=64, max_grad_norm=1.0,
+        missing_eos_penalty=None,
+    )  # fmt: skip
+    actors = actors_of(policy, folder, reward)
+    learner = Learner(policy, actors.value_model, *adams(policy, actors.value_model, rate), None)
+    shares, kls = [], []
+    for iteration in range(iterations):
+        rollout = collect_rollout(make_queries(64), actors, config, runtime, kl_coef, iteration)
+        low = (rollout.input_ids < 32).float()
+        columns = torch.arange(low.shape[1])[None, :]
+        inside = (columns >= rollout.query_lengths[:, None]) & (
+            columns < (rollout.query_lengths + rollout.response_lengths)[:, None]
+        )
+        shares.append(float(low[inside].mean()))
+        kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(~rollout.response_mask, 0).sum(1)
+        kls.append(float(kl.mean()))
+        update(rollout, learner, lambda count: [], config, runtime, iteration)
+    return shares, kls
+
+
+def test_P17_toy_bandit(tiny_llama, folder, runtime):
+    def negated(prompts, episodes):
+        return [-x for x in share_of_low_tokens(prompts, episodes)]
+
+    up, free = bandit(tiny_llama, folder, runtime, share_of_low_tokens, 0.0)
+    down, _ = bandit(tiny_llama, folder, runtime, negated, 0.0)
+    _, held = bandit(tiny_llama, folder, runtime, share_of_low_tokens, 100.0)
+    assert up[-1] > up[0] + 0.15 and down[-1] < down[0] - 0.15
+    assert free[-1] > 0.3 and abs(held[-1]) < 0.1 * free[-1]
