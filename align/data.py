@@ -504,9 +504,8 @@ def drop_long(
     """
     kept = [row for row in rows if length(row, codec) <= max_tokens]
     if rows and not kept:
-        raise UserError(
-            f"{', '.join(report.paths)}: every row is over {max_tokens} tokens: raise max_prompt_length or max_length"
-        )
+        remedy = "raise max_prompt_length or max_length"
+        raise UserError(f"{', '.join(report.paths)}: every row is over {max_tokens} tokens: {remedy}")
     return kept, report.with_dropped("too_long", len(rows) - len(kept))
 
 

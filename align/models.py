@@ -67,7 +67,7 @@ class ScalarModel(nn.Module):
 def load_scalar_model(
     path: str, attn_implementation: str | None = None, fresh_head: bool = False, dtype: torch.dtype = torch.float32
 ) -> ScalarModel:
-    """A reward or value model. `fresh_head` makes one from a language model: std 1 / sqrt(d + 1), bias 0 (S App. B.1)."""
+    """A reward or value model. `fresh_head`: from a language model, std 1 / sqrt(d + 1), bias 0 (S App. B.1)."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the fresh head and score.bias are expected, not news
     try:
@@ -96,6 +96,9 @@ def save_scalar_model(scalar: ScalarModel, folder: str | Path, pad_id: int) -> N
     model.save_pretrained(folder)
 
 
+HEAD = ("score.weight", "score.bias")
+
+
 def _stored_head(path: str) -> dict[str, Tensor] | None:
     """The head's tensors of a local checkpoint; None for a hub id, whose head transformers has loaded."""
     files = sorted(Path(path).glob("*.safetensors"))
@@ -104,7 +107,7 @@ def _stored_head(path: str) -> dict[str, Tensor] | None:
     head = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            head |= {key: tensors.get_tensor(key) for key in tensors.keys() if key in ("score.weight", "score.bias")}
+            head |= {key: tensors.get_tensor(key) for key in tensors.keys() if key in HEAD}  # noqa: SIM118
     if "score.weight" not in head:
         raise UserError(f"{path}: has no head `score`, so it is no reward model; give the folder `make rm` writes")
     return head

@@ -43,9 +43,8 @@ def main(argv: list[str]) -> None:
     policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
     reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation).to(runtime.device)
     judge = import_function(config.judge, "judge")
-    setting = Setting(
-        codec, prompts, policies["sft"], reward_model, judge, config.max_new_tokens, config.per_device_batch_size, config.seed
-    )  # fmt: skip
+    sizes = (config.max_new_tokens, config.per_device_batch_size)
+    setting = Setting(codec, prompts, policies["sft"], reward_model, judge, *sizes, config.seed)
 
     # 2. Every policy answers every prompt, sampled and greedy.
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}

@@ -1,6 +1,6 @@
 """Stage 3: prompts, policy, reward model -> policy, by PPO or PPO-ptx (paper section 3.5, Eq. 2, App. C.4).
 
-    maximise  E_policy[ r(x, y) - kl_coef * log(policy(y|x) / ref_policy(y|x)) ] + ptx_coef * E_pretrain[ log policy(x) ]
+    maximise  E_policy[ r(x, y) - kl_coef * log(policy(y|x) / ref(y|x)) ] + ptx_coef * E_pretrain[ log policy(x) ]
 
 A bandit: a random prompt, one response, one score, the end. The KL penalty is paid token by token, the score comes on
 the last token; a value model that starts as the reward model turns them into advantages (no discount, GAE 0.95).

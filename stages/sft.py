@@ -2,9 +2,9 @@
 
     minimise  - E_demonstrations[ sum_t log p(response_t | prompt, response_<t) ]     prompt tokens are not predicted
 
-TRL's SFTTrainer drives it (align/trainer.py groups its batches by length). Of the paper: cosine to 10% of peak without warm-up, epochs over one, a checkpoint each
-epoch, the final one chosen by reward where a reward model is given, an optional share of pretraining text (C.3).
-Differs: prompt masking is not stated in the paper; here it is on by default.
+TRL's SFTTrainer drives it, its batches grouped by length. Of the paper: cosine to 10% of peak without warm-up, epochs
+over one, a checkpoint each epoch, the final one chosen by reward where a reward model is given, an optional share of
+pretraining text (C.3). Differs: prompt masking is not stated in the paper; here it is on by default.
 
     python -m stages.sft --config configs/tiny/sft.yaml --run runs/tiny
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m stages.sft --config ...

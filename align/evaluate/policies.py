@@ -42,7 +42,7 @@ def answer(
     runtime: Runtime,
     few_shot: list[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
-    """One record a prompt. With `few_shot` the policy sees solved examples first, and its answer ends at a blank line."""
+    """One record a prompt. With `few_shot` the policy sees solved examples first; its answer ends at a newline."""
     codec, prompts = setting.codec, setting.prompts
     plain = codec.prompts([prompt.prompt for prompt in prompts])
     queries = codec.few_shot(few_shot, [prompt.prompt for prompt in prompts]) if few_shot else plain

@@ -18,7 +18,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """One token a row by inverting the CDF at `uniforms` in [0, 1); the mode when temperature is 0. (N, V), (N,) -> (N,)
+    """One token a row by inverting the CDF at `uniforms` in [0, 1); the mode at temperature 0. (N, V), (N,) -> (N,)
 
     The draw is a function of the row's logits and its own uniform number, so neither the batch a row sits in nor the
     number of processes changes what is sampled.

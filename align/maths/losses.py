@@ -53,7 +53,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of 0.5 * max((V - R)^2, (clip(V, V_old +- c) - R)^2); plain squares when c is None. All (B, R)."""
+    """Sum over tokens of 0.5 * max((V - R)^2, (clip(V, V_old +- c) - R)^2); plain squares if c is None. All (B, R)."""
     values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     unclipped = (values - returns) ** 2
     worst = unclipped
