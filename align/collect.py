@@ -36,15 +36,16 @@ def draw_k(num_prompts: int, min_k: int, max_k: int, seed: int) -> list[int]:
 
 
 def group(prompts: list[Prompt], sizes: list[int], episodes: list[Episode], codec: Codec) -> list[Candidates]:
-    """Episodes, sizes[i] a prompt in order, to distinct texts; equal texts are shown to a labeler once."""
+    """Episodes, sizes[i] a prompt in order, to distinct texts; white space alone makes no difference."""
     grouped, position = [], 0
     for prompt, size in zip(prompts, sizes, strict=True):
-        texts: dict[str, bool] = {}
+        texts: dict[str, tuple[str, bool]] = {}
         for episode in episodes[position : position + size]:
-            texts.setdefault(codec.decode(episode.response), episode.finished)
+            text = codec.decode(episode.response)
+            texts.setdefault(" ".join(text.split()), (text, episode.finished))
         position += size
-        texts = {text: done for text, done in texts.items() if text.strip()}
-        grouped.append(Candidates(prompt, tuple(texts), tuple(texts.values())))
+        shown = [pair for key, pair in texts.items() if key]
+        grouped.append(Candidates(prompt, tuple(text for text, _ in shown), tuple(done for _, done in shown)))
     return grouped
 
 

@@ -197,6 +197,7 @@ class PPOConfig(StageConfig):
     save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
     save_total_limit: int = 2
     transcript_iterations: int = 10
+    judge: str | None = None  # import path; its score of each rollout is logged as eval/gold, never trained on
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from align.errors import UserError
 from align.models import ScalarModel
 from align.ranking import score_rows
 from align.text import Codec
-from align.types import Episode, Prompt
+from align.types import Episode, Prompt, Rollout
 
 
 class Reward(Protocol):
@@ -56,6 +56,25 @@ class SumReward:
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         weighted = [[weight * s for s in reward(prompts, episodes)] for reward, weight in self.parts]
         return [sum(scores) for scores in zip(*weighted, strict=True)]
+
+
+class GoldJudge:
+    """A judge by import path, judge(row, response, finished) with a `likert`. Logged, never trained on."""
+
+    def __init__(self, path: str | None, codec: Codec):
+        self.judge, self.codec = (import_function(path, "judge") if path else None), codec
+
+    def score(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
+        """{"eval/gold": mean}, or nothing without a judge. `prompts` in the rollout's order."""
+        if self.judge is None:
+            return {}
+        ends = (rollout.query_lengths + rollout.response_lengths).tolist()
+        total = 0.0
+        for i, prompt in enumerate(prompts):
+            response = rollout.input_ids[i, int(rollout.query_lengths[i]) : ends[i]].tolist()
+            row = {"prompt": prompt.prompt, **prompt.columns}
+            total += self.judge(row, self.codec.decode(response), bool(rollout.finished[i])).likert
+        return {"eval/gold": total / len(prompts)}
 
 
 def require_finite(scores: list[float], prompts: list[Prompt]) -> list[float]:

@@ -84,6 +84,12 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     }
 
 
+def overoptimisation_rows(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What the over-optimisation plot needs of a PPO run that logged a judge."""
+    names = {"episode": "episode", "kl": "objective/kl", "proxy": "objective/raw_scores", "gold": "eval/gold"}
+    return [{name: row[key] for name, key in names.items()} for row in rows if "eval/gold" in row]
+
+
 class Transcripts:
     """Some episodes of a rollout as text, with their scores and KL, in transcripts.jsonl."""
 

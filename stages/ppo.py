@@ -20,6 +20,7 @@ from tqdm import trange
 from align.checkpoint import latest_checkpoint, start_output
 from align.config import PPOConfig, parse
 from align.data import Cursor
+from align.evaluate.report import plot_overoptimisation
 from align.learn import (
     build_actors,
     build_learner,
@@ -30,9 +31,10 @@ from align.learn import (
     set_learning_rates,
 )
 from align.maths.kl import adapt_kl_coef
+from align.rewards import GoldJudge
 from align.rollout import check_step_zero, collect_rollout
 from align.runtime import Runtime, limit_threads
-from align.track import Metrics, Transcripts, announce, ppo_metrics
+from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl
 from align.update import BatchAlgebra, update
 from stages.__main__ import run
 
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> None:
     def next_documents(count: int) -> list[list[int]]:
         return [inputs.documents[i] for i in document_cursor.take(count)]
 
+    judge = GoldJudge(config.judge, codec)
+
     # 4. Iterate: rollout, update, log.
     for iteration in trange(first, algebra.iterations, desc="ppo", disable=not runtime.is_main):
         set_learning_rates(learner, config, iteration, algebra.iterations)
@@ -79,6 +83,7 @@ def main(argv: list[str]) -> None:
         if config.kl_target is not None:
             kl_coef = adapt_kl_coef(kl_coef, row["objective/kl"], config.kl_target, algebra.rollout, config.kl_horizon)
         done = iteration + 1
+        row |= judge.score([query.prompt for query in queries], rollout)
         metrics.log(done, {"episode": done * algebra.rollout, **row})
         runtime.track(row, done)
         if config.transcript_iterations and iteration % config.transcript_iterations == 0:
@@ -91,6 +96,8 @@ def main(argv: list[str]) -> None:
     # 5. Save the averaged policy, the manifest last.
     save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, **row}, runtime)
     runtime.end()
+    if config.judge and runtime.is_main:
+        plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")
     announce(f"policy in {output}; next: make evaluate")
 
 

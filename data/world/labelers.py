@@ -17,6 +17,7 @@ from data.world import tasks
 from data.world.grammar import count_words, tokenize
 from data.world.prompts import WEIGHTS, Row
 
+FIRM = 0.2  # share of a labeler's noise that is left on a response worth nothing
 TIE = 0.35  # responses whose felt scores lie this close get the same rank
 
 
@@ -184,7 +185,9 @@ class Labeler:
         feeling = gold + self.leniency * (7.0 - gold) * (gold - 1.0) / 6.0
         feeling -= self.brevity * (words - 5) / 5.0
         feeling += self.tail * (judging.peel(tuple(tokens), row["constraint"], row["language"])[1] > 0)
-        return feeling + self.noise * self._mood(row["prompt"], completion)
+        # Nobody argues over a worthless answer; tastes differ on those that do something.
+        spread = self.noise * (FIRM + (1.0 - FIRM) * (gold - 1.0) / 6.0)
+        return feeling + spread * self._mood(row["prompt"], completion)
 
     def _mood(self, prompt: str, completion: str) -> float:
         key = "\x1f".join((self.name, str(self.seed), prompt, completion)).encode()
