@@ -52,12 +52,13 @@ class BaseConfig(StageConfig):
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     max_position_embeddings: int = 256
-    per_device_train_batch_size: int = 20  # documents
-    max_steps: int = 6000
-    learning_rate: float = 4e-3
+    per_device_train_batch_size: int = 64  # documents
+    max_steps: int = 1500
+    learning_rate: float = 2e-3  # of AdamW: embeddings, norms, biases
+    muon_learning_rate: float = 4e-3  # of Muon: hidden matrices
     adam_beta2: float = 0.98
     warmup_steps: int = 100
-    decay_steps: int = 3600  # the last steps, over which the rate falls linearly to 0
+    decay_steps: int = 900  # the last steps, over which the rate falls linearly to 0
     max_grad_norm: float = 1.0
     save_steps: int = 0  # a checkpoint to resume from every so many steps; 0: none
 

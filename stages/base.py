@@ -19,6 +19,7 @@ from align.checkpoint import atomic_contents, latest_checkpoint, start_output, w
 from align.config import BaseConfig, parse
 from align.data import load_texts
 from align.initialise import embedding_std, start_with_induction
+from align.optimise import MuonAdamW
 from align.runtime import is_main_process, limit_threads
 from align.text import CausalCollator, Codec
 from align.track import announce
@@ -48,8 +49,10 @@ def main(argv: list[str]) -> None:
     validation = Dataset.from_dict({"input_ids": codec.documents(held_out)})
 
     # 3. Model, and training with rows of like length together.
+    model = build_model(config, codec)
     trainer = LanguageModelTrainer(
-        model=build_model(config, codec),
+        model=model,
+        optimizers=(MuonAdamW(model, config.muon_learning_rate, config.learning_rate, config.adam_beta2), None),
         args=training_arguments(config, output),
         train_dataset=rows,
         eval_dataset=validation,
@@ -117,7 +120,6 @@ def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:
         per_device_eval_batch_size=128,
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
-        adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": config.decay_steps, "decay_type": "linear"},

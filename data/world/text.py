@@ -312,7 +312,7 @@ WRITERS: dict[Writer, float] = {
     _zh_list: 2.5,
     _zh_talk: 3,
 }
-SHEETS, PAGES = 0.08, 0.30  # shares of the documents: instructions without answers; with answers
+SHEETS, PAGES = 0.07, 0.13  # shares of the documents: instructions without answers; with answers
 
 
 def _document(rng: Random, writer: Writer) -> str:
