@@ -222,9 +222,8 @@ def atomic_contents(path: str | Path) -> Iterator[Path]:
             for file in files:
                 _sync(file)
             (path / MANIFEST).unlink(missing_ok=True)
+            _remove(*(path / file.name for file in files if (path / file.name).is_dir()))
             for file in files:
-                if (path / file.name).is_dir():
-                    _remove(path / file.name)
                 os.replace(file, path / file.name)
     finally:
         _remove(new)

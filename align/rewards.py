@@ -82,7 +82,7 @@ def require_finite(scores: list[float], prompts: list[Prompt]) -> list[float]:
     for number, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
         if not math.isfinite(score):
             name = prompt.columns.get("id", f"number {number} of the batch")
-            raise UserError(f"reward: returned {score} for prompt {name}; a reward must be a finite number, mend it")
+            raise UserError(f"reward: returned {score} for prompt {name!r}; a reward must be a finite number, mend it")
     return scores
 
 

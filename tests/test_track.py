@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from align.track import Metrics, MetricsCallback, ppo_metrics, read_jsonl, write_transcripts
+from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl
 from align.types import Rollout, UpdateStats
 
 
@@ -97,9 +97,9 @@ def test_stats_add_up_and_maxima_do_not():
 
 
 def test_transcripts(rollout, tiny_codec, tmp_path):
-    write_transcripts(tmp_path / "t.jsonl", 7, rollout, tiny_codec, count=1)
-    write_transcripts(tmp_path / "t.jsonl", 8, rollout, tiny_codec, count=5)
-    lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
+    Transcripts(tmp_path, count=1).write(7, rollout, tiny_codec)
+    Transcripts(tmp_path, resume_step=8, count=5).write(8, rollout, tiny_codec)
+    lines = (tmp_path / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["iteration"] for row in rows] == [7, 8, 8]
     assert rows[1] | {} == {

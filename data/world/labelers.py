@@ -17,7 +17,7 @@ from data.world import tasks
 from data.world.grammar import count_words, tokenize
 from data.world.prompts import WEIGHTS, Row
 
-FIRM = 0.2  # share of a labeler's noise that is left on a response worth nothing
+FIRM = 0.65  # share of a labeler's noise that is left on a response worth nothing
 TIE = 0.35  # responses whose felt scores lie this close get the same rank
 
 

@@ -30,40 +30,42 @@ ALL_CONSTRAINTS = ("capitals", "sure", "thanks")
 STORY_CONSTRAINTS = ("sure", "thanks", "short", "short")
 
 
+NOTE_WORDINGS = {
+    "en": (
+        "write a thank you note to {name} for the {noun} .",
+        "thank {name} for {a_noun} in a note .",
+        "note to {name} : thanks for the {noun} .",
+        "write to {name} about the gift , {a_noun} .",
+    ),
+    "zh": ("给{name}写感谢信，礼物：{noun}。", "感谢{name}送的“{noun}”，写一句话。", "感谢信：{name}，{noun}。"),
+}
+AD_WORDINGS = {
+    "en": (
+        "write an ad for {a_noun} .",
+        "i sell {a_noun} . write a line for my shop .",
+        "make an ad line : {noun} .",
+        "ad for my {noun} .",
+    )
+}
+INVITE_WORDINGS = {
+    "en": (
+        "invite {name} to the {place} .",
+        "write an invitation for {name} : {place} .",
+        "ask {name} to come to our {place} .",
+        "invitation . who : {name} . where : {place} .",
+    )
+}
+WISH_WORDINGS = {
+    "en": (
+        "wish {name} {occasion} .",
+        "write a wish for {name} : {occasion} .",
+        "say it to {name} : {occasion} .",
+        "{name} needs {occasion} . write a wish .",
+    )
+}
+
+
 def _generation() -> list[Family]:
-    note = {
-        "en": (
-            "write a thank you note to {name} for the {noun} .",
-            "thank {name} for {a_noun} in a note .",
-            "note to {name} : thanks for the {noun} .",
-            "write to {name} about the gift , {a_noun} .",
-        ),
-        "zh": ("给{name}写感谢信，礼物：{noun}。", "感谢{name}送的“{noun}”，写一句话。", "感谢信：{name}，{noun}。"),
-    }
-    ad = {
-        "en": (
-            "write an ad for {a_noun} .",
-            "i sell {a_noun} . write a line for my shop .",
-            "make an ad line : {noun} .",
-            "ad for my {noun} .",
-        )
-    }
-    invite = {
-        "en": (
-            "invite {name} to the {place} .",
-            "write an invitation for {name} : {place} .",
-            "ask {name} to come to our {place} .",
-            "invitation . who : {name} . where : {place} .",
-        )
-    }
-    wish = {
-        "en": (
-            "wish {name} {occasion} .",
-            "write a wish for {name} : {occasion} .",
-            "say it to {name} : {occasion} .",
-            "{name} needs {occasion} . write a wish .",
-        )
-    }
     return [
         Family(
             "story",
@@ -88,7 +90,7 @@ def _generation() -> list[Family]:
         Family(
             "note",
             "generation",
-            note,
+            NOTE_WORDINGS,
             skills.draw_note,
             skills.note_ideal,
             skills.check_form(skills.NOTE, skills.ZH_NOTE, ("name", "noun"), 8),
@@ -97,7 +99,7 @@ def _generation() -> list[Family]:
         Family(
             "ad",
             "generation",
-            ad,
+            AD_WORDINGS,
             skills.draw_ad,
             skills.ad_ideal,
             skills.check_form(skills.AD, None, ("noun",), 8),
@@ -107,12 +109,12 @@ def _generation() -> list[Family]:
         Family(
             "invite",
             "generation",
-            invite,
+            INVITE_WORDINGS,
             skills.draw_invite,
             skills.invite_ideal,
             skills.check_form(skills.INVITE, None, ("name", "place"), 9),
         ),
-        Family("wish", "generation", wish, skills.draw_wish, skills.wish_ideal, skills.check_wish),
+        Family("wish", "generation", WISH_WORDINGS, skills.draw_wish, skills.wish_ideal, skills.check_wish),
     ]
 
 
@@ -170,56 +172,67 @@ def _brainstorming() -> list[Family]:
     ]
 
 
+GREET_WORDINGS = {
+    "en": (
+        "hello , i am {name} and i like the {noun} .",
+        "hi , my name is {name} . i have {a_noun} .",
+        "good day , {name} here , with my {noun} .",
+        "i am {name} , i came by to see the {noun} .",
+    ),
+    "zh": ("你好，我是{name}，我喜欢{noun}。", "我叫{name}，我有{noun}。", "我是{name}，来看{noun}。"),
+}
+HOW_WORDINGS = {
+    "en": (
+        "how are you , my friend ? it is {name} .",
+        "{name} asks : how are you today ?",
+        "how do you do ? greetings from the {place} , {name} .",
+        "are you well ? {name} from the {place} .",
+    )
+}
+THANKS_WORDINGS = {
+    "en": (
+        "thank you for the {noun} , says {name} .",
+        "{name} and i thank you for {a_noun} .",
+        "many thanks for the {noun} . {name} .",
+        "you gave me {a_noun} . thank you !",
+    )
+}
+BYE_WORDINGS = {
+    "en": (
+        "good bye , i go to the {place} with {name} .",
+        "i must leave for the {place} . {name} waits .",
+        "see you later , {name} is at the {place} .",
+        "bye now ! off to the {place} .",
+    )
+}
+FINE = ("i am fine , thank you", "i am fine", "i am well , thank you", "i am well")
+
+
 def _chat() -> list[Family]:
-    greet = {
-        "en": (
-            "hello , i am {name} and i like the {noun} .",
-            "hi , my name is {name} . i have {a_noun} .",
-            "good day , {name} here , with my {noun} .",
-            "i am {name} , i came by to see the {noun} .",
-        ),
-        "zh": ("你好，我是{name}，我喜欢{noun}。", "我叫{name}，我有{noun}。", "我是{name}，来看{noun}。"),
-    }
-    how = {
-        "en": (
-            "how are you , my friend ? it is {name} .",
-            "{name} asks : how are you today ?",
-            "how do you do ? greetings from the {place} , {name} .",
-            "are you well ? {name} from the {place} .",
-        )
-    }
-    thanks = {
-        "en": (
-            "thank you for the {noun} , says {name} .",
-            "{name} and i thank you for {a_noun} .",
-            "many thanks for the {noun} . {name} .",
-            "you gave me {a_noun} . thank you !",
-        )
-    }
-    bye = {
-        "en": (
-            "good bye , i go to the {place} with {name} .",
-            "i must leave for the {place} . {name} waits .",
-            "see you later , {name} is at the {place} .",
-            "bye now ! off to the {place} .",
-        )
-    }
-    fine = ("i am fine , thank you", "i am fine", "i am well , thank you", "i am well")
     return [
-        Family("greet", "chat", greet, skills.draw_note, skills.greet_ideal, skills.check_greet, skills.zh_fields, ()),
+        Family(
+            "greet",
+            "chat",
+            GREET_WORDINGS,
+            skills.draw_note,
+            skills.greet_ideal,
+            skills.check_greet,
+            skills.zh_fields,
+            (),
+        ),
         Family(
             "how",
             "chat",
-            how,
+            HOW_WORDINGS,
             skills.draw_invite,
             skills.fixed("i am fine , thank you ."),
-            skills.check_words(fine, ("fine", "thank you"), 5),
+            skills.check_words(FINE, ("fine", "thank you"), 5),
             constraints=(),
         ),
         Family(
             "thanks",
             "chat",
-            thanks,
+            THANKS_WORDINGS,
             skills.draw_note,
             skills.fixed("you are welcome ."),
             skills.check_words(("you are welcome", "you are very welcome"), ("welcome",), 4),
@@ -229,7 +242,7 @@ def _chat() -> list[Family]:
         Family(
             "bye",
             "chat",
-            bye,
+            BYE_WORDINGS,
             skills.draw_invite,
             skills.fixed("good bye , see you soon ."),
             skills.check_words(("good bye , see you soon", "see you soon", "good bye"), ("bye",), 5),
@@ -298,37 +311,39 @@ def _rewrite_and_summary() -> list[Family]:
     ]
 
 
+CLOSED_WORDINGS = {"en": ("{text} {question}", "read : {text} {question}", "text : {text} question : {question}")}
+EXTRACT_WORDINGS = {
+    "en": (
+        "find the {what} : {text}",
+        "{text} give only the {what} .",
+        "{what} in this text ? {text}",
+        "take out the {what} : {text}",
+    )
+}
+REVIEW_WORDINGS = {
+    "en": (
+        "positive or negative : {text} .",
+        "review : {text} . positive or negative ?",
+        "{text} . is that positive or negative ?",
+    ),
+    "zh": ("评论：{text}。好评还是差评？", "{text}。这是好评还是差评？", "好评还是差评：{text}。"),
+}
+KIND_WORDINGS = {
+    "en": (
+        "what kind of thing is {a_noun} ?",
+        "name the class of the word {noun} .",
+        "{noun} : which kind ?",
+        "which group has the {noun} in it ?",
+    )
+}
+
+
 def _reading() -> list[Family]:
-    closed = {"en": ("{text} {question}", "read : {text} {question}", "text : {text} question : {question}")}
-    extract = {
-        "en": (
-            "find the {what} : {text}",
-            "{text} give only the {what} .",
-            "{what} in this text ? {text}",
-            "take out the {what} : {text}",
-        )
-    }
-    review = {
-        "en": (
-            "positive or negative : {text} .",
-            "review : {text} . positive or negative ?",
-            "{text} . is that positive or negative ?",
-        ),
-        "zh": ("评论：{text}。好评还是差评？", "{text}。这是好评还是差评？", "好评还是差评：{text}。"),
-    }
-    kind = {
-        "en": (
-            "what kind of thing is {a_noun} ?",
-            "name the class of the word {noun} .",
-            "{noun} : which kind ?",
-            "which group has the {noun} in it ?",
-        )
-    }
     return [
         Family(
             "closed",
             "closed_qa",
-            closed,
+            CLOSED_WORDINGS,
             skills.draw_closed,
             skills.asked_ideal,
             skills.check_asked,
@@ -337,7 +352,7 @@ def _reading() -> list[Family]:
         Family(
             "extract",
             "extract",
-            extract,
+            EXTRACT_WORDINGS,
             skills.draw_extract,
             skills.asked_ideal,
             skills.check_asked,
@@ -346,7 +361,7 @@ def _reading() -> list[Family]:
         Family(
             "review",
             "classification",
-            review,
+            REVIEW_WORDINGS,
             skills.draw_review,
             skills.review_ideal,
             skills.check_review,
@@ -356,7 +371,7 @@ def _reading() -> list[Family]:
         Family(
             "kind",
             "classification",
-            kind,
+            KIND_WORDINGS,
             skills.draw_kind,
             skills.kind_ideal,
             skills.check_kind,
