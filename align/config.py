@@ -162,7 +162,7 @@ class PPOConfig(StageConfig):
     train_file: str = ""
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
-    ptx_examples_per_episode: float = 8
+    ptx_examples_per_episode: float = 8.0
     ptx_max_length: int = 2048
     total_episodes: int = 256_000
     rollout_batch_size: int = 512  # episodes an iteration, all processes together

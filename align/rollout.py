@@ -139,7 +139,7 @@ def check_step_zero(
     numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
     numbers["value_minus_score"] = float((values - head.raw_scores).abs().max()) if value_is_reward else 0.0
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
-    tolerance = 0.1 if config.bf16 else 1e-3
+    tolerance = 0.1 if runtime.half else 1e-3
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
     for name, cause in (

@@ -32,6 +32,11 @@ class Runtime:
         return self.accelerator.device
 
     @property
+    def half(self) -> bool:
+        """Forward passes run in bfloat16 or float16, by the config or by the launcher's file."""
+        return self.accelerator.mixed_precision in ("bf16", "fp16")
+
+    @property
     def rank(self) -> int:
         return self.accelerator.process_index
 

@@ -46,7 +46,7 @@ def run(stage, argv: list[str]) -> int:
     """Run a stage; what the user can mend is one line and exit status 2, never a traceback."""
     try:
         stage(argv)
-        record_seconds(argv, stage.__module__.rpartition(".")[2])
+        record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

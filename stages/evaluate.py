@@ -15,6 +15,7 @@ from typing import Any
 from align.checkpoint import check_parent, read_manifest, start_output, write_json, write_jsonl
 from align.config import EvaluateConfig, parse
 from align.data import load_demonstrations, load_prompts, load_rankings, load_texts
+from align.errors import UserError
 from align.evaluate.policies import Setting, answer, perplexity
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> None:
     limit_threads()
     paths = policy_paths(config)
     check_parent(config.reward_model_path, "reward_model_path", ("rm",))
+    if not config.rankings_file:
+        raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     codec = Codec.load(config.sft_path)
     prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
     prompts = prompts[: config.num_prompts] if config.num_prompts else prompts
@@ -92,8 +95,6 @@ def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
 
 
 def judges_report(config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
-    if not config.rankings_file:
-        return {"rm": {}, "labelers": {"agreement": None}}
     rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
     scored = score_rankings(setting.reward_model, rankings, setting.codec, setting.batch_size)
     gold = [

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     actors = build_actors(config, codec, learner, runtime)
     prompt_cursor = Cursor(len(inputs.queries), config.seed)
     document_cursor = Cursor(max(len(inputs.documents), 1), config.seed + 1)
-    first, kl_coef, step_zero = 0, config.kl_coef, {}
+    first, kl_coef, step_zero, row = 0, config.kl_coef, {}, {}
     if checkpoint:
         first, kl_coef, step_zero = load_state(checkpoint, learner, prompt_cursor, document_cursor, runtime)
     metrics = Metrics(output, first if checkpoint else None)

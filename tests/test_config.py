@@ -23,8 +23,8 @@ FIELDS = {
     """,
     "BaseConfig": """
         train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
-        num_attention_heads max_position_embeddings per_device_train_batch_size num_train_epochs
-        learning_rate adam_beta2 warmup_steps decay_fraction max_grad_norm
+        num_attention_heads max_position_embeddings per_device_train_batch_size max_steps
+        learning_rate muon_learning_rate adam_beta2 warmup_steps decay_steps max_grad_norm save_steps
     """,
     "SFTConfig": """
         model_name_or_path train_file validation_file pretraining_file pretraining_fraction
@@ -34,8 +34,9 @@ FIELDS = {
         use_peft lora_r lora_alpha
     """,
     "CollectConfig": """
-        model_name_or_path prompts_file output_file labelers labelers_per_prompt min_k max_k
-        max_new_tokens temperature per_device_batch_size
+        model_name_or_path prompts_file validation_prompts_file labelers held_out_labelers
+        labelers_per_prompt validation_labelers_per_prompt min_k max_k max_prompt_length max_new_tokens
+        temperature per_device_batch_size
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
@@ -51,11 +52,11 @@ FIELDS = {
         value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
         max_grad_norm kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
-        save_iterations transcript_iterations
+        save_iterations save_total_limit transcript_iterations judge
     """,
     "EvaluateConfig": """
         preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
-        few_shot_file text_file agreement_file num_prompts max_new_tokens per_device_batch_size
+        few_shot_file text_file rankings_file num_prompts max_new_tokens per_device_batch_size
         num_transcripts
     """,
 }

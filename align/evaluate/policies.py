@@ -52,7 +52,7 @@ def answer(
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
     if few_shot:
-        episodes = [cut_at_blank_line(episode, codec) for episode in episodes]
+        episodes = [cut_at_newline(episode, codec) for episode in episodes]
     rows = [record(prompts[i], e, setting) for i, e in zip(picked, episodes, strict=True)]
     own = [Episode(tuple(plain[i]), e.response, e.finished) for i, e in zip(picked, episodes, strict=True)]
     with torch.no_grad(), runtime.autocast():
@@ -80,7 +80,7 @@ def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]
     }
 
 
-def cut_at_blank_line(episode: Episode, codec: Codec) -> Episode:
+def cut_at_newline(episode: Episode, codec: Codec) -> Episode:
     """The answer alone: a few-shot prompted base model goes on with the next instruction after a newline (App. D)."""
     for i in range(1, len(episode.response) + 1):
         text = codec.decode(episode.response[:i])
