@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from align.checkpoint import copy_weights
 from align.errors import UserError
 from align.maths.logprobs import entropy, token_logprobs
 from align.maths.masks import gather_actions, response_tokens
@@ -29,6 +30,16 @@ def load_policy(
     auto = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").exists() else AutoModelForCausalLM
     model = _load(auto, path, attn_implementation, dtype)
     return model.merge_and_unload() if auto is AutoPeftModelForCausalLM else model
+
+
+def save_chosen(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint's policy as a model folder; of a LoRA run the merged model, and the adapter in adapter/."""
+    if not (checkpoint / "adapter_config.json").exists():
+        copy_weights(checkpoint, folder)
+        return
+    load_policy(str(checkpoint)).save_pretrained(folder)
+    (folder / "adapter").mkdir()
+    copy_weights(checkpoint, folder / "adapter")
 
 
 def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
 
-    # 4. Normalise: demonstrations score 0 on average.
+    # 4. Normalise, in float32: demonstrations score 0 on average.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     mean = normalise(model, score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size))
 
     # 5. Report on prompts, customers and labelers that training never saw; save, the manifest last.

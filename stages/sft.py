@@ -20,7 +20,6 @@ from transformers import set_seed
 from align.checkpoint import (
     atomic_contents,
     check_parent,
-    copy_weights,
     latest_checkpoint,
     start_output,
     write_manifest,
@@ -28,7 +27,7 @@ from align.checkpoint import (
 from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
-from align.models import add_residual_dropout, load_policy, lora_config
+from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.runtime import is_main_process, limit_threads
 from align.select import choose_epoch
 from align.text import Codec
@@ -78,10 +77,10 @@ def main(argv: list[str]) -> None:
     choice = choose_epoch(output, trainer.state.log_history, config, codec)
     announce(f"chose {choice['checkpoint']} by {choice['criterion']}")
 
-    # 5. Save: a HuggingFace folder (or a PEFT adapter), its manifest last.
+    # 5. Save: a HuggingFace folder (LoRA merged, its adapter beside it), the manifest last.
     if is_main_process():
         with atomic_contents(output) as folder:
-            copy_weights(output / choice["checkpoint"], folder)
+            save_chosen(output / choice["checkpoint"], folder)
             codec.save(folder)
             write_manifest(folder, "sft", config, config.seed, parents, reports, {"selection": choice})
     announce(f"policy in {output}; next: make collect, make rm")

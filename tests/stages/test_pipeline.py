@@ -208,3 +208,14 @@ def test_S5_sft_chooses_by_reward_when_a_reward_model_is_given(mini, tmp_path):
     assert choice["criterion"] == "highest mean reward" and choice["checkpoint"] == best["checkpoint"]
     weights = "model.safetensors"
     assert filecmp.cmp(tmp_path / "sft" / weights, tmp_path / "sft" / best["checkpoint"] / weights, shallow=False)
+
+
+def test_lora_sft_hands_on_a_merged_model(mini, tmp_path):
+    """The adapter lies beside a model that the next stage reads like any other, and differs from its base."""
+    changes = {"use_peft": "true", "num_train_epochs": 1}
+    mini.stage("sft", mini.run, output_dir=tmp_path / "sft", **changes)
+    assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "sft", mini.run / "base"))
+    assert merged.keys() == base.keys() and any(not torch.equal(merged[name], base[name]) for name in base)
+    mini.stage("rm", mini.run, model_name_or_path=tmp_path / "sft", output_dir=tmp_path / "rm")
+    assert (tmp_path / "rm" / "manifest.json").is_file()
