@@ -134,7 +134,7 @@ def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
         )
         panel.margins(y=0.18)
     axes[1].set_xlabel("distance from SFT: square root of the KL (nats$^{1/2}$); small numbers: episodes")
-    for row in rows:
+    for row in rows[:: max(1, len(rows) // 8)]:  # more labels than that would cover each other
         if row.get("episode") is not None:
             at = (_distance(row), 0.02)
             axes[1].text(*at, f"{row['episode']:g}", transform=axes[1].get_xaxis_transform(), ha="center", fontsize=8)
