@@ -143,10 +143,6 @@ def on_cpu() -> bool:
     return state().device.type == "cpu"
 
 
-def num_processes() -> int:
-    return state().num_processes
-
-
 def seed_everything(seed: int) -> None:
     """One seed for Python, numpy and torch in every process: data order must agree across ranks."""
     random.seed(seed)
