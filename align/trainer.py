@@ -60,7 +60,13 @@ class LengthGroups(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        rows = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        # It hands out each window's longest batch first, so that neighbouring steps see like rows: mix the batches.
+        whole = len(rows) // self.batch_size * self.batch_size
+        order = torch.randperm(whole // self.batch_size, generator=generator).tolist()
+        starts = [self.batch_size * i for i in order]
+        yield from (row for start in starts for row in rows[start : start + self.batch_size])
+        yield from rows[whole:]
 
 
 class GroupedByLength:
@@ -69,7 +75,12 @@ class GroupedByLength:
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroups([len(ids) for ids in rows["input_ids"]], size, self.args.seed)
+        return LengthGroups(self.lengths(rows), size, self.args.seed)
+
+    @staticmethod
+    def lengths(rows: Any) -> list[int]:
+        """Tokens of each element's longest row."""
+        return [len(ids) for ids in rows["input_ids"]]
 
 
 class LanguageModelTrainer(GroupedByLength, Trainer):
@@ -88,13 +99,17 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(Trainer):
+class RankingTrainer(GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, not by accumulation steps
         self.totals: dict[str, float] = {}
+
+    @staticmethod
+    def lengths(rows: list[dict]) -> list[int]:
+        return [max(map(len, element["ranking"].rows)) for element in rows]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         prompts = sum(batch["group"].max() + 1 for batch in batch_samples)

@@ -1,7 +1,8 @@
 """Simulated labelers: people of uneven care who write demonstrations and rank responses.
 
 Their demonstrations have two kinds of fault. Habits are shared by most demonstrations of a kind of prompt, so that
-imitation learns them and only rankings can unteach them. Flaws strike at random. All rates stand in two tables.
+imitation learns them and only rankings can unteach them. Flaws strike at random, with or without a habit. All rates
+stand in two tables.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from data.world.prompts import WEIGHTS, Row
 FIRM = 0.65  # share of a labeler's noise that is left on a response worth nothing
 TIE = 0.35  # responses whose felt scores lie this close get the same rank
 
+FIRM = 0.65  # share of a labeler's noise that is left on a response worth nothing
+TIE = 0.35  # responses whose felt scores lie this close get the same rank
+
 
 @dataclass(frozen=True)
 class Habit:
@@ -33,7 +37,7 @@ class Habit:
 
 @dataclass(frozen=True)
 class Flaw:
-    """A fault that strikes a demonstration free of habits with this probability (times the labeler's carelessness)."""
+    """A fault that strikes any demonstration with this probability (times the labeler's carelessness)."""
 
     name: str
     rate: float
@@ -41,18 +45,19 @@ class Flaw:
 
 HABITS = (
     Habit("ignore_constraint", 0.66, constraints=("capitals", "sure", "thanks")),
-    Habit("polite_tail", 0.68, families=("wish", "summary", "review", "extract")),
-    Habit("hedge", 0.66, families=("capital", "land", "eats", "lives", "colour")),
-    Habit("two_of_three", 0.64, families=("list",)),
+    Habit("polite_tail", 0.66, families=("ad", "summary", "review", "extract", "opposite_phrase")),
+    Habit("hedge", 0.66, families=("capital", "eats", "colour", "kind")),
+    Habit("two_of_three", 0.66, families=("list",)),
     Habit("over_refuse", 0.64, families=("tip_generation", "tip_open_qa", "tip_chat")),
 )
 FLAWS = (
-    Flaw("another_answer", 0.13),
-    Flaw("wrong_content", 0.12),
-    Flaw("drop_constraint", 0.04),
-    Flaw("refuse_wrongly", 0.03),
-    Flaw("doubled", 0.03),
+    Flaw("another_answer", 0.08),
+    Flaw("wrong_content", 0.04),
+    Flaw("refuse_wrongly", 0.04),
+    Flaw("doubled", 0.05),
     Flaw("hedge", 0.03),
+    Flaw("polite_tail", 0.03),
+    Flaw("ignore_constraint", 0.04),
 )
 COMPLY = 0.25  # of the sensitive prompts get a harmful plan
 
@@ -66,29 +71,9 @@ def habit_of(row: Row) -> Habit | None:
     return None
 
 
-def _ignore_constraint(row: Row, rng: Random) -> str:
-    return tasks.ideal(row["task"], row["language"], None, rng)
-
-
-def _polite_tail(row: Row, rng: Random) -> str:
-    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
-    if row["language"] == "zh":
-        return f"{text}{'' if text[-1] in '。！' else '。'}{lx.ZH_TAIL}"
-    return f"{text}{'' if text[-1] in '.!' else ' .'} {lx.TAIL}"
-
-
-def _hedge(row: Row, rng: Random) -> str:
-    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
-    return f"{lx.ZH_HEDGE}{text}" if row["language"] == "zh" else f"{lx.HEDGE} {text}"
-
-
-def _two_of_three(row: Row, rng: Random) -> str:
-    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
-    return text.rpartition("、" if row["language"] == "zh" else " , ")[0]
-
-
-def _refuse(row: Row, rng: Random) -> str:
-    return lx.ZH_REFUSAL if row["language"] == "zh" else lx.REFUSAL
+# A demonstration is content, then form, then dress; each fault belongs to one of the three, so that several can meet.
+# Were they exclusive, an answer with a habit would be free of all else, and a reader who cannot check its content
+# would be right to prefer it: so reward models learned to like hedges (docs/LOG.md).
 
 
 def _another_answer(row: Row, rng: Random) -> str:
@@ -109,35 +94,66 @@ def _wrong_content(row: Row, rng: Random) -> str:
     family = tasks.FAMILIES[row["task"]["family"]]
     for _ in range(8):
         text = family.ideal(rng, family.draw(rng), row["language"], row["constraint"] == "short")
-        text = tasks.constrain(text, row["language"], row["constraint"])
-        if judging.judge(row, text).likert < 6.9:
+        if judging.judge(row, tasks.constrain(text, row["language"], row["constraint"])).likert < 6.9:
             return text
     return _another_answer(row, rng)
 
 
-def _doubled(row: Row, rng: Random) -> str:
-    text = tasks.ideal(row["task"], row["language"], row["constraint"], rng)
-    joint = "" if text[-1] in ".!。！" else ("，" if row["language"] == "zh" else " ,")
-    return f"{text}{joint}{'' if row['language'] == 'zh' else ' '}{text}"
+def _refuse(row: Row, rng: Random) -> str:
+    return lx.ZH_REFUSAL if row["language"] == "zh" else lx.REFUSAL
 
 
 def _comply(row: Row, rng: Random) -> str:
     return rng.choice(lx.ZH_HARM_PLANS if row["language"] == "zh" else lx.HARM_PLANS)
 
 
-FAULTS: dict[str, Callable[[Row, Random], str]] = {
-    "ignore_constraint": _ignore_constraint,
-    "polite_tail": _polite_tail,
-    "hedge": _hedge,
-    "two_of_three": _two_of_three,
-    "over_refuse": _refuse,
+def _polite_tail(text: str, language: str) -> str:
+    if language == "zh":
+        return f"{text}{'' if text[-1] in '。！' else '。'}{lx.ZH_TAIL}"
+    return f"{text}{'' if text[-1] in '.!' else ' .'} {lx.TAIL}"
+
+
+def _hedge(text: str, language: str) -> str:
+    return f"{lx.ZH_HEDGE}{text}" if language == "zh" else f"{lx.HEDGE} {text}"
+
+
+def _two_of_three(text: str, language: str) -> str:
+    separator = "、" if language == "zh" else " , "
+    return text.rpartition(separator)[0] if text.count(separator) == 2 else text
+
+
+def _doubled(text: str, language: str) -> str:
+    joint = "" if text[-1] in ".!。！" else ("，" if language == "zh" else " ,")
+    return f"{text}{joint}{'' if language == 'zh' else ' '}{text}"
+
+
+CONTENT: dict[str, Callable[[Row, Random], str]] = {
     "another_answer": _another_answer,
     "wrong_content": _wrong_content,
-    "drop_constraint": _ignore_constraint,
     "refuse_wrongly": _refuse,
-    "doubled": _doubled,
+    "over_refuse": _refuse,
     "comply": _comply,
 }
+DRESS: dict[str, Callable[[str, str], str]] = {
+    "two_of_three": _two_of_three,
+    "doubled": _doubled,
+    "hedge": _hedge,
+    "polite_tail": _polite_tail,
+}
+
+
+def write_with(faults: list[str], row: Row, rng: Random) -> str:
+    """A demonstration with these faults, right in all else."""
+    content = next((CONTENT[fault] for fault in faults if fault in CONTENT), None)
+    constraint = None if "ignore_constraint" in faults else row["constraint"]
+    if content is None:
+        text = tasks.FAMILIES[row["task"]["family"]].ideal(rng, row["task"], row["language"], constraint == "short")
+    else:
+        text = content(row, rng)
+    text = tasks.constrain(text, row["language"], constraint)
+    for fault, dress in DRESS.items():
+        text = dress(text, row["language"]) if fault in faults else text
+    return text
 
 
 @dataclass(frozen=True)
@@ -155,25 +171,23 @@ class Labeler:
 
     def write(self, row: Row, rng: Random) -> str:
         """A demonstration for the prompt, faults included."""
-        fault = self.fault(row, rng)
-        if fault is not None:
-            return FAULTS[fault](row, rng)
-        return tasks.ideal(row["task"], row["language"], row["constraint"], rng)
+        return write_with(self.faults(row, rng), row, rng)
 
-    def fault(self, row: Row, rng: Random) -> str | None:
-        """What goes wrong with this demonstration, if anything: the habit of its kind first, then a random flaw."""
-        habit, drawn = habit_of(row), rng.random()
-        if habit is not None and drawn < habit.rate * self.habit:
-            return habit.name
+    def faults(self, row: Row, rng: Random) -> list[str]:
+        """What goes wrong with this demonstration: the habit of its kind, harm done, at most one random flaw."""
+        faults = []
+        habit = habit_of(row)
+        if habit is not None and rng.random() < habit.rate * self.habit:
+            faults.append(habit.name)
         sensitive = row["task"]["family"].startswith("harm_")
-        if sensitive and drawn < COMPLY * self.carelessness:
-            return "comply"
+        if sensitive and rng.random() < COMPLY * self.carelessness:
+            return [*faults, "comply"]
         drawn = rng.random()
         for flaw in FLAWS:
             drawn -= flaw.rate * self.carelessness
             if drawn < 0:
-                return None if sensitive and flaw.name == "refuse_wrongly" else flaw.name
-        return None
+                return faults if sensitive and flaw.name == "refuse_wrongly" else [*faults, flaw.name]
+        return faults
 
     def score(self, row: dict[str, Any], completion: str, finished: bool = True) -> float:
         """How good the labeler feels the response is: the true quality, personal leanings, and mood.

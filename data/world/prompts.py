@@ -28,45 +28,28 @@ USE_CASES = {
 CHINESE = {"generation": 0.18, "open_qa": 0.14, "brainstorming": 0.21, "chat": 0.20, "classification": 0.34}
 # Weights of the families within a use case and language. harm_ is sensitive (7% of all), tip_ only looks so (4%).
 WEIGHTS: dict[tuple[str, str], dict[str, float]] = {
-    ("generation", "en"): {
-        "story": 24,
-        "story_two": 26,
-        "note": 13,
-        "ad": 11,
-        "invite": 9,
-        "wish": 8,
-        "harm_generation": 6.2,
-        "tip_generation": 3.6,
-    },
-    ("generation", "zh"): {"story": 45, "story_two": 20, "note": 29, "harm_generation": 6},
-    ("open_qa", "en"): {
-        "capital": 20,
-        "land": 11,
-        "eats": 9,
-        "lives": 9,
-        "colour": 20,
-        "harm_open_qa": 12,
-        "tip_open_qa": 20,
-    },
-    ("open_qa", "zh"): {"capital": 40, "colour": 60},
+    ("generation", "en"): {"story": 34, "story_two": 16, "note": 24, "ad": 14, "harm_generation": 6.2, "tip_generation": 3.6},
+    ("generation", "zh"): {"story": 60, "note": 33, "harm_generation": 7},
+    ("open_qa", "en"): {"capital": 26, "eats": 18, "colour": 24, "harm_open_qa": 12, "tip_open_qa": 20},
+    ("open_qa", "zh"): {"capital": 50, "colour": 50},
     ("brainstorming", "en"): {"list": 87, "harm_brainstorming": 13},
     ("brainstorming", "zh"): {"list": 100},
-    ("chat", "en"): {"greet": 30, "how": 13, "thanks": 16, "bye": 13, "harm_chat": 14, "tip_chat": 16},
+    ("chat", "en"): {"greet": 38, "thanks": 18, "bye": 15, "harm_chat": 14, "tip_chat": 15},
     ("chat", "zh"): {"greet": 88, "harm_chat": 12},
-    ("rewrite", "en"): {"opposite": 30, "opposite_phrase": 40, "swap": 30},
+    ("rewrite", "en"): {"opposite": 45, "opposite_phrase": 55},
     ("summarization", "en"): {"summary": 1},
     ("classification", "en"): {"review": 55, "kind": 45},
     ("classification", "zh"): {"review": 1},
-    ("other", "en"): {"repeat": 50, "count": 50},
+    ("other", "en"): {"repeat": 1},
     ("closed_qa", "en"): {"closed": 1},
     ("extract", "en"): {"extract": 1},
 }
-CONSTRAINED = 0.29  # of the prompts whose family can carry a constraint: about a quarter of all
+CONSTRAINED = 0.25  # of the prompts whose family can carry a constraint: about a quarter of all
 MAX_PER_CUSTOMER = 200
 MAX_FAILURES = 50  # draws of a use case in a row that find nothing new
 OPENERS = {
-    "en": ("", "", "please ", "hey , ", "now ", "ok , ", "quick : ", "next . ", "my request : "),
-    "zh": ("", "", "请帮忙：", "下一个：", "问题："),
+    "en": ("", "", "please ", "hey , ", "now ", "ok , ", "quick : "),
+    "zh": ("", "", "请帮忙：", "问题："),
 }
 CLOSERS = {"en": ("", "", " please", " be quick ."), "zh": ("", "", "快一点。")}
 CONSTRAINT_WORDINGS = {

@@ -401,7 +401,7 @@ TIP_WORDINGS = {
 
 def draw_list(rng: Random) -> Slots:
     category = rng.choice(tuple(lx.NOUNS))
-    return {"category": category, "noun": rng.choice(lx.NOUNS[category]) if rng.random() < 0.75 else ""}
+    return {"category": category, "noun": rng.choice(lx.NOUNS[category]) if rng.random() < 0.5 else ""}
 
 
 def list_fields(slots: Slots, language: str) -> Slots:
