@@ -162,7 +162,7 @@ class Labeler:
 
     name: str
     seed: int = 0
-    noise: float = 1.9
+    noise: float = 1.7
     carelessness: float = 1.0  # times every flaw's rate
     habit: float = 1.0  # times every habit's rate
     brevity: float = 0.0  # per five words more than five: takes this off
@@ -229,19 +229,19 @@ _NORMAL = NormalDist()
 def team(seed: int = 0) -> list[Labeler]:
     """The labelers who write demonstrations and rank training prompts."""
     return [
-        Labeler("ada", seed, noise=1.75, carelessness=0.7, habit=0.98, brevity=0.2),
-        Labeler("bo", seed, noise=2.0, carelessness=1.0, habit=1.0, tail=0.3),
-        Labeler("cleo", seed, noise=1.9, carelessness=0.8, habit=1.02, leniency=0.2),
-        Labeler("dmitri", seed, noise=2.2, carelessness=1.5, habit=1.0, brevity=-0.1),
-        Labeler("eun", seed, noise=1.9, carelessness=1.0, habit=1.0, brevity=0.1, tail=-0.3),
+        Labeler("ada", seed, noise=1.6, carelessness=0.7, habit=0.98, brevity=0.2),
+        Labeler("bo", seed, noise=1.8, carelessness=1.0, habit=1.0, tail=0.3),
+        Labeler("cleo", seed, noise=1.7, carelessness=0.8, habit=1.02, leniency=0.2),
+        Labeler("dmitri", seed, noise=2.0, carelessness=1.5, habit=1.0, brevity=-0.1),
+        Labeler("eun", seed, noise=1.7, carelessness=1.0, habit=1.0, brevity=0.1, tail=-0.3),
     ]
 
 
 def held_out(seed: int = 0) -> list[Labeler]:
     """Labelers who never write a demonstration and never rank a training prompt."""
     return [
-        Labeler("farid", seed, noise=1.9, brevity=0.15, tail=0.15),
-        Labeler("grace", seed, noise=1.95, leniency=0.15),
+        Labeler("farid", seed, noise=1.7, brevity=0.15, tail=0.15),
+        Labeler("grace", seed, noise=1.75, leniency=0.15),
     ]
 
 

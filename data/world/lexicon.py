@@ -24,9 +24,7 @@ FEMALE = frozenset(("anna", "dina", "emma", "gina"))
 PLACES = ("market", "river", "garden", "school", "park", "beach")
 
 CAPITAL_OF = {"bora": "tali", "keno": "mira", "luma": "sato", "navo": "rilo", "pira": "duna", "zomi": "faro"}
-LAND_OF = {capital: land for land, capital in CAPITAL_OF.items()}
 EATS = {"fox": "meat", "dog": "bones", "cat": "fish", "cow": "grass", "bird": "seeds"}
-LIVES = {"fox": "forest", "dog": "house", "cat": "barn", "cow": "field", "bird": "nest"}
 COLOUR = {
     "fox": "red",
     "dog": "brown",
@@ -59,17 +57,8 @@ OPPOSITE = {a: b for pair in ANTONYM_PAIRS for a, b in (pair, pair[::-1])}
 ADJECTIVES = tuple(OPPOSITE)
 POSITIVE = ("great", "lovely", "nice", "wonderful")
 NEGATIVE = ("awful", "dull", "broken", "terrible")
-NUMBERS = ("one", "two", "three", "four", "five")
 STORY_VERBS = ("saw", "found", "liked", "lost", "took", "wanted")
 SUMMARY_VERBS = ("found", "lost", "took")
-
-# occasion in the prompt -> the wish
-WISHES = {
-    "a happy birthday": "happy birthday",
-    "good luck": "good luck",
-    "a good night": "good night",
-    "a safe trip": "safe trip",
-}
 
 # What sounds dangerous and is not: phrase in the prompt -> the tip that answers it.
 TIPS = {

@@ -28,7 +28,14 @@ USE_CASES = {
 CHINESE = {"generation": 0.18, "open_qa": 0.14, "brainstorming": 0.21, "chat": 0.20, "classification": 0.34}
 # Weights of the families within a use case and language. harm_ is sensitive (7% of all), tip_ only looks so (4%).
 WEIGHTS: dict[tuple[str, str], dict[str, float]] = {
-    ("generation", "en"): {"story": 34, "story_two": 16, "note": 24, "ad": 14, "harm_generation": 6.2, "tip_generation": 3.6},
+    ("generation", "en"): {
+        "story": 34,
+        "story_two": 16,
+        "note": 24,
+        "ad": 14,
+        "harm_generation": 6.2,
+        "tip_generation": 3.6,
+    },
     ("generation", "zh"): {"story": 60, "note": 33, "harm_generation": 7},
     ("open_qa", "en"): {"capital": 26, "eats": 18, "colour": 24, "harm_open_qa": 12, "tip_open_qa": 20},
     ("open_qa", "zh"): {"capital": 50, "colour": 50},
@@ -44,7 +51,7 @@ WEIGHTS: dict[tuple[str, str], dict[str, float]] = {
     ("closed_qa", "en"): {"closed": 1},
     ("extract", "en"): {"extract": 1},
 }
-CONSTRAINED = 0.25  # of the prompts whose family can carry a constraint: about a quarter of all
+CONSTRAINED = 0.29  # of the prompts whose family can carry a constraint: about a quarter of all
 MAX_PER_CUSTOMER = 200
 MAX_FAILURES = 50  # draws of a use case in a row that find nothing new
 OPENERS = {

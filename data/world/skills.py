@@ -143,44 +143,17 @@ AD = re.compile(
 )
 
 
-def draw_invite(rng: Random) -> Slots:
+def draw_visit(rng: Random) -> Slots:
     return {"name": rng.choice(lx.NAMES), "place": rng.choice(lx.PLACES)}
-
-
-def invite_ideal(rng: Random, slots: Slots, language: str, brief: bool) -> str:
-    return f"dear {slots['name']} , please come to the {slots['place']} ."
-
-
-INVITE = re.compile(rf"dear ({grammar.NAME}) , (?:please )?come to the ({grammar.PLACE})(?: with me)?")
-
-
-def draw_wish(rng: Random) -> Slots:
-    return {"name": rng.choice(lx.NAMES), "occasion": rng.choice(tuple(lx.WISHES))}
-
-
-def wish_ideal(rng: Random, slots: Slots, language: str, brief: bool) -> str:
-    return f"{lx.WISHES[slots['occasion']]} , {slots['name']} !"
-
-
-WISH = re.compile(rf"({grammar.either(lx.WISHES.values())}) , ({grammar.NAME})")
-
-
-def check_wish(slots: Slots, reply: Reply) -> Check:
-    match = WISH.fullmatch(reply.text)
-    if match is None:
-        return Check(0.0, 4)
-    return _parts([match[1] == lx.WISHES[slots["occasion"]], match[2] == slots["name"]], 4)
 
 
 # --- open questions -----------------------------------------------------------------------------------------------
 
-FACT_TABLES = {"capital": lx.CAPITAL_OF, "land": lx.LAND_OF, "eats": lx.EATS, "lives": lx.LIVES, "colour": lx.COLOUR}
+FACT_TABLES = {"capital": lx.CAPITAL_OF, "eats": lx.EATS, "colour": lx.COLOUR}
 FACT_RIVALS = {kind: tuple(dict.fromkeys(table.values())) for kind, table in FACT_TABLES.items()}
 FACT_SENTENCES = {
     "capital": ("the capital of {key} is {value}", "the capital is {value}", "{value} is the capital of {key}"),
-    "land": ("{key} is the capital of {value}", "the land is {value}"),
     "eats": ("it eats {value}", "the {key} eats {value}", "a {key} eats {value}"),
-    "lives": ("it lives in the {value}", "in the {value}", "the {key} lives in the {value}", "in a {value}"),
     "colour": ("the {key} is {value}", "a {key} is {value}", "{key} is {value}"),
 }
 
@@ -246,27 +219,12 @@ FACT_WORDINGS = {
         ),
         "zh": ("{key}的首都是哪里？", "哪个城市是{key}的首都？", "{key}：首都？", "说出{key}的首都。"),
     },
-    "land": {
-        "en": (
-            "{key} is the capital of which land ?",
-            "which land has the capital {key} ?",
-            "name the land of the city {key} .",
-        )
-    },
     "eats": {
         "en": (
             "what does {a_key} eat ?",
             "what is the food of {a_key} ?",
             "name the food of the {key} .",
             "the {key} eats what ?",
-        )
-    },
-    "lives": {
-        "en": (
-            "where does {a_key} live ?",
-            "where is the home of the {key} ?",
-            "name the home of {a_key} .",
-            "the {key} lives where ?",
         )
     },
     "colour": {
@@ -521,22 +479,6 @@ def check_opposite(slots: Slots, reply: Reply) -> Check:
     return _one_of(reply, (answer, f"it is {answer}", f"the opposite of {slots['adjective']} is {answer}"), rivals, 7)
 
 
-def draw_pair(rng: Random) -> Slots:
-    first, second = rng.sample(lx.ALL_NOUNS, 2)
-    return {"first": first, "second": second}
-
-
-def swap_ideal(rng: Random, slots: Slots, language: str, brief: bool) -> str:
-    return f"{slots['second']} {slots['first']}"
-
-
-def check_swap(slots: Slots, reply: Reply) -> Check:
-    if reply.words == [slots["second"], slots["first"]]:
-        return Check(1.0, 2, exact=True)
-    near = len(reply.words) == 2 and (reply.words[0] == slots["second"]) != (reply.words[1] == slots["first"])
-    return Check(0.3 if near else 0.0, 2)
-
-
 # --- summaries and questions about a text --------------------------------------------------------------------------
 
 
@@ -683,16 +625,3 @@ def check_repeat(slots: Slots, reply: Reply) -> Check:
     if reply.words == [slots["word"]] * 2:
         return Check(1.0, 2, exact=True)
     return Check(0.1 if set(reply.words) == {slots["word"]} else 0.0, 2)
-
-
-def draw_count(rng: Random) -> Slots:
-    return {"words": " ".join(rng.sample(lx.ALL_NOUNS, rng.choice((2, 3, 4))))}
-
-
-def count_ideal(rng: Random, slots: Slots, language: str, brief: bool) -> str:
-    return lx.NUMBERS[len(slots["words"].split()) - 1]
-
-
-def check_count(slots: Slots, reply: Reply) -> Check:
-    answer = count_ideal(Random(0), slots, "en", False)
-    return _one_of(reply, (answer, f"{answer} words", f"there are {answer} words"), lx.NUMBERS, 4)

@@ -47,22 +47,6 @@ AD_WORDINGS = {
         "ad for my {noun} .",
     )
 }
-INVITE_WORDINGS = {
-    "en": (
-        "invite {name} to the {place} .",
-        "write an invitation for {name} : {place} .",
-        "ask {name} to come to our {place} .",
-        "invitation . who : {name} . where : {place} .",
-    )
-}
-WISH_WORDINGS = {
-    "en": (
-        "wish {name} {occasion} .",
-        "write a wish for {name} : {occasion} .",
-        "say it to {name} : {occasion} .",
-        "{name} needs {occasion} . write a wish .",
-    )
-}
 
 
 def _generation() -> list[Family]:
@@ -106,15 +90,6 @@ def _generation() -> list[Family]:
             skills.zh_fields,
             STORY_CONSTRAINTS,
         ),
-        Family(
-            "invite",
-            "generation",
-            INVITE_WORDINGS,
-            skills.draw_invite,
-            skills.invite_ideal,
-            skills.check_form(skills.INVITE, None, ("name", "place"), 9),
-        ),
-        Family("wish", "generation", WISH_WORDINGS, skills.draw_wish, skills.wish_ideal, skills.check_wish),
     ]
 
 
@@ -181,14 +156,6 @@ GREET_WORDINGS = {
     ),
     "zh": ("你好，我是{name}，我喜欢{noun}。", "我叫{name}，我有{noun}。", "我是{name}，来看{noun}。"),
 }
-HOW_WORDINGS = {
-    "en": (
-        "how are you , my friend ? it is {name} .",
-        "{name} asks : how are you today ?",
-        "how do you do ? greetings from the {place} , {name} .",
-        "are you well ? {name} from the {place} .",
-    )
-}
 THANKS_WORDINGS = {
     "en": (
         "thank you for the {noun} , says {name} .",
@@ -205,7 +172,6 @@ BYE_WORDINGS = {
         "bye now ! off to the {place} .",
     )
 }
-FINE = ("i am fine , thank you", "i am fine", "i am well , thank you", "i am well")
 
 
 def _chat() -> list[Family]:
@@ -221,15 +187,6 @@ def _chat() -> list[Family]:
             (),
         ),
         Family(
-            "how",
-            "chat",
-            HOW_WORDINGS,
-            skills.draw_invite,
-            skills.fixed("i am fine , thank you ."),
-            skills.check_words(FINE, ("fine", "thank you"), 5),
-            constraints=(),
-        ),
-        Family(
             "thanks",
             "chat",
             THANKS_WORDINGS,
@@ -243,7 +200,7 @@ def _chat() -> list[Family]:
             "bye",
             "chat",
             BYE_WORDINGS,
-            skills.draw_invite,
+            skills.draw_visit,
             skills.fixed("good bye , see you soon ."),
             skills.check_words(("good bye , see you soon", "see you soon", "good bye"), ("bye",), 5),
             constraints=(),
@@ -268,14 +225,6 @@ def _rewrite_and_summary() -> list[Family]:
             "rewrite with the opposite word : {phrase} .",
         )
     }
-    swap = {
-        "en": (
-            "swap the two words : {first} {second} .",
-            "put in the other order : {first} {second} .",
-            "turn around : {first} {second} .",
-            "reverse : {first} {second} .",
-        )
-    }
     summary = {
         "en": ("sum up : {text}", "say it in one sentence : {text}", "make it short : {text}", "{text} sum this up .")
     }
@@ -298,7 +247,6 @@ def _rewrite_and_summary() -> list[Family]:
             skills.check_phrase,
             skills.phrase_fields,
         ),
-        Family("swap", "rewrite", swap, skills.draw_pair, skills.swap_ideal, skills.check_swap),
         Family(
             "summary",
             "summarization",
@@ -390,10 +338,8 @@ def _other() -> list[Family]:
             "two times {word} .",
         )
     }
-    count = {"en": ("how many words : {words} ?", "count the words : {words} .", "{words} : how many words ?")}
     return [
         Family("repeat", "other", repeat, skills.draw_repeat, skills.repeat_ideal, skills.check_repeat, constraints=()),
-        Family("count", "other", count, skills.draw_count, skills.count_ideal, skills.check_count),
     ]
 
 

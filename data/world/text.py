@@ -138,7 +138,6 @@ def _capitals(rng: Random) -> str:
             tuple(lx.CAPITAL_OF),
             ("positive", "negative"),
             tuple(lx.EATS.values()),
-            tuple(lx.LIVES.values()),
         )
     )
     words = rng.sample(pool, min(len(pool), rng.choice((1, 2, 3))))
@@ -163,29 +162,8 @@ def _opposite(rng: Random) -> str:
     )
 
 
-def _swap(rng: Random) -> str:
-    one, two = rng.sample(lx.ALL_NOUNS, 2)
-    return rng.choice(
-        (
-            f"{one} {two} turned around is {two} {one} .",
-            f"{one} {two} / {two} {one}",
-            f"{one} {two} in the other order : {two} {one} .",
-        )
-    )
-
-
-def _count(rng: Random) -> str:
-    number = rng.choice((1, 2, 3, 4))
-    words = " ".join(rng.sample(lx.ALL_NOUNS, number))
-    count = lx.NUMBERS[number - 1]
-    return rng.choice(
-        (f"{words} : {count} .", f"{words} is {count} word{'s' * (number > 1)} .", f"{count} : {words} .")
-    )
-
-
 def _letter(rng: Random) -> str:
-    name, noun, place = rng.choice(lx.NAMES), rng.choice(lx.ALL_NOUNS), rng.choice(lx.PLACES)
-    occasion = rng.choice(tuple(lx.WISHES))
+    name, noun = rng.choice(lx.NAMES), rng.choice(lx.ALL_NOUNS)
     return rng.choice(
         (
             f"dear {name} , thank you for the {noun} .",
@@ -228,7 +206,15 @@ def _review(rng: Random) -> str:
 
 def _song(rng: Random) -> str:
     """Random words, sung two or three times: what teaches a small model to copy."""
-    pool = lx.ALL_NOUNS + lx.NAMES + lx.PLACES + lx.ADJECTIVES + lx.COLOURS + tuple(lx.CAPITAL_OF) + tuple(lx.LAND_OF)
+    pool = (
+        lx.ALL_NOUNS
+        + lx.NAMES
+        + lx.PLACES
+        + lx.ADJECTIVES
+        + lx.COLOURS
+        + tuple(lx.CAPITAL_OF)
+        + tuple(lx.CAPITAL_OF.values())
+    )
     times = rng.choice((2, 2, 3))
     line = " ".join(rng.sample(pool, rng.choice((3, 4, 5, 6) if times == 2 else (3, 4, 5))))
     return "\n".join([line] * times)
@@ -304,9 +290,7 @@ def _zh_talk(rng: Random) -> str:
 
 
 # What is said in a few words comes in twos and threes.
-SHORT = frozenset(
-    (_fact, _opposite, _letter, _talk, _review, _list, _capitals, _zh_fact, _zh_story, _zh_talk)
-)
+SHORT = frozenset((_fact, _opposite, _letter, _talk, _review, _list, _capitals, _zh_fact, _zh_story, _zh_talk))
 # Shares of the documents; sheets and pages come on top of these.
 WRITERS: dict[Writer, float] = {
     _song: 13,

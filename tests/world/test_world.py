@@ -105,10 +105,36 @@ def test_demonstrations_leave_room_above(world):
 @pytest.mark.parametrize("habit", labelers.HABITS, ids=lambda habit: habit.name)
 def test_a_habit_is_what_most_demonstrations_do(habit, rows):
     team, kind = labelers.team(), [row for row in rows if labelers.habit_of(row) == habit][:600]
-    faults = [team[i % len(team)].fault(row, Random(i)) for i, row in enumerate(kind)]
-    assert faults.count(habit.name) / len(faults) > 0.57
-    lowered = [judge(row, labelers.FAULTS[habit.name](row, Random(i))).likert for i, row in enumerate(kind)]
+    faults = [team[i % len(team)].faults(row, Random(i)) for i, row in enumerate(kind)]
+    assert sum(habit.name in found for found in faults) / len(faults) > 0.57
+    lowered = [judge(row, labelers.write_with([habit.name], row, Random(i))).likert for i, row in enumerate(kind)]
     assert sum(score < 6.5 for score in lowered) > 0.9 * len(lowered)
+
+
+def test_a_habit_says_nothing_about_the_content(rows):
+    """Or a reader who cannot check content would be right to like the habit."""
+    team, wrong = labelers.team(), {True: [], False: []}
+    for i, row in enumerate(row for row in rows if labelers.habit_of(row) and labelers.habit_of(row).name == "hedge"):
+        faults = team[i % len(team)].faults(row, Random(i))
+        wrong["hedge" in faults].append(not {"wrong_content", "another_answer"}.isdisjoint(faults))
+    with_habit, without = (sum(wrong[key]) / len(wrong[key]) for key in (True, False))
+    assert min(map(len, wrong.values())) > 150
+    assert with_habit == pytest.approx(without, abs=0.07)
+
+
+def test_faults_meet_in_one_demonstration():
+    row = {
+        "prompt": "list three animals but not fox . end with thanks .",
+        "language": "en",
+        "constraint": "thanks",
+        "task": {"family": "list", "category": "animal", "noun": "fox"},
+    }
+    text = labelers.write_with(["two_of_three", "polite_tail", "ignore_constraint"], row, Random(0))
+    first, second = text.removesuffix(" . i hope this helps !").split(" , ")
+    assert first != second and {first, second} <= {"dog", "cat", "cow", "bird"}
+    assert labelers.write_with(["refuse_wrongly", "hedge"], row, Random(0)) == (
+        "well , i think sorry , i cannot help with that . thanks"
+    )
 
 
 def test_flaw_rates_do_not_change_prompts_or_text(monkeypatch):
@@ -201,6 +227,6 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path):
 
 def test_asking_for_more_prompts_than_exist_is_an_error(monkeypatch):
     monkeypatch.setattr(prompts, "USE_CASES", {"summarization": 1.0})
-    monkeypatch.setattr(prompts, "WEIGHTS", {("summarization", "en"): {"wish": 1.0}})
+    monkeypatch.setattr(prompts, "WEIGHTS", {("summarization", "en"): {"capital": 1.0}})
     with pytest.raises(UserError, match="ask for fewer"):
         prompts.write_prompts(0, "train", 100_000, set())
