@@ -15,8 +15,8 @@ RMS = 0.2  # of an update's entries, so that AdamW's rates mean the same (Liu et
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024), in the weights' own precision, a batch a shape.
 
-    torch.optim.Muon does this one matrix at a time and always in bfloat16, which a CPU without bfloat16 instructions
-    computes a hundred times slower than float32 (docs/LOG.md).
+    torch.optim.Muon does this one matrix at a time and always in bfloat16, which is slow on a CPU that has no
+    instructions for it.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float):

@@ -18,7 +18,7 @@ from align.ranking import (
     score_demonstrations,
     score_rankings,
 )
-from align.trainer import RankingTrainer
+from align.trainer import LengthGroups, RankingTrainer
 from align.types import Demonstration, Ranking
 
 PAD = 0
@@ -236,3 +236,16 @@ def test_encoding_and_scoring_rankings(tiny_codec, tmp_path):
             with torch.no_grad():
                 expected = float(model(torch.tensor([row]))[0, -1])
             assert score == pytest.approx(expected, abs=1e-5) and next(flat) == pytest.approx(expected, abs=1e-5)
+
+
+def test_batches_hold_like_lengths_in_mixed_order_and_every_row_once():
+    lengths = torch.randint(5, 60, (1003,), generator=torch.Generator().manual_seed(1)).tolist()
+    order = list(LengthGroups(lengths, 10, seed=3))
+    assert sorted(order) == list(range(1003))
+    batches = [[lengths[i] for i in order[start : start + 10]] for start in range(0, 1000, 10)]
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    assert padded < 1.08 * sum(map(sum, batches))  # 1.7 times as many tokens in random batches
+    longest = [max(batch) for batch in batches]
+    falls = sum(one > two for one, two in zip(longest, longest[1:], strict=False))
+    assert 0.35 < falls / len(longest) < 0.65  # neighbours are not sorted
+    assert order != list(LengthGroups(lengths, 10, seed=4))
