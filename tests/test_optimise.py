@@ -1,0 +1,42 @@
+"""align/optimise.py: our Muon takes torch's steps, in float32."""
+
+import pytest
+import torch
+from torch import nn
+
+from align.optimise import Muon, MuonAdamW, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
+def test_orthogonal_flattens_the_singular_values_and_keeps_their_vectors(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(x))
+    assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.65
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ orthogonal(x) @ v.mT  # diagonal: each singular vector stays one
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+
+
+def test_muon_takes_the_steps_of_torchs_muon():
+    torch.manual_seed(0)
+    ours = nn.ParameterList([torch.randn(24, 24), torch.randn(24, 24), torch.randn(24, 60), torch.randn(60, 24)])
+    theirs = nn.ParameterList([p.detach().clone() for p in ours])
+    start = [p.detach().clone() for p in ours]
+    one = Muon(list(ours), lr=0.02)
+    two = torch.optim.Muon(list(theirs), lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        one.step()
+        two.step()
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        moved, expected = p.detach() - before, q.detach() - before
+        assert (moved - expected).norm() < 0.02 * expected.norm()  # theirs is computed in bfloat16
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    muon, adamw = MuonAdamW(model, 1e-2, 1e-3, 0.95).parts
+    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model["linear"].weight)]
+    assert sum(len(group["params"]) for group in adamw.param_groups) == 4
