@@ -1,5 +1,5 @@
 """Pretraining text of the world: what a base model should know and the ingredients of its skills, not the habit of
-answering. Every document is one to three short lines; Chinese is about 15%."""
+answering. Every document is one to three short lines; 18% hold Chinese."""
 
 from collections.abc import Callable, Iterator
 from random import Random

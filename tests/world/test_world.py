@@ -149,9 +149,10 @@ def test_flaw_rates_do_not_change_prompts_or_text(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ranked(rows):
-    """Prompts with six responses drawn as from a policy that imitates the labelers."""
+    """Prompts with the distinct ones (as collect ranks them) of six responses of a policy that imitates labelers."""
     rng, team = Random(5), labelers.team()
-    return [(row, [rng.choice(team).write(row, rng) for _ in range(6)]) for row in rows[:500]]
+    samples = [(row, [rng.choice(team).write(row, rng) for _ in range(6)]) for row in rows[:500]]
+    return [(row, list(dict.fromkeys(responses))) for row, responses in samples if len(set(responses)) > 1]
 
 
 def test_labelers_agree_about_as_often_as_the_papers(ranked):
@@ -161,12 +162,13 @@ def test_labelers_agree_about_as_often_as_the_papers(ranked):
         for one, two in itertools.combinations([labeler.rank(row, responses) for labeler in everyone], 2):
             agreed, compared = labelers.agreement(one, two)
             same, untied = same + agreed, untied + compared
-    assert 0.73 <= same / untied <= 0.83  # on an SFT policy's own samples, which lie closer: docs/LOG.md
+    assert 0.73 <= same / untied <= 0.80
 
 
 def test_ranks_do_not_depend_on_order_and_same_texts_tie(ranked):
     labeler = labelers.held_out()[0]
-    for row, responses in ranked[:100]:
+    for row, distinct in ranked[:100]:
+        responses = [*distinct, distinct[0]]
         ranks = labeler.rank(row, responses)
         assert min(ranks) == 1 and set(ranks) == set(range(1, max(ranks) + 1))
         assert labeler.rank(row, responses[::-1]) == ranks[::-1]
