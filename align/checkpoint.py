@@ -477,6 +477,7 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _take_lock(folder, resume)
     atexit.register(release_output, folder)
+    _claimed.append(folder)
     try:
         if resume or not _holds_run(folder):
             return
@@ -487,6 +488,25 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
     except UserError:
         release_output(folder)
         raise
+
+
+def full_disk(error: BaseException | None) -> UserError | None:
+    """What to tell the user if `error` comes of a full disk, or None. Checkpoints it tore are removed.
+
+    Libraries raise OSError, RuntimeError or SafetensorError for it, some without a word of the disk.
+    """
+    folder = next((f for f in reversed(_claimed) if f.exists() and shutil.disk_usage(f).free < 1 << 20), None)
+    named = isinstance(error, OSError) and error.errno in DISK_FULL or "No space left" in str(error)
+    if not (named or folder and isinstance(error, (OSError, RuntimeError, SafetensorError))):
+        return None
+    for claimed in _claimed:
+        _remove(*(path for path in claimed.glob("checkpoint-*") if checkpoint_fault(path, hashes=False)))
+    place = folder or (error.filename if isinstance(error, OSError) else None) or "output_dir"
+    remedy = "free some space and run again (with --resume_from_checkpoint latest if it has checkpoints)"
+    return UserError(f"{place}: disk full: {remedy}; every earlier checkpoint is intact")
+
+
+_claimed: list[Path] = []  # output folders of this process
 
 
 def _holds_run(folder: Path) -> bool:

@@ -77,6 +77,7 @@ class SFTConfig(StageConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
+    muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     adam_beta1: float = 0.9
@@ -136,6 +137,7 @@ class RMConfig(StageConfig):
     max_length: int = 2048
     num_train_epochs: float = 1.0  # more overfit fast (C.2)
     learning_rate: float = 9e-6
+    muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     per_device_train_batch_size: int = 64  # prompts, each with its K completions
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 256  # rows

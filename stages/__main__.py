@@ -48,7 +48,17 @@ def run(stage, argv: list[str]) -> int:
         stage(argv)
         record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
     except UserError as error:
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        from align.checkpoint import full_disk  # late: it imports torch, and `align --help` need not
+
+        known = full_disk(error)
+        if known is None:
+            raise
+        close_bars()
+        print(f"error: {known}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -57,6 +67,14 @@ def run(stage, argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def close_bars() -> None:
+    """End the line of any progress bar that an error left open."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def record_seconds(argv: list[str], stage: str) -> None:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     model = build_model(config, codec)
     trainer = LanguageModelTrainer(
         model=model,
-        optimizers=(MuonAdamW(model, config.muon_learning_rate, config.learning_rate, config.adam_beta2), None),
+        optimizers=(MuonAdamW(model, config.muon_learning_rate, config.learning_rate, (0.9, config.adam_beta2)), None),
         args=training_arguments(config, output),
         train_dataset=rows,
         eval_dataset=validation,

@@ -23,6 +23,7 @@ from align.data import drop_long, keep_apart, load_demonstrations, load_rankings
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
 from align.models import disable_dropout, load_scalar_model, lora_config, save_scalar_model
+from align.optimise import trainer_optimizers
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings
 from align.runtime import is_main_process, limit_threads
 from align.text import Codec
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
     # 3. Train: each prompt once an epoch, its pairs never apart.
     trainer = RankingTrainer(
         model=model,
+        optimizers=trainer_optimizers(model, config),
         args=training_arguments(config, output),
         train_dataset=encode_rankings(rankings, codec),
         data_collator=RankingCollator(codec.pad_id),

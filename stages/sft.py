@@ -28,6 +28,7 @@ from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
+from align.optimise import trainer_optimizers
 from align.runtime import is_main_process, limit_threads
 from align.select import choose_epoch
 from align.text import Codec
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> None:
     # 3. Train.
     trainer = DemonstrationTrainer(
         model=policy,
+        optimizers=trainer_optimizers(policy, config),
         args=training_arguments(config, output),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),

@@ -29,7 +29,7 @@ FIELDS = {
     "SFTConfig": """
         model_name_or_path train_file validation_file pretraining_file pretraining_fraction
         completion_only_loss max_length residual_dropout num_train_epochs learning_rate
-        per_device_train_batch_size gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon
+        muon_learning_rate per_device_train_batch_size gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon
         max_grad_norm save_steps reward_model_path selection_prompts max_new_tokens temperature
         use_peft lora_r lora_alpha
     """,
@@ -40,7 +40,7 @@ FIELDS = {
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
-        num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps
+        num_train_epochs learning_rate muon_learning_rate per_device_train_batch_size gradient_accumulation_steps
         per_device_eval_batch_size adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps
         save_steps use_peft lora_r lora_alpha
     """,

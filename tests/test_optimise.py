@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from align.optimise import Muon, MuonAdamW, orthogonal
+from align.config import RMConfig, SFTConfig
+from align.optimise import Muon, MuonAdamW, orthogonal, trainer_optimizers
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
@@ -36,7 +37,17 @@ def test_muon_takes_the_steps_of_torchs_muon():
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
-    muon, adamw = MuonAdamW(model, 1e-2, 1e-3, 0.95).parts
+    parts = {"embed": nn.Embedding(5, 4), "linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "score": nn.Linear(4, 1)}
+    model = nn.ModuleDict(parts)
+    muon, adamw = MuonAdamW(model, 1e-2, 1e-3, (0.9, 0.95)).parts
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model["linear"].weight)]
-    assert sum(len(group["params"]) for group in adamw.param_groups) == 4
+    assert sum(len(group["params"]) for group in adamw.param_groups) == 6
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, RMConfig])
+def test_a_trainer_keeps_its_adamw_unless_muon_gets_a_rate(config_class):
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4)})
+    assert trainer_optimizers(model, config_class("out")) == (None, None)
+    optimizer, _ = trainer_optimizers(model, config_class("out", muon_learning_rate=1e-2, learning_rate=1e-3))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
+    assert optimizer.parts[1].defaults["betas"] == (0.9, 0.95)

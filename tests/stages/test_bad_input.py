@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.checkpoint import checkpoint_fault
 from stages.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -192,6 +194,42 @@ def test_D2_prompt_and_response_over_the_models_context(refused, mini, tmp_path)
 def test_nothing_to_resume_from(refused, tmp_path):
     refused("ppo", "resume_from_checkpoint", resume_from_checkpoint="latest", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte, or a skip where none can be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.parametrize("stage, every", [("base", {"save_steps": 2}), ("sft", {"save_steps": 2}), ("collect", {}),
+                                          ("rm", {"save_steps": 1}), ("ppo", {"save_iterations": 1})])  # fmt: skip
+def test_a_disk_that_fills_up_during_a_run(refused, small_disk, stage, every):
+    (small_disk / "ballast").write_bytes(bytes(0 if stage == "base" else (1 << 20) - 40_000))
+    refused(stage, str(small_disk / "out"), "disk full: free some space", output_dir=small_disk / "out", **every)
+    torn = [path for path in small_disk.glob("out/checkpoint-*") if checkpoint_fault(path)]
+    assert torn == [] and not (small_disk / "out" / "manifest.json").exists()
+
+
+def test_a_full_disk_that_a_library_reports_in_words_of_its_own(refused, mini, tmp_path, monkeypatch):
+    """torch.save says "unexpected pos"; the free space tells what it means."""
+    out, usage = tmp_path / "out", shutil.disk_usage
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("unexpected pos 64 vs 0")))
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        mini.stage("rm", mini.run, output_dir=tmp_path / "room_left", save_steps=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=100))
+    refused("rm", str(out), "disk full", "resume_from_checkpoint latest", output_dir=out, save_steps=1)
+    assert not list(out.glob("checkpoint-*"))
 
 
 def test_usage(capsys):
