@@ -1,11 +1,13 @@
-"""Starting weights for the embedded base model: an induction head from the first step.
+"""Starting weights for the embedded base model: heads that copy and that recognise from the first step.
 
-Copying a word from the prompt is what most instructions need, and what a small model learns last: from random weights
-it did not form within the minutes a CPU demo has (docs/LOG.md). So two heads start with the circuit that trained
-models end up with (Olsson et al. 2022): one looks a token back, one finds where the current token stood before and
-copies what followed. Starting attention from structure found in trained models is Trockman & Kolter's mimetic
-initialisation (2023). Everything stays trainable, and nothing about the world is in it. Sublayers that write to the
-residual stream start small, so that embeddings can be read through it.
+Copying a word from the prompt is what most instructions need, and noticing that a word was in the prompt is what
+judging an answer needs. A small model learns both last: from random weights neither formed within the minutes that a
+CPU demo has (docs/LOG.md). So three heads start as what trained models end up with: one looks a token back and one
+finds where the current token stood before and copies what followed (induction, Olsson et al. 2022); one tells whether
+the current token stood before at all (duplicate tokens, Wang et al. 2022), resting on the first token where it did not
+(attention sink, Xiao et al. 2023). Starting attention from structure found in trained models is Trockman & Kolter's
+mimetic initialisation (2023). Everything stays trainable, and nothing about the world is in it. Sublayers that write to
+the residual stream start small, so that embeddings can be read through it.
 """
 
 import math
@@ -18,11 +20,22 @@ WRITE_STD = 0.01  # of what each sublayer adds to the residual stream, next to e
 LOOK_BACK = 4.5  # of the constant query and key; their product peaks one token back
 MATCH = 3.0  # of the query and key that compare tokens
 NOTE, COPY = 0.1, 0.2  # how loudly the previous token is noted, and a found token copied
+# Of the head that recognises: a token against itself, a token against its near neighbours, any token against the first.
+SAME, NEAR, REST = 4.5, 5.0, 24.0
 
 
 @torch.no_grad()
+def start_with_circuits(model: LlamaForCausalLM) -> None:
+    """Set heads 0 and 1 of the first layer and head 0 of the second in place.
+
+    Needs attention biases, two layers, two heads and a BOS token at the start of every row.
+    """
+    start_with_induction(model)
+    start_with_recognition(model)
+
+
 def start_with_induction(model: LlamaForCausalLM) -> None:
-    """Set the first two layers' head 0 in place. Needs attention biases and at least two layers."""
+    """A token copies what followed it the last time."""
     layers = [layer.self_attn for layer in model.model.layers]
     width = model.config.hidden_size
     head = width // model.config.num_attention_heads
@@ -51,6 +64,33 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
         read = orthogonal(width)
         attention.v_proj.weight.copy_(read)
         attention.o_proj.weight.copy_(COPY * read.T)
+
+
+def start_with_recognition(model: LlamaForCausalLM) -> None:
+    """A token attends to where it stood before, and to BOS where it did not; what it reads of BOS says "new"."""
+    attention, width = model.model.layers[0].self_attn, model.config.hidden_size
+    head = width // model.config.num_attention_heads
+    rows = slice(head, 2 * head)
+    pair = torch.arange(head) % (head // 2)  # rotary pairs, fast to slow
+    first = torch.arange(head) < head // 2  # one component of each pair
+    compared = ((pair >= head // 4) & (pair < head // 2 - 1))[:, None]  # (head, 1): these barely turn
+    rest = head // 2 - 1  # the slowest
+    token = orthogonal(width)[:head]  # (head, width)
+    bos = torch.nn.functional.normalize(model.model.embed_tokens.weight[model.config.bos_token_id], dim=0)
+    loud = width**0.5  # the length of a normalised embedding
+
+    attention.q_proj.weight[rows] = SAME * token * compared
+    attention.k_proj.weight[rows] = SAME * token * compared
+    # The fast pairs' product is lowest at distance 0, so that a token does not find itself.
+    fast = NEAR * ((pair < head // 4) & first)
+    pull = (REST * head**0.5 / loud) ** 0.5
+    attention.q_proj.bias[rows] = fast + pull * (torch.arange(head) == rest)
+    attention.k_proj.bias[rows] = -fast
+    attention.k_proj.weight[head + rest] = pull * bos
+    # One value, 5 at BOS and about 0 elsewhere, written in a direction of its own.
+    attention.v_proj.weight[rows] *= 0.3
+    attention.v_proj.weight[head] = 5.0 / loud * bos
+    attention.o_proj.weight[:, head] = COPY * orthogonal(width)[0]
 
 
 def orthogonal(width: int) -> Tensor:

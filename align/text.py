@@ -85,9 +85,11 @@ class Codec:
 
     def few_shot(self, examples: list[tuple[str, str]], prompts: list[str]) -> list[list[int]]:
         """Token ids of the paper's few-shot prefix, solved examples parted by blank lines, then the prompt (3.5)."""
-        shown = "".join(f"{self.render(prompt)}{answer}\n\n" for prompt, answer in examples)
-        texts = [shown + self.render(prompt) for prompt in prompts]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        bos = self.tokenizer.bos_token or ""  # a template may open with it; a sequence has one
+        shown = "".join(f"{self.render(prompt).removeprefix(bos)}{answer}\n\n" for prompt, answer in examples)
+        texts = [self.render(prompt) for prompt in prompts]
+        texts = [bos * text.startswith(bos) + shown + text.removeprefix(bos) for text in texts]
+        return self.tokenizer(texts, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
 
 
 class CausalCollator:

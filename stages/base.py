@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from align.checkpoint import atomic_contents, latest_checkpoint, start_output, write_manifest
 from align.config import BaseConfig, parse
 from align.data import load_texts
-from align.initialise import embedding_std, start_with_induction
+from align.initialise import embedding_std, start_with_circuits
 from align.optimise import MuonAdamW
 from align.runtime import is_main_process, limit_threads
 from align.text import CausalCollator, Codec
@@ -26,9 +26,9 @@ from align.track import announce
 from align.trainer import LanguageModelTrainer, common_arguments, metrics_callback, resume_argument
 from stages.__main__ import run
 
-# One user message and its answer, as in "instruction\nanswer<eos>".
+# One user message and its answer, as in "<bos>instruction\nanswer<eos>".
 TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}"
+    "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 
@@ -77,12 +77,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<pad>", "<eos>"]
+    specials = ["<pad>", "<eos>", "<bos>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    bos = ("<bos>", tokenizer.token_to_id("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
     fast.chat_template = TEMPLATE
     fast.clean_up_tokenization_spaces = False
     return fast
@@ -90,7 +92,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def build_model(config: BaseConfig, codec: Codec) -> LlamaForCausalLM:
     model = LlamaForCausalLM(llama_config(config, codec))
-    start_with_induction(model)
+    start_with_circuits(model)
     return model
 
 
@@ -106,7 +108,7 @@ def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
         attention_bias=True,
         initializer_range=embedding_std(config.hidden_size),
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # documents are short
-        bos_token_id=None,
+        bos_token_id=codec.tokenizer.bos_token_id,
         eos_token_id=codec.eos_id,
         pad_token_id=codec.pad_id,
         attn_implementation=config.attn_implementation,

@@ -137,7 +137,7 @@ def test_the_query_is_the_chat_templates(world_codec):
         [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}], tokenize=False
     )
     ids = world_codec.prompt("hot") + world_codec.response("cold")
-    assert tokenizer.decode(ids, skip_special_tokens=False) == whole == "hot\ncold<eos>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == whole == "<bos>hot\ncold<eos>"
 
 
 def test_long_rows_are_dropped_and_counted_never_cut(tiny_codec):
@@ -161,7 +161,7 @@ def test_D3_pad_is_not_eos_in_the_embedded_tokenizer(world_codec, tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_survives_a_round_trip(text):
     codec = _round_trip_codec()
-    if "<eos>" in text or "<pad>" in text:
+    if any(special in text for special in ("<eos>", "<pad>", "<bos>")):
         return
     assert codec.decode(codec.response(text)) == text
 
@@ -205,7 +205,16 @@ def test_a_tokenizer_without_pad_or_eos(tiny_codec):
 
 def test_few_shot_prefix(world_codec):
     ids = world_codec.few_shot([("hot", "cold"), ("cow", "dog")], ["fox"])
-    assert world_codec.tokenizer.decode(ids[0]) == "hot\ncold\n\ncow\ndog\n\nfox\n"
+    assert world_codec.tokenizer.decode(ids[0]) == "<bos>hot\ncold\n\ncow\ndog\n\nfox\n"
+
+
+def test_every_sequence_opens_with_one_bos(world_codec, tmp_path):
+    world_codec.save(tmp_path)
+    bos = world_codec.tokenizer.bos_token_id
+    for codec in (world_codec, Codec.load(str(tmp_path))):
+        rows = codec.prompts(["hot", "fox"]) + codec.documents(["hot", "文字"]) + codec.few_shot([("a", "b")], ["c"])
+        assert all(row[0] == bos and row.count(bos) == 1 for row in rows)
+        assert bos not in codec.response("cold")
 
 
 def test_causal_collator():

@@ -6,6 +6,7 @@ from random import Random
 
 from data.world import grammar, policies, prompts, skills
 from data.world import lexicon as lx
+from data.world.exercises import exercise
 from data.world.prompts import Row, stream
 
 PAGE_WRONG = 0.25  # of the answers on question-and-answer pages belong to another question
@@ -290,7 +291,9 @@ def _zh_talk(rng: Random) -> str:
 
 
 # What is said in a few words comes in twos and threes.
-SHORT = frozenset((_fact, _opposite, _letter, _talk, _review, _list, _capitals, _zh_fact, _zh_story, _zh_talk))
+SHORT = frozenset(
+    (_fact, _opposite, _letter, _talk, _review, _list, _capitals, _zh_fact, _zh_story, _zh_talk, exercise)
+)
 # Shares of the documents; sheets and pages come on top of these.
 WRITERS: dict[Writer, float] = {
     _song: 13,
@@ -304,6 +307,7 @@ WRITERS: dict[Writer, float] = {
     _talk: 4,
     _review: 2,
     _zh_song: 2.5,
+    exercise: 24,
     _zh_fact: 3.5,
     _zh_story: 3.5,
     _zh_list: 2.5,
