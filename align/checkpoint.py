@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import align
+from align.card import model_card
 from align.errors import UserError
 from align.runtime import is_main_process, wait_for_everyone
 
@@ -266,7 +267,7 @@ def write_manifest(
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write `manifest.json`; call it last, it marks the folder complete.
+    """Write `manifest.json`, and before it a model's card; call it last, it marks the folder complete.
 
     `config` is the stage's dataclass or a dict (secrets are redacted), `data` maps a name to a DataReport or a dict.
     """
@@ -281,6 +282,9 @@ def write_manifest(
         weights_sha256=weights_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
     )
+    if (Path(folder) / "config.json").is_file():
+        with _atomic_file(Path(folder) / "README.md") as card:
+            card.write_text(model_card(plain(manifest)), encoding="utf-8")
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest
 

@@ -174,7 +174,14 @@ def test_atomic_contents_fills_an_output_folder_and_keeps_the_rest(tmp_path, mon
     own_checkpoint(tmp_path, 1)
     with ck.atomic_contents(tmp_path) as folder:
         finished(folder)
-    assert names(tmp_path) == ["checkpoint-1", "config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+    assert names(tmp_path) == [
+        "README.md",
+        "checkpoint-1",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     before = ck.weights_sha256(tmp_path)
     assert ck.check_parent(str(tmp_path), "m", ("sft",))["weights_sha256"] == before
     monkeypatch.setattr(os, "fsync", full_disk)

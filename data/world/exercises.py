@@ -209,7 +209,7 @@ def review(rng: Random, language: str) -> str:
 
 Writer = Callable[[Random, str], str]
 WRITERS: dict[Writer, float] = {
-    facts: 2, told: 3, members: 2, held: 4, found: 4, seen: 2,
-    listed: 5, story: 5, letter: 1.5, scene: 3, phrase: 1.5, review: 1,
+    facts: 2, told: 3, members: 1.5, held: 2.5, found: 3, seen: 2,
+    listed: 5, story: 5, letter: 1.5, scene: 3, phrase: 1.5, review: 0.5,
 }  # fmt: skip
 ZH_WRITERS: dict[Writer, float] = {facts: 2, members: 1, held: 2, found: 2, listed: 3, story: 2, review: 1}

@@ -1,0 +1,65 @@
+"""A model card for the folder that a stage leaves: what it is, how to load it, what it was made from."""
+
+import json
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+KINDS = {
+    "base": ("Base language model", "trained from scratch on the embedded world's text"),
+    "sft": ("Supervised policy", "trained on demonstrations (InstructGPT, section 3.5, stage 1)"),
+    "rm": ("Reward model", "trained on rankings (InstructGPT, Eq. 1); demonstrations score 0 on average"),
+    "ppo": ("PPO policy", "trained against a reward model (InstructGPT, Eq. 2)"),
+}
+LOAD = """tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)"""
+LOAD_REWARD = """tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForTokenClassification.from_pretrained(folder)  # its score of the last token is the reward"""
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Markdown with the hub's front matter, from the fields of a manifest (`align.checkpoint.Manifest`)."""
+    stage = manifest["stage"]
+    title, what = KINDS.get(stage, (stage, "made by this stage"))
+    reward = stage == "rm"
+    task = "text-classification" if reward else "text-generation"
+    front = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["align", "rlhf", stage]).to_yaml()
+    auto = "AutoModelForTokenClassification" if reward else "AutoModelForCausalLM"
+    code = f"from transformers import {auto}, AutoTokenizer\n\n{LOAD_REWARD if reward else LOAD}"
+    settings = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).strip()
+    parts = [
+        f"---\n{front}\n---",
+        f"# {title}",
+        f"{what[0].upper()}{what[1:]}. Seed {manifest['seed']}; `manifest.json` has hashes and versions.",
+        f"```python\n{code}\n```",
+        *_bullets("Made from", [(p["role"], p["path"], (p["weights_sha256"] or "")[:12]) for p in manifest["parents"]]),
+        *_bullets("Data", [_data_row(name, report) for name, report in manifest["data"].items()]),
+        *_bullets("Numbers", _numbers(manifest["metrics"])),
+        f"## Settings\n\n```yaml\n{settings}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is one number, and the accuracies with their intervals."""
+    rows = []
+    for name, value in metrics.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            rows.append((name, f"{value:.4g}"))
+        elif isinstance(value, dict) and isinstance(value.get("accuracy"), dict):
+            accuracy = value["accuracy"]
+            rows.append((f"{name} accuracy", "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**accuracy)))
+    return rows
+
+
+def _data_row(name: str, report: dict[str, Any]) -> tuple[Any, ...]:
+    dropped = json.dumps(report["dropped"]) if report.get("dropped") else "none"
+    return name, f"{report.get('rows_used')} rows", f"dropped: {dropped}"
+
+
+def _bullets(title: str, rows: list[tuple[Any, ...]]) -> list[str]:
+    """A heading and a bullet a row, or nothing."""
+    lines = [f"- {row[0]}: " + ", ".join(str(cell) for cell in row[1:] if cell != "") for row in rows]
+    return [f"## {title}", "\n".join(lines)] if lines else []

@@ -1,0 +1,62 @@
+"""align/card.py: the card says what the manifest says, and its code loads what lies beside it."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from align import checkpoint as ck
+from align.config import RMConfig
+from align.data import DataReport
+from align.models import load_scalar_model, save_scalar_model
+from align.text import Codec
+
+
+@pytest.fixture
+def reward_folder(tiny_llama, tiny_codec: Codec, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "policy")
+    folder = tmp_path / "rm"
+    folder.mkdir()
+    model = load_scalar_model(str(tmp_path / "policy"), "eager", fresh_head=True)
+    save_scalar_model(model, folder, tiny_codec.pad_id)
+    tiny_codec.save(folder)
+    parent = {"role": "model_name_or_path", "path": "runs/x/sft", "stage": "sft", "weights_sha256": "ab" * 32}
+    report = DataReport(("r.jsonl",), 9, 7, {}, {"all_ties": 2})
+    ck.write_manifest(
+        folder,
+        "rm",
+        RMConfig("out"),
+        5,
+        [parent],
+        {"train_file": report},
+        {"loss": 0.75, "validation": {"accuracy": {"mean": 0.7, "low": 0.6, "high": 0.8}}},
+    )
+    return folder
+
+
+def test_the_card_says_what_the_manifest_says(reward_folder):
+    card = ModelCard.load(reward_folder / "README.md")
+    assert card.data.pipeline_tag == "text-classification" and "rm" in card.data.tags
+    for words in ("Seed 5", "model_name_or_path: runs/x/sft, abababababab", '7 rows, dropped: {"all_ties": 2}'):
+        assert words in card.text
+    assert "- loss: 0.75\n- validation accuracy: 0.700 [0.600, 0.800]" in card.text
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
+    assert settings["learning_rate"] == 9e-6
+
+
+def test_the_cards_code_loads_the_scores(reward_folder):
+    code = re.search(r"```python\n(.*?)```", (reward_folder / "README.md").read_text(), re.DOTALL)[1]
+    names = {"folder": str(reward_folder)}
+    exec(code, names)
+    ids = torch.tensor([[5, 6, 7, 1]])
+    ours = load_scalar_model(str(reward_folder), "eager")
+    with torch.no_grad():
+        theirs = names["model"].eval()(input_ids=ids).logits[0, -1, 0]
+        assert float(theirs) == pytest.approx(float(ours(ids)[0, -1]), abs=1e-5)
+
+
+def test_no_card_without_a_model(tmp_path):
+    ck.write_manifest(tmp_path, "collect", {}, 0)
+    assert not (tmp_path / "README.md").exists()
