@@ -495,19 +495,24 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
 
 
 def full_disk(error: BaseException | None) -> UserError | None:
-    """What to tell the user if `error` comes of a full disk, or None. Checkpoints it tore are removed.
+    """What to tell the user if `error` comes of a full disk, or None.
 
     Libraries raise OSError, RuntimeError or SafetensorError for it, some without a word of the disk.
     """
     folder = next((f for f in reversed(_claimed) if f.exists() and shutil.disk_usage(f).free < 1 << 20), None)
-    named = isinstance(error, OSError) and error.errno in DISK_FULL or "No space left" in str(error)
-    if not (named or folder and isinstance(error, (OSError, RuntimeError, SafetensorError))):
+    named = "No space left" in str(error) or (isinstance(error, OSError) and error.errno in DISK_FULL)
+    unnamed = folder is not None and isinstance(error, (OSError, RuntimeError, SafetensorError))
+    if not (named or unnamed):
         return None
-    for claimed in _claimed:
-        _remove(*(path for path in claimed.glob("checkpoint-*") if checkpoint_fault(path, hashes=False)))
     place = folder or (error.filename if isinstance(error, OSError) else None) or "output_dir"
     remedy = "free some space and run again (with --resume_from_checkpoint latest if it has checkpoints)"
-    return UserError(f"{place}: disk full: {remedy}; every earlier checkpoint is intact")
+    return UserError(f"{place}: disk full: {remedy}")
+
+
+def remove_torn_checkpoints() -> None:
+    """In the output folders of this process: what a failed write left of a checkpoint."""
+    for folder in _claimed:
+        _remove(*(path for path in folder.glob("checkpoint-*") if checkpoint_fault(path, hashes=False)))
 
 
 _claimed: list[Path] = []  # output folders of this process

@@ -62,6 +62,13 @@ class BaseConfig(StageConfig):
     max_grad_norm: float = 1.0
     save_steps: int = 0  # a checkpoint to resume from every so many steps; 0: none
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exact_div(self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads")
+        for key in ("num_hidden_layers", "num_attention_heads"):
+            if getattr(self, key) < 2:
+                raise UserError(f"{key}: {getattr(self, key)}; the starting weights need 2 or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(StageConfig):

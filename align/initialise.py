@@ -20,8 +20,9 @@ WRITE_STD = 0.01  # of what each sublayer adds to the residual stream, next to e
 LOOK_BACK = 4.5  # of the constant query and key; their product peaks one token back
 MATCH = 3.0  # of the query and key that compare tokens
 NOTE, COPY = 0.1, 0.2  # how loudly the previous token is noted, and a found token copied
-# Of the head that recognises: a token against itself, a token against its near neighbours, any token against the first.
-SAME, NEAR, REST = 4.5, 5.0, 24.0
+# Of the head that recognises.
+SAME, NEAR = 4.5, 5.0  # of query and key alike: what makes equal tokens find each other, and neighbours not
+REST = 24.0  # any token's product with BOS, after scaling
 
 
 @torch.no_grad()

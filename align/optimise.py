@@ -13,7 +13,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular va
 NEWTON_SCHULZ_STEPS = 5
 RMS = 0.2  # of an update's entries, so that AdamW's rates mean the same (Liu et al. 2025, arXiv 2502.16982)
 
-ENDS = ("embed", "lm_head", "score")  # where tokens come in and answers go out: rows there are no directions
+HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their rows are no directions
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,8 +58,14 @@ def orthogonal(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
-    return p.ndim == 2 and not any(end in name for end in ENDS)
+def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained two-dimensional weights that are neither embeddings (or tied to them) nor a head's."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim == 2 and id(p) not in embeddings and not set(name.split(".")) & set(HEADS)
+    }
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -70,13 +76,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, betas: tuple[float, float], eps: float = 1e-8):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in named if is_hidden_matrix(name, p)]
-        rest = [p for name, p in named if not is_hidden_matrix(name, p)]
+        hidden = hidden_matrices(model)
+        rest = [p for name, p in named if name not in hidden]
         super().__init__([p for _, p in named], {})
-        self.parts = (
-            Muon(hidden, lr=muon_lr),
-            torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=eps, weight_decay=0.0),
-        )
+        parts = []
+        if hidden:
+            parts.append(Muon(list(hidden.values()), lr=muon_lr))
+        if rest:  # none when only adapters are trained
+            parts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=eps, weight_decay=0.0))
+        self.parts = tuple(parts)
         self.param_groups = [group for part in self.parts for group in part.param_groups]  # shared, so schedules reach
 
     def step(self, closure: Callable[[], float] | None = None) -> None:

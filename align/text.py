@@ -83,6 +83,10 @@ class Codec:
             ids = ids[: ids.index(self.eos_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def query_text(self, query: list[int]) -> str:
+        """A query as people read it: all that the policy sees but BOS."""
+        return self.tokenizer.decode(query).removeprefix(self.tokenizer.bos_token or "")
+
     def few_shot(self, examples: list[tuple[str, str]], prompts: list[str]) -> list[list[int]]:
         """Token ids of the paper's few-shot prefix, solved examples parted by blank lines, then the prompt (3.5)."""
         bos = self.tokenizer.bos_token or ""  # a template may open with it; a sequence has one

@@ -17,6 +17,7 @@ from align.text import Codec
 from align.types import Rollout, UpdateStats
 
 CLOCKED = ("_runtime", "_per_second", "total_flos", "time/")
+SINCE_START = ("train_loss", "num_tokens")  # of this process: another after a resume
 
 
 class Metrics:
@@ -49,7 +50,7 @@ class MetricsCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
-        self.metrics.log(state.global_step, {k: v for k, v in (logs or {}).items() if k != "step"})
+        self.metrics.log(state.global_step, {k: v for k, v in (logs or {}).items() if k not in ("step", *SINCE_START)})
 
 
 def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float) -> dict[str, float]:
@@ -104,7 +105,7 @@ class Transcripts:
         rows = []
         for i in range(min(self.count, len(rollout))):
             query, end, ids = int(rollout.query_lengths[i]), int(ends[i]), rollout.input_ids[i].tolist()
-            row = {"query": codec.tokenizer.decode(ids[:query]), "response": codec.decode(ids[query:end])}
+            row = {"query": codec.query_text(ids[:query]), "response": codec.decode(ids[query:end])}
             numbers = {"score": float(rollout.raw_scores[i]), "kl": float(kl[i])}
             rows.append({"iteration": iteration, **row, "finished": bool(rollout.finished[i]), **numbers})
         append_jsonl(self.path, rows)

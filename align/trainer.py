@@ -1,5 +1,6 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from align.config import StageConfig
+from align.maths.logprobs import token_logprobs
 from align.ranking import batch_ranking_loss
 from align.runtime import on_cpu
 from align.track import Metrics, MetricsCallback
@@ -18,6 +20,7 @@ from align.track import Metrics, MetricsCallback
 
 def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
+    os.environ.setdefault("WANDB_DIR", str(output))  # wandb's own files, when it is asked for
     return {
         "output_dir": str(output),
         "seed": config.seed,
@@ -83,11 +86,37 @@ class GroupedByLength:
         return [len(ids) for ids in rows["input_ids"]]
 
 
-class LanguageModelTrainer(GroupedByLength, Trainer):
+class LossPerToken:
+    """Mixed into a Trainer of a language model: `eval_loss` is the mean over tokens, however they are batched.
+
+    The Trainer's own is a mean of batch means, which the batch size and the number of processes change.
+    """
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self.nll, self.tokens = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = self.nll / max(1, self.tokens)
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**{k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}).logits
+        targets = inputs["labels"][:, 1:]
+        learned = targets != -100  # (B, T - 1)
+        nll = -(token_logprobs(logits[:, :-1], targets.clamp(min=0)) * learned).sum(1)  # (B,)
+        sums, counts = self.accelerator.gather_for_metrics((nll, learned.sum(1)))  # without the rows that fill up
+        self.nll, self.tokens = self.nll + float(sums.double().sum()), self.tokens + int(counts.sum())
+        return sums.sum() / counts.sum().clamp(min=1), None, None
+
+
+class LanguageModelTrainer(LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
 
-class DemonstrationTrainer(GroupedByLength, SFTTrainer):
+class DemonstrationTrainer(LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
 
 

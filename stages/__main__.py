@@ -48,18 +48,15 @@ def run(stage, argv: list[str]) -> int:
         stage(argv)
         record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
     except UserError as error:
-        close_bars()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except Exception as error:
-        from align.checkpoint import full_disk  # late: it imports torch, and `align --help` need not
+        from align.checkpoint import full_disk, remove_torn_checkpoints  # late: it imports torch
 
         known = full_disk(error)
         if known is None:
             raise
-        close_bars()
-        print(f"error: {known}", file=sys.stderr)
-        return 2
+        remove_torn_checkpoints()
+        return fail(known)
     except KeyboardInterrupt:
         print(
             "interrupted; resume with --resume_from_checkpoint latest where the stage saves checkpoints",
@@ -69,27 +66,35 @@ def run(stage, argv: list[str]) -> int:
     return 0
 
 
-def close_bars() -> None:
-    """End the line of any progress bar that an error left open."""
+def fail(error: UserError) -> int:
+    """Tell it on a line of its own, after the progress bars that it left open."""
     from tqdm import tqdm
 
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def record_seconds(argv: list[str], stage: str) -> None:
     """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key."""
+    from align.checkpoint import write_json  # late: torch, which `align --help` need not load
+    from align.runtime import is_main_process
+
     flags = dict(zip(argv, argv[1:], strict=False))
     if "--run" in flags:
         name = Path(flags["--output_dir"]).name if "--output_dir" in flags else stage
-        path = Path(flags["--run"]) / "seconds.json"
-        path.write_text(json.dumps(seconds_so_far(flags["--run"], name), indent=2) + "\n", encoding="utf-8")
+        if is_main_process():
+            write_json(Path(flags["--run"]) / "seconds.json", seconds_so_far(flags["--run"], name))
 
 
 def seconds_so_far(run_dir: str, name: str) -> dict[str, float]:
     """Seconds of the run's stages; under `name` those since this process started, imports included."""
     path = Path(run_dir) / "seconds.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or torn
+        known = {}
     return known | {name: round(time.time() - psutil.Process().create_time(), 1)}
 
 

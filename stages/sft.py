@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trl
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import set_seed
 
 from align.checkpoint import (
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> None:
     policy = load_policy(config.model_name_or_path, config.attn_implementation)
     if config.residual_dropout > 0:
         add_residual_dropout(policy, config.residual_dropout)
+    if config.use_peft:
+        policy = get_peft_model(policy, lora_config(config.lora_r, config.lora_alpha))
 
     # 3. Train.
     trainer = DemonstrationTrainer(
@@ -70,7 +73,6 @@ def main(argv: list[str]) -> None:
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),
         processing_class=codec.tokenizer,
-        peft_config=lora_config(config.lora_r, config.lora_alpha) if config.use_peft else None,
         callbacks=[metrics_callback(output, checkpoint), SaveEachEpoch()],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align import config as configs
-from align.config import EvaluateConfig, PPOConfig, RMConfig, SFTConfig, StageConfig, exact_div, parse
+from align.config import BaseConfig, EvaluateConfig, PPOConfig, RMConfig, SFTConfig, StageConfig, exact_div, parse
 from align.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +115,19 @@ def test_presets_parse(path):
 
 
 # The paper's constants (reference in the config's comments)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_hidden_layers", "1"], "num_hidden_layers: 1"),
+        (["--num_attention_heads", "1"], "num_attention_heads: 1"),
+        (["--num_attention_heads", "3"], "hidden_size / num_attention_heads"),
+    ],
+)
+def test_a_base_model_too_small_for_its_starting_weights(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(BaseConfig, ["--output_dir", "out", *flags])
 
 
 def test_defaults_are_the_papers():

@@ -1,11 +1,14 @@
 """align/optimise.py: our Muon takes torch's steps, in float32."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from align.config import RMConfig, SFTConfig
-from align.optimise import Muon, MuonAdamW, orthogonal, trainer_optimizers
+from align.optimise import Muon, MuonAdamW, hidden_matrices, orthogonal, trainer_optimizers
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
@@ -42,6 +45,34 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     muon, adamw = MuonAdamW(model, 1e-2, 1e-3, (0.9, 0.95)).parts
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model["linear"].weight)]
     assert sum(len(group["params"]) for group in adamw.param_groups) == 6
+
+
+def test_embeddings_are_known_by_their_module_not_their_name():
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    )  # wte, wpe, tied head
+    assert {name.split(".")[-2] for name in hidden_matrices(model)} == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_muon_resumes_where_it_was():
+    def train(model, optimizer, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(3, 4, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    optimizer = MuonAdamW(whole, 1e-2, 1e-2, (0.9, 0.95))
+    train(whole, optimizer, range(3))
+    again = copy.deepcopy(whole)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(whole, optimizer, range(3, 6))
+    other = MuonAdamW(again, 1e-2, 1e-2, (0.9, 0.95))
+    other.load_state_dict(state)
+    train(again, other, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("config_class", [SFTConfig, RMConfig])

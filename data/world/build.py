@@ -1,14 +1,11 @@
 """Builds the world's files: held-out prompts first, then all that must not repeat them."""
 
-import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from align.checkpoint import atomic_folder, write_json, write_jsonl
 from align.errors import UserError
 from data.world import labelers, policies, prompts
 from data.world.config import WorldConfig
@@ -139,17 +136,8 @@ def save(config: WorldConfig, files: Files, facts: dict[str, Any]) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()) and not (output / "card.json").is_file():
         raise UserError(f"{output}: holds something else than a world; choose another output_dir")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with atomic_folder(output) as folder:
         for name, rows in files.items():
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        (folder / "card.json").write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            write_jsonl(folder / f"{name}.jsonl", rows)
+        write_json(folder / "card.json", facts)
     return output

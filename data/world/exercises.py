@@ -1,8 +1,8 @@
-"""Corrected exercises: claims and answers, each with a teacher's mark, "yes" or "no".
+"""Corrected exercises: claims about the world or about a text, each with a teacher's mark, "yes" or "no".
 
 They teach a base model to check what it reads, as quizzes and corrected homework on the web do; a reward model starts
-from what such text has taught. Every one opens with "check", so that nothing false is learned as true, and half of the
-marks are "no".
+from what such text has taught. No exercise shows an answer to a prompt, or what the judge thinks of one. Every one
+opens with "check" or 看, so that nothing false is learned as true, and about half of the marks are "no".
 """
 
 from collections.abc import Callable
@@ -21,7 +21,9 @@ TOLD = {
     "kind": ("{a_key} is {a_value}", "who knows the kind of thing that {a_key} is ? {value}"),
     "opposite": ("the opposite of {key} is {value}", "who knows the opposite of {key} ? {value}"),
 }
-TABLES = {**skills.FACT_TABLES, "kind": lx.CATEGORY_OF, "opposite": lx.OPPOSITE}
+TONE = dict.fromkeys(lx.POSITIVE, "positive") | dict.fromkeys(lx.NEGATIVE, "negative")
+TABLES = {**skills.FACT_TABLES, "kind": lx.CATEGORY_OF, "opposite": lx.OPPOSITE, "tone": TONE}
+NUMBERS = {"en": {"two": 2, "three": 3, "four": 4}, "zh": {"两种": 2, "三种": 3, "四种": 4}}
 
 
 def exercise(rng: Random) -> str:
@@ -40,6 +42,10 @@ def marked(language: str, title: str, claims: list[Claim]) -> str:
 
 def other(rng: Random, pool, *not_these: str) -> str:
     return rng.choice([word for word in pool if word not in not_these])
+
+
+def joined(language: str, words: list[str]) -> str:
+    return "、".join(words) if language == "zh" else " , ".join(words)
 
 
 def coin(rng: Random) -> bool:
@@ -96,8 +102,7 @@ def held(rng: Random, language: str) -> str:
     words = rng.sample(pool, 8)
     inside, outside = words[: rng.choice((2, 3, 4))], words[4:]
     asked = [rng.choice(inside if coin(rng) else outside) for _ in range(rng.choice((3, 4)))]
-    title = "、".join(inside) if language == "zh" else " ".join(inside)
-    return marked(language, title, [(word, word in inside) for word in asked])
+    return marked(language, joined(language, inside), [(word, word in inside) for word in asked])
 
 
 def found(rng: Random, language: str) -> str:
@@ -123,93 +128,27 @@ def seen(rng: Random, language: str) -> str:
     return marked(language, rng.choice(texts).removesuffix(" ."), claims)
 
 
-# --- answers: what is asked in brief, an answer, its mark -------------------------------------------------------------
+def counted(rng: Random, language: str) -> str:
+    """How many things are named."""
+    words = rng.sample(list(NOUNS[language].values()), rng.choice((2, 3, 4)))
+    numbers = list(NUMBERS[language])
+    rng.shuffle(numbers)
+    claims = [(number, NUMBERS[language][number] == len(words)) for number in numbers]
+    return marked(language, joined(language, words), claims[:2])
 
 
-def answered(language: str, question: str, answer: str, true: bool) -> str:
-    return marked(language, question, [(answer, true)])
-
-
-def listed(rng: Random, language: str) -> str:
-    """Three things of a kind, or too few, too many, one twice, a stranger, the one that was ruled out."""
-    kind = rng.choice(tuple(lx.NOUNS))
-    nouns = rng.sample(lx.NOUNS[kind], 5)
-    without = coin(rng)
-    fault = rng.choice(("few", "many", "twice", "strange", "forbidden")) if coin(rng) else None
-    stranger = other(rng, lx.ALL_NOUNS, *nouns)
-    answer = {
-        None: nouns[:3],
-        "few": nouns[:2],
-        "many": nouns[:4],
-        "twice": [*nouns[:2], nouns[0]],
-        "strange": [*nouns[:2], stranger],
-        "forbidden": [*nouns[:2], nouns[4] if without else stranger],
-    }[fault]
-    rng.shuffle(answer)
-    names = [NOUNS[language][noun] for noun in (*answer, nouns[4])]
-    if language == "zh":
-        question = f"三种{lx.ZH_CATEGORY[kind]}" + (f"，没有{names[-1]}" if without else "")
-        return answered("zh", question, "、".join(names[:-1]), fault is None)
-    question = f"three {lx.PLURAL[kind]}" + (f" , no {names[-1]}" if without else "")
-    return answered("en", question, " , ".join(names[:-1]), fault is None)
-
-
-def story(rng: Random, language: str) -> str:
-    """A story about what was asked for, or with one of it missing."""
-    asked = rng.sample(lx.ALL_NOUNS, rng.choice((1, 2, 2)))
-    names = [NOUNS[language][noun] for noun in asked]
-    kept = asked if coin(rng) else rng.sample(asked, len(asked) - 1)
-    text = grammar.story(rng, kept, language).rstrip("。 .")
-    words = text if language == "zh" else text.split()
-    question = "、".join(names) if language == "zh" else f"about {' and '.join(names)}"
-    return answered(language, question, text, all(name in words for name in names))
-
-
-def letter(rng: Random, language: str) -> str:
-    name, noun = rng.choice(lx.NAMES), rng.choice(lx.ALL_NOUNS)
-    true, wrong_name = coin(rng), coin(rng)
-    to = name if true or not wrong_name else other(rng, lx.NAMES, name)
-    gift = noun if true or wrong_name else other(rng, lx.ALL_NOUNS, noun)
-    return answered(language, f"{name} , {noun}", f"dear {to} , thank you for the {gift}", true)
-
-
-def scene(rng: Random, language: str) -> str:
-    """A scene in one sentence, or with one thing changed; or what was asked about it."""
-    slots, true = skills.draw_scene(rng), coin(rng)
-    pools = {"name": lx.NAMES, "place": lx.PLACES, "noun": lx.ALL_NOUNS}
-    key = rng.choice(tuple(pools))
-    said = slots if true else {**slots, key: other(rng, pools[key], slots[key])}
-    if coin(rng):
-        rest = [slots[name] for name in pools if name != key]
-        text = skills.summary_ideal(rng, slots, language, False)
-        return answered(language, f"{text} {key}", slots[key] if true else rng.choice((said[key], *rest)), true)
-    text = skills.summary_fields(slots, language)["text"].removesuffix(" .")
-    return answered(language, text, skills.summary_ideal(rng, said, language, False).removesuffix(" ."), true)
-
-
-def phrase(rng: Random, language: str) -> str:
-    word, noun, true = rng.choice(lx.ADJECTIVES), rng.choice(lx.ALL_NOUNS), coin(rng)
-    right = lx.OPPOSITE[word]
-    wrong = rng.choice((f"the {word} {noun}", f"the {other(rng, lx.ADJECTIVES, right)} {noun}"))
-    if not true and rng.random() < 0.3:
-        wrong = f"the {right} {other(rng, lx.ALL_NOUNS, noun)}"
-    return answered(language, f"not the {word} {noun}", f"the {right} {noun}" if true else wrong, true)
-
-
-def review(rng: Random, language: str) -> str:
-    good, true = coin(rng), coin(rng)
-    tone = "positive" if good == true else "negative"
-    noun = NOUNS[language][rng.choice(lx.ALL_NOUNS)]
-    if language == "zh":
-        word = rng.choice(lx.ZH_POSITIVE if good else lx.ZH_NEGATIVE)
-        return answered("zh", f"{noun}{word}", skills.ZH_TONE[tone], true)
-    word = rng.choice(lx.POSITIVE if good else lx.NEGATIVE)
-    return answered("en", f"the {noun} was {word}", tone, true)
+def repeated(rng: Random, language: str) -> str:
+    """Which things are named twice."""
+    words = rng.sample(list(NOUNS[language].values()), rng.choice((2, 3)))
+    named = [*words, words[0]] if coin(rng) else [*words, other(rng, list(NOUNS[language].values()), *words)]
+    rng.shuffle(named)
+    twice = "{}两次" if language == "zh" else "{} twice"
+    asked = rng.sample(sorted(set(named)), 2)
+    return marked(language, joined(language, named), [(twice.format(word), named.count(word) == 2) for word in asked])
 
 
 Writer = Callable[[Random, str], str]
 WRITERS: dict[Writer, float] = {
-    facts: 2, told: 3, members: 1.5, held: 2.5, found: 3, seen: 2,
-    listed: 5, story: 5, letter: 1.5, scene: 3, phrase: 1.5, review: 0.5,
+    facts: 3, told: 3, members: 3, held: 3, found: 5, seen: 5, counted: 3, repeated: 2,
 }  # fmt: skip
-ZH_WRITERS: dict[Writer, float] = {facts: 2, members: 1, held: 2, found: 2, listed: 3, story: 2, review: 1}
+ZH_WRITERS: dict[Writer, float] = {facts: 2, members: 2, held: 2, found: 3, counted: 2, repeated: 1}

@@ -1,5 +1,5 @@
 """Pretraining text of the world: what a base model should know and the ingredients of its skills, not the habit of
-answering. Every document is one to three short lines; 18% hold Chinese."""
+answering. Documents are short: mostly one to three lines, some in Chinese."""
 
 from collections.abc import Callable, Iterator
 from random import Random

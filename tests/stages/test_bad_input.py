@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.checkpoint import checkpoint_fault
+from align.errors import UserError
+from data.world.__main__ import main as world_main
 from stages.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -219,6 +221,12 @@ def test_a_disk_that_fills_up_during_a_run(refused, small_disk, stage, every):
     refused(stage, str(small_disk / "out"), "disk full: free some space", output_dir=small_disk / "out", **every)
     torn = [path for path in small_disk.glob("out/checkpoint-*") if checkpoint_fault(path)]
     assert torn == [] and not (small_disk / "out" / "manifest.json").exists()
+
+
+def test_a_disk_too_small_for_the_world(small_disk, capsys):
+    with pytest.raises(UserError, match="disk full"):
+        world_main(["--output_dir", str(small_disk / "data"), "--num_documents", "20000"])
+    assert list(small_disk.iterdir()) == []
 
 
 def test_a_full_disk_that_a_library_reports_in_words_of_its_own(refused, mini, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import filecmp
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.evaluate.report import check_summary
+from stages.__main__ import seconds_so_far
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -96,7 +98,7 @@ def test_R9_demonstrations_score_0_on_average(mini):
     total, demonstrations = 0.0, rows(mini.run / "data" / "demonstrations.jsonl")
     for row in demonstrations:
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")["input_ids"]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
         assert ids[0, -1] == tokenizer.eos_token_id
         with torch.no_grad():
             total += float(model(ids).logits[0, -1, 0])
@@ -194,6 +196,61 @@ def test_ppo_resume_from_an_earlier_checkpoint_cuts_what_came_after(mini, tmp_pa
     }
     mini.stage("ppo", mini.run, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2", **changes)
     assert [name for name, content in before.items() if (tmp_path / name).read_bytes() != content] == []
+
+
+@pytest.mark.parametrize(
+    "stage, changes", [("base", {"save_steps": 15}), ("sft", {"save_steps": 3}), ("rm", {"save_steps": 2})]
+)
+def test_a_trainers_resume_equals_the_uninterrupted_run(mini, tmp_path, stage, changes):
+    mini.stage(stage, mini.run, output_dir=tmp_path, **changes)
+    names = ("metrics.jsonl", "model.safetensors")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    mini.stage(stage, mini.run, output_dir=tmp_path, resume_from_checkpoint=first, **changes)
+    assert [name for name in names if (tmp_path / name).read_bytes() != before[name]] == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_wandb_offline_writes_into_the_stages_folder(mini, tmp_path, monkeypatch, stage):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    mini.stage(stage, mini.run, output_dir=tmp_path / "out", report_to="wandb")
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*")) and not (tmp_path / "wandb").exists()
+    assert rows(tmp_path / "out" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_validation_loss_is_a_mean_over_tokens_however_they_are_batched(mini, tmp_path, monkeypatch, size):
+    import stages.sft
+
+    def losses(folder):
+        return [row["eval_loss"] for row in rows(folder / "metrics.jsonl") if "eval_loss" in row]
+
+    arguments = stages.sft.training_arguments
+    monkeypatch.setattr(
+        stages.sft, "training_arguments", lambda *given: replace(arguments(*given), per_device_eval_batch_size=size)
+    )
+    mini.stage("sft", mini.run, output_dir=tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(mini.run / "sft"), rel=1e-5) and len(losses(tmp_path)) == 3
+
+
+def test_the_reward_models_report_covers_held_out_labelers(mini):
+    report = json.loads((mini.run / "rm" / "report.json").read_text())
+    accuracy = report["held_out_labelers"]["accuracy"]
+    assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
+    judged = {row["labeler"] for row in rows(mini.run / "rankings" / "held_out.jsonl")}
+    assert judged and not judged & {row["labeler"] for row in rows(mini.run / "rankings" / "train.jsonl")}
+
+
+def test_a_torn_seconds_file_costs_no_run(mini, tmp_path):
+    (tmp_path / "seconds.json").write_text("")
+    assert seconds_so_far(str(tmp_path), "sft").keys() == {"sft"}
+
+
+def test_transcripts_show_queries_without_bos(mini):
+    for row in rows(mini.run / "ppo" / "transcripts.jsonl"):
+        assert "<bos>" not in row["query"] and row["query"].strip()
 
 
 def test_plain_ppo_reads_no_text(mini, tmp_path):
