@@ -128,13 +128,38 @@ def seen(rng: Random, language: str) -> str:
     return marked(language, rng.choice(texts).removesuffix(" ."), claims)
 
 
+def both(rng: Random, language: str) -> str:
+    """Whether all these words stand in the story before them; one, two, or one of two."""
+    names, used = NOUNS[language], rng.sample(lx.ALL_NOUNS, 2)
+    text = grammar.story(rng, used, language)
+    words = text if language == "zh" else text.split()
+    outside = [noun for noun in lx.ALL_NOUNS if names[noun] not in words]
+    asked = used[: rng.choice((1, 2, 2))]
+    rng.shuffle(asked)
+    if coin(rng):
+        asked[rng.randrange(len(asked))] = rng.choice(outside)
+    listed = ("、" if language == "zh" else " and ").join(names[noun] for noun in asked)
+    return marked(language, text.rstrip("。 ."), [(listed, all(names[noun] in words for noun in asked))])
+
+
+def alike(rng: Random, language: str) -> str:
+    """Whether all these things are of a kind."""
+    kind, true = rng.choice(tuple(lx.NOUNS)), coin(rng)
+    nouns = rng.sample(lx.NOUNS[kind], rng.choice((2, 3)))
+    if not true:
+        nouns[rng.randrange(len(nouns))] = rng.choice([noun for noun in lx.ALL_NOUNS if lx.CATEGORY_OF[noun] != kind])
+    title = lx.ZH_CATEGORY[kind] if language == "zh" else lx.PLURAL[kind]
+    return marked(language, title, [(joined(language, [NOUNS[language][noun] for noun in nouns]), true)])
+
+
 def counted(rng: Random, language: str) -> str:
     """How many things are named."""
     words = rng.sample(list(NOUNS[language].values()), rng.choice((2, 3, 4)))
-    numbers = list(NUMBERS[language])
-    rng.shuffle(numbers)
-    claims = [(number, NUMBERS[language][number] == len(words)) for number in numbers]
-    return marked(language, joined(language, words), claims[:2])
+    right, wrong = [], []
+    for name, number in NUMBERS[language].items():
+        (right if number == len(words) else wrong).append(name)
+    asked = [rng.choice(right if coin(rng) else wrong) for _ in range(2)]
+    return marked(language, joined(language, words), [(name, name in right) for name in asked])
 
 
 def repeated(rng: Random, language: str) -> str:
@@ -149,6 +174,8 @@ def repeated(rng: Random, language: str) -> str:
 
 Writer = Callable[[Random, str], str]
 WRITERS: dict[Writer, float] = {
-    facts: 3, told: 3, members: 3, held: 3, found: 5, seen: 5, counted: 3, repeated: 2,
+    facts: 3, told: 3, members: 2, alike: 3, held: 2, found: 4, both: 5, seen: 5, counted: 3, repeated: 3,
 }  # fmt: skip
-ZH_WRITERS: dict[Writer, float] = {facts: 2, members: 2, held: 2, found: 3, counted: 2, repeated: 1}
+ZH_WRITERS: dict[Writer, float] = {
+    facts: 2, members: 1, alike: 1, held: 1, found: 2, both: 2, counted: 2, repeated: 1,
+}  # fmt: skip

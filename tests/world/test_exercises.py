@@ -59,6 +59,17 @@ def test_what_stands_in_the_text(writer):
         assert all((word in title.split()) == true for word, true in claims), text
 
 
+def test_claims_about_all_of_several_words():
+    kinds = {plural: kind for kind, plural in lx.PLURAL.items()}
+    for text in many(exercises.alike):
+        title, [(claim, true)] = parse(text)
+        assert {lx.CATEGORY_OF[noun] == kinds[title] for noun in claim.split(" , ")} in ({True}, {True, False})
+        assert all(noun in lx.NOUNS[kinds[title]] for noun in claim.split(" , ")) == true, text
+    for text in many(exercises.both):
+        title, [(claim, true)] = parse(text)
+        assert (set(claim.split(" and ")) <= set(title.split())) == true, text
+
+
 def test_things_are_counted():
     numbers = {"two": 2, "three": 3, "four": 4}
     for text in many(exercises.counted):
