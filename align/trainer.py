@@ -20,7 +20,8 @@ from align.track import Metrics, MetricsCallback
 
 def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
-    os.environ.setdefault("WANDB_DIR", str(output))  # wandb's own files, when it is asked for
+    if config.report_to == "wandb":
+        os.environ.setdefault("WANDB_DIR", str(output))  # the Trainer's callback has no argument for it
     return {
         "output_dir": str(output),
         "seed": config.seed,
