@@ -49,8 +49,9 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             rows.append((name, f"{value:.4g}"))
         elif isinstance(value, dict) and isinstance(value.get("accuracy"), dict):
-            accuracy = value["accuracy"]
-            rows.append((f"{name} accuracy", "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**accuracy)))
+            mean, low, high = (value["accuracy"][key] for key in ("mean", "low", "high"))
+            known = None not in (mean, low, high)  # a manifest holds null where nothing could be compared
+            rows.append((f"{name} accuracy", f"{mean:.3f} [{low:.3f}, {high:.3f}]" if known else "no pair to compare"))
     return rows
 
 

@@ -494,7 +494,7 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
         raise
 
 
-def full_disk(error: BaseException | None) -> UserError | None:
+def full_disk(error: Exception) -> UserError | None:
     """What to tell the user if `error` comes of a full disk, or None.
 
     Libraries raise OSError, RuntimeError or SafetensorError for it, some without a word of the disk.

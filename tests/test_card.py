@@ -57,6 +57,13 @@ def test_the_cards_code_loads_the_scores(reward_folder):
         assert float(theirs) == pytest.approx(float(ours(ids)[0, -1]), abs=1e-5)
 
 
+def test_an_accuracy_of_no_pairs_is_no_crash(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    nothing = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    ck.write_manifest(tmp_path, "rm", {}, 0, metrics={"validation": {"accuracy": nothing}})
+    assert "- validation accuracy: no pair to compare" in (tmp_path / "README.md").read_text()
+
+
 def test_no_card_without_a_model(tmp_path):
     ck.write_manifest(tmp_path, "collect", {}, 0)
     assert not (tmp_path / "README.md").exists()
