@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -133,19 +134,11 @@ def test_floors(path):
 
 def test_no_circle_of_imports():
     graph = {module: own_imports(path) for module, path in MODULES.items()}
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        if module in trail:
-            raise AssertionError(" -> ".join([*trail[trail.index(module) :], module]))
-        if module in done:
-            return
-        for imported in sorted(graph[module]):
-            visit(imported, (*trail, module))
-        done.add(module)
-
-    for module in sorted(graph):
-        visit(module, ())
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+    assert set(order) == set(MODULES)
 
 
 # Budgets
