@@ -179,6 +179,8 @@ class PPOConfig(StageConfig):
     num_ppo_epochs: int = 1
     per_device_train_batch_size: int = 16  # microbatch: rows of one forward and backward
     per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
+    microbatch_tokens: int | None = None  # a forward holds at most so many tokens, if it has more than one row
+    old_logprobs: str = "recompute"  # by the training forward, or "sampler": as the sampler's engine computed them
     max_prompt_length: int = 1024  # longer prompts are dropped and counted
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -213,6 +215,7 @@ class PPOConfig(StageConfig):
         super().__post_init__()
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
+        choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
         if not (self.reward_model_path or self.reward_function):

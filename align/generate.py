@@ -2,17 +2,28 @@
 
 a token is drawn by inverting the CDF of softmax(logits / temperature) at a uniform number that belongs to the episode
 and the position (`uniform_numbers`), so neither batch size, order, engine nor process count changes what is drawn.
+
+`TorchSampler` is the fast engine: a row that ends leaves its slot to the next query, keys and values are written in
+place, prompts are read without padding, logits exist only where a token is drawn. `GenerateSampler` is transformers'
+`generate`: the reference, and the engine of models that read no packs.
 """
 
+from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from align.maths.logprobs import draw
+from align.models import Policy
+from align.packing import Layout, Pack, pack_rows, token_batches
 from align.types import Episode
+
+PREFILL_TOKENS = 8192  # of queries read in one forward pass
+IDLE_SLOTS = 1 / 8  # of all slots may wait before they are filled or dropped, so that queries are read several at once
 
 
 class Sampler(Protocol):
@@ -28,56 +39,225 @@ def uniform_numbers(num: int, max_new_tokens: int, seed: int, *stream: int) -> T
     return torch.rand((num, max_new_tokens), generator=torch.Generator().manual_seed(mixed))
 
 
-class TorchSampler:
-    """Batched sampling with a KV cache: queries sorted by length, finished rows leave the batch."""
+def make_sampler(
+    policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None
+) -> "TorchSampler | GenerateSampler":
+    """The fast engine where the model can be read by it, else the reference."""
+    return (TorchSampler if policy.packed else GenerateSampler)(policy, eos_id, pad_id, batch_size, progress)
 
-    def __init__(self, model: PreTrainedModel, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None):
-        self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
+
+class TorchSampler:
+    """Continuous batching over `batch_size` slots, longest queries first."""
+
+    def __init__(self, policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None):
+        self.policy, self.eos_id, self.pad_id = policy, eos_id, pad_id
         self.batch_size, self.progress = batch_size, progress
 
     @torch.no_grad()
     def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
-        order = sorted(range(len(queries)), key=lambda i: (len(queries[i]), i))
-        was_training = self.model.training
-        self.model.eval()
-        responses: dict[int, list[int]] = {}
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=self.progress, disable=self.progress is None, leave=False):
-            rows = order[start : start + self.batch_size]
-            sampled = self._batch([queries[i] for i in rows], uniforms[rows], temperature)
-            responses |= dict(zip(rows, sampled, strict=True))
-        self.model.train(was_training)
+        if not queries:
+            return []
+        was_training = self.policy.training
+        self.policy.eval()
+        with self.policy.hold(), tqdm(total=len(queries), desc=self.progress, disable=self.progress is None) as bar:
+            state = Slots(queries, uniforms.to(self.policy.device), temperature, self)
+            while state.running:
+                bar.update(state.retire())
+                state.refill()
+                state.step()
+            bar.update(state.retire())
+        self.policy.train(was_training)
+        return state.episodes()
+
+
+class Slots:
+    """The rows being written: one query each, with its keys and values. S slots; a free one holds the query -1."""
+
+    def __init__(self, queries: list[list[int]], uniforms: Tensor, temperature: float, sampler: TorchSampler):
+        self.queries, self.uniforms, self.temperature, self.sampler = queries, uniforms, temperature, sampler
+        device, size = uniforms.device, min(sampler.batch_size, len(queries))
+        self.waiting = deque(sorted(range(len(queries)), key=lambda i: -len(queries[i])))
+        self.cache = KeyValues(size, len(queries[self.waiting[0]]) + uniforms.shape[1])
+        self.query = torch.full((size,), -1, device=device)
+        self.length = torch.zeros(size, dtype=torch.long, device=device)  # tokens in the cache
+        self.count = torch.zeros(size, dtype=torch.long, device=device)  # tokens drawn
+        self.last = torch.zeros(size, dtype=torch.long, device=device)  # the token drawn last
+        self.tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # (N, R) of all queries
+        self.logprobs = torch.zeros(uniforms.shape, device=device)  # (N, R)
+        self.counts = torch.zeros(len(queries), dtype=torch.long, device=device)  # (N,) response lengths
+
+    @property
+    def running(self) -> bool:
+        return bool(self.waiting) or bool((self.query >= 0).any())
+
+    def retire(self) -> int:
+        """Free the slots whose response has ended. Returns their number."""
+        ended = (self.last == self.sampler.eos_id) | (self.count == self.uniforms.shape[1])
+        ended &= self.query >= 0
+        self.counts[self.query[ended]] = self.count[ended]
+        self.query[ended] = -1
+        return int(ended.sum())
+
+    def refill(self) -> None:
+        """Give free slots to waiting queries; when none waits, drop them."""
+        free = (self.query < 0).nonzero().squeeze(1)
+        if len(free) < max(1, IDLE_SLOTS * len(self.query)):
+            return
+        if not self.waiting:
+            self.keep((self.query >= 0).nonzero().squeeze(1))
+            return
+        picked = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+        for batch in token_batches([len(self.queries[i]) for i in picked], len(picked), PREFILL_TOKENS):
+            self.read([picked[i] for i in batch], free[: len(batch)])
+            free = free[len(batch) :]
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+        self.query, self.length = self.query[rows], self.length[rows]
+        self.count, self.last = self.count[rows], self.last[rows]
+
+    def read(self, picked: list[int], slots: Tensor) -> None:
+        """Queries into slots: one forward pass over all their tokens, then the first token of each response."""
+        pack = pack_rows([self.queries[i] for i in picked], self.sampler.pad_id).to(slots.device)
+        lengths = torch.tensor([len(self.queries[i]) for i in picked], device=slots.device)
+        layout = Reading(self.cache, pack, slots[row_of_token(pack)])
+        self.query[slots] = torch.tensor(picked, device=slots.device)
+        self.length[slots], self.count[slots] = lengths, 0
+        self.draw(slots, pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1)
+
+    def step(self) -> None:
+        """One token more in every slot; what a free slot computes is not read."""
+        busy = (self.query >= 0) & (self.last != self.sampler.eos_id) & (self.count < self.uniforms.shape[1])
+        if not bool(busy.any()):
+            return
+        layout = Writing(self.cache, self.length, int(self.length.max()) + 1)
+        positions = self.length.clone()
+        self.length = (self.length + 1).clamp(max=self.cache.width - 1)
+        slots = busy.nonzero().squeeze(1)
+        self.draw(slots, self.last, positions, layout, slots)
+
+    def draw(self, slots: Tensor, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> None:
+        """One forward pass over N tokens; a token is drawn for each of `slots` from the states `at` (both (S,))."""
+        logits = self.sampler.policy.next_logits(input_ids, position_ids, layout, at)  # (S, V)
+        query, count = self.query[slots], self.count[slots]
+        drawn, logprobs = draw(logits, self.uniforms[query, count], self.temperature)  # (S,), (S,)
+        self.tokens[query, count], self.logprobs[query, count] = drawn, logprobs
+        self.last[slots] = drawn
+        self.count[slots] = count + 1
+
+    def episodes(self) -> list[Episode]:
+        rows = zip(self.queries, self.tokens.tolist(), self.logprobs.tolist(), self.counts.tolist(), strict=True)
         return [
-            Episode(tuple(queries[i]), tuple(responses[i]), responses[i][-1] == self.eos_id)
-            for i in range(len(queries))
+            Episode(tuple(query), tuple(tokens[:n]), tokens[n - 1] == self.sampler.eos_id, tuple(logprobs[:n]))
+            for query, tokens, logprobs, n in rows
         ]
 
-    def _batch(self, queries: list[list[int]], uniforms: Tensor, temperature: float) -> list[list[int]]:
-        device = self.model.device
-        tokens, mask = left_pad(queries, self.pad_id)
-        tokens, mask, uniforms = tokens.to(device), mask.to(device), uniforms.to(device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (N, Q)
-        cache = DynamicCache(config=self.model.config)
-        alive = torch.arange(len(queries), device=device)  # rows of the batch still being written
-        responses: list[list[int]] = [[] for _ in queries]
-        for step in range(uniforms.shape[1]):
-            logits = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                use_cache=True, logits_to_keep=1,
-            ).logits[:, -1]  # fmt: skip
-            drawn = draw(logits, uniforms[alive, step], temperature)  # (N,)
-            for row, token in zip(alive.tolist(), drawn.tolist(), strict=True):
-                responses[row].append(token)
-            going = drawn != self.eos_id
-            if not going.all():
-                keep = going.nonzero().squeeze(1)
-                if len(keep) == 0:
-                    break
-                cache.batch_select_indices(keep)
-                alive, drawn, mask, positions = alive[keep], drawn[keep], mask[keep], positions[keep]
-            tokens, positions = drawn[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return responses
+
+class KeyValues:
+    """Keys and values of every layer: S slots, J heads, W positions. Made at first use.
+
+    Keys lie as (S, J, D, W), values as (S, J, W, D), so that both products of a decoding step read along memory.
+    """
+
+    def __init__(self, slots: int, width: int):
+        self.slots, self.width = slots, width
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """key, value (N, J, D) of tokens at (slots (N,), positions (N,)). Returns the layer's buffers."""
+        if layer not in self.layers:
+            heads = self.slots, key.shape[1]
+            keys = key.new_zeros(*heads, key.shape[2], self.width)
+            self.layers[layer] = keys, value.new_zeros(*heads, self.width, value.shape[2])
+        keys, values = self.layers[layer]
+        keys[slots, :, :, positions], values[slots, :, positions] = key, value
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        self.slots = len(rows)
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Queries: tokens attend as their pack says, and are kept."""
+
+    cache: KeyValues
+    pack: Pack
+    slots: Tensor  # (N,) of each token
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.cache.write(layer, self.slots, self.pack.position_ids, key, value)
+        return self.pack.attend(layer, query, key, value, scaling)
+
+
+class Writing:
+    """One token a slot: it attends to all that its slot keeps, itself included."""
+
+    def __init__(self, cache: KeyValues, positions: Tensor, width: int):
+        self.cache, self.positions, self.width = cache, positions, width
+        self.slots = torch.arange(len(positions), device=positions.device)
+        self.ahead = (torch.arange(width, device=positions.device) > positions[:, None])[:, None, None]  # (S, 1, 1, W)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(S, H, D), (S, J, D) x 2 -> (S, H, D). Query heads that share a key head are its queries: no copy of keys."""
+        keys, values = self.cache.write(layer, self.slots, self.positions, key, value)
+        rows = len(query) * key.shape[1]  # S x J
+        grouped = (query * scaling).reshape(rows, -1, query.shape[-1])  # (S x J, G, D)
+        scores = torch.bmm(grouped, keys.flatten(0, 1)[..., : self.width])  # (S x J, G, W)
+        weights = scores.view(len(query), -1, *scores.shape[1:]).masked_fill_(self.ahead, float("-inf")).softmax(-1)
+        out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)[:, : self.width])  # (S x J, G, D)
+        return out.view(*query.shape[:2], -1)
+
+
+def row_of_token(pack: Pack) -> Tensor:
+    """The row (an index into the caller's rows) that each token of a pack of plain rows belongs to. (N,)"""
+    order = pack.starts.argsort()
+    sizes = torch.diff(pack.starts[order], append=pack.starts.new_tensor([len(pack.input_ids)]))
+    return order.repeat_interleave(sizes)
+
+
+class GenerateSampler:
+    """transformers' `generate`, told what to draw; left-padded batches of queries of like length."""
+
+    def __init__(self, policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None):
+        self.policy, self.eos_id, self.pad_id = policy, eos_id, pad_id
+        self.batch_size, self.progress = batch_size, progress
+
+    @torch.no_grad()
+    def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
+        was_training = self.policy.training
+        self.policy.eval()
+        episodes: dict[int, Episode] = {}
+        batches = token_batches([len(query) for query in queries], self.batch_size)
+        for rows in tqdm(batches, desc=self.progress, disable=self.progress is None, leave=False):
+            drawn = Drawn(uniforms[rows].to(self.policy.device), temperature)
+            ids, mask = left_pad([queries[i] for i in rows], self.pad_id)
+            out = self.policy.inner.generate(
+                ids.to(self.policy.device), attention_mask=mask.to(self.policy.device), do_sample=False,
+                max_new_tokens=uniforms.shape[1], eos_token_id=self.eos_id, pad_token_id=self.pad_id,
+                logits_processor=LogitsProcessorList([drawn]), temperature=None, top_p=None, top_k=None,
+            )[:, ids.shape[1] :].tolist()  # fmt: skip
+            logprobs = torch.stack(drawn.logprobs, 1).tolist()
+            for row, tokens, probs in zip(rows, out, logprobs, strict=True):
+                n = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
+                finished = tokens[n - 1] == self.eos_id
+                episodes[row] = Episode(tuple(queries[row]), tuple(tokens[:n]), finished, tuple(probs[:n]))
+        self.policy.train(was_training)
+        return [episodes[i] for i in range(len(queries))]
+
+
+class Drawn(LogitsProcessor):
+    """Leaves `generate` the one token that our uniform numbers draw."""
+
+    def __init__(self, uniforms: Tensor, temperature: float):
+        self.uniforms, self.temperature = uniforms, temperature
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn, logprobs = draw(scores, self.uniforms[:, len(self.logprobs)], self.temperature)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn[:, None], 0.0)
 
 
 def left_pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

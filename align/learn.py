@@ -19,9 +19,17 @@ from align.checkpoint import (
 )
 from align.config import PPOConfig
 from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
-from align.generate import TorchSampler
+from align.generate import make_sampler
 from align.maths.schedule import linear_decay, warmup_factor
-from align.models import EMA, disable_dropout, load_policy, load_scalar_model, require_context, save_scalar_model
+from align.models import (
+    EMA,
+    disable_dropout,
+    load_packed_policy,
+    load_policy,
+    load_scalar_model,
+    require_context,
+    save_scalar_model,
+)
 from align.rewards import FunctionReward, ModelReward, Reward, SumReward
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
@@ -62,14 +70,16 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an Adam each, and the average of the policy's weights."""
-    policy = load_policy(config.model_name_or_path, config.attn_implementation)
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation)
     value_model = load_scalar_model(config.value_model_path or config.reward_model_path, config.attn_implementation)
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     for model in (policy, value_model):
         disable_dropout(model)
-    policy_optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, betas, eps, weight_decay=0.0)
+    policy_optimizer = torch.optim.AdamW(
+        policy.parameters(), config.learning_rate, betas, eps, weight_decay=0.0, fused=True
+    )
     value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), config.value_learning_rate, betas, eps, weight_decay=0.0
+        value_model.parameters(), config.value_learning_rate, betas, eps, weight_decay=0.0, fused=True
     )
     policy, policy_optimizer = runtime.prepare(policy, policy_optimizer)
     value_model, value_optimizer = runtime.prepare(value_model, value_optimizer)
@@ -79,16 +89,19 @@ def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
 
 def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:
     """The frozen reference and reward beside the trained models, and a sampler over the policy."""
-    ref_policy = frozen(load_policy(config.model_name_or_path, config.attn_implementation), runtime)
+    # What is never trained needs no float32 weights when forward passes run in bfloat16.
+    dtype = runtime.compute_dtype
+    ref_policy = frozen(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype), runtime)
     parts: list[tuple[Reward, float]] = []
     if config.reward_model_path:
-        reward_model = frozen(load_scalar_model(config.reward_model_path, config.attn_implementation), runtime)
+        reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
+        reward_model = frozen(reward_model, runtime)
         parts.append((ModelReward(reward_model, codec.pad_id, config.per_device_rollout_batch_size), 1.0))
     if config.reward_function:
         parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
     reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)
     policy = runtime.unwrap(learner.policy)
-    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
+    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
 
@@ -128,7 +141,7 @@ def save_state(
         "ema": learner.ema.shadow if learner.ema else {},
     }
     with atomic_folder(output / f"checkpoint-{done}") as folder:
-        policy.save_pretrained(folder)
+        policy.model.save_pretrained(folder)
         codec.save(folder)
         save_scalar_model(value_model, folder / "value_model", codec.pad_id)
         save_training_state(folder, state)
@@ -141,7 +154,7 @@ def load_state(
 ) -> tuple[int, float, dict[str, float]]:
     """Put everything back; returns (finished iterations, kl_coef, step-zero numbers)."""
     state = load_training_state(checkpoint)
-    copy_into(runtime.unwrap(learner.policy), load_policy(str(checkpoint)))
+    copy_into(runtime.unwrap(learner.policy).model, load_policy(str(checkpoint)))
     copy_into(runtime.unwrap(learner.value_model), load_scalar_model(str(checkpoint / "value_model")))
     learner.policy_optimizer.load_state_dict(state["policy_optimizer"])
     learner.value_optimizer.load_state_dict(state["value_optimizer"])
@@ -168,7 +181,7 @@ def save_policy(
     if learner.ema:
         learner.ema.copy_to(policy)
     with atomic_contents(output) as folder:
-        policy.save_pretrained(folder)
+        policy.model.save_pretrained(folder)
         codec.save(folder)
         save_scalar_model(runtime.unwrap(learner.value_model), folder / "value_model", codec.pad_id)
         write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

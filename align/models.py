@@ -8,7 +8,11 @@ which `load_scalar_model` and `AutoModelForTokenClassification` read.
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType
@@ -19,8 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from align.checkpoint import copy_weights
 from align.errors import UserError
-from align.maths.logprobs import entropy, token_logprobs
-from align.maths.masks import gather_actions, response_tokens
+from align.maths.logprobs import linear_logprobs
+from align.maths.masks import action_positions, length_mask, response_tokens
+from align.packing import Layout, Pack, pack_rows, packed_states, padded_states, read_layout, set_packed
+from align.types import pad_rows
 
 
 def load_policy(
@@ -52,27 +58,125 @@ def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None
         )
 
 
-class ScalarModel(nn.Module):
-    """A backbone and its head `score`: one scalar a token."""
+Cast = Callable[[Tensor], Tensor]
 
-    def __init__(self, model: PreTrainedModel):
+
+class PackedModel(nn.Module):
+    """A transformers model that reads packs (`align.packing`), on weights cast once a call under autocast."""
+
+    def __init__(self, model: PreTrainedModel, packed: bool = True):
+        """`packed` False: rows are padded, and attention stays what the model was loaded with."""
         super().__init__()
         self.model = model
+        self.packed = packed and set_packed(model)
+        self.casts: dict[int, Tensor] | None = None  # held casts, by the id of their parameter
 
     @property
     def inner(self) -> PreTrainedModel:
-        """The sequence classifier, with or without LoRA around it."""
+        """The transformers model, with or without LoRA around it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def states(self, pack: Pack, cast: Cast) -> Tensor:
+        """Last hidden states, with every weight as `cast` gives it. (N, d)"""
+        read = packed_states if self.packed else padded_states
+        if cast is not same and self.inner.is_activation_checkpointing:
+            # A layer runs again in the backward pass, when the casts are gone: autocast does what they cannot.
+            with torch.autocast(pack.input_ids.device.type, torch.get_autocast_dtype(pack.input_ids.device.type)):
+                return read(self.inner.base_model, pack)
+        return read(Recast(self.inner.base_model, cast), pack)
+
+    @contextmanager
+    def half(self) -> Iterator[Cast]:
+        """Gives the function that casts a weight to autocast's type, each once, and turns autocast off meanwhile.
+
+        Cast whole, a model computes in that type from the embedding to the head; autocast alone keeps the residual
+        stream and the norms in float32, which on a CPU costs a third of the time. Weights and gradients stay float32.
+        Without autocast weights are taken as they are.
+        """
+        device = next(self.parameters()).device.type
+        if not torch.is_autocast_enabled(device):
+            yield same
+            return
+        casts, dtype = {} if self.casts is None else self.casts, torch.get_autocast_dtype(device)
+
+        def cast(weight: Tensor) -> Tensor:
+            if id(weight) not in casts:
+                casts[id(weight)] = weight.to(dtype)
+            return casts[id(weight)]
+
+        with torch.autocast(device, enabled=False):
+            yield cast
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Without gradients, and while no weight changes: casts are kept from one call to the next."""
+        self.casts = {}
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.casts = None
+
+
+def same(weight: Tensor) -> Tensor:
+    return weight
+
+
+@dataclass(frozen=True)
+class Recast:
+    """A module called with other weights in its parameters' places."""
+
+    module: nn.Module
+    cast: Cast
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.cast is same:
+            return self.module(**inputs)
+        weights = {name: self.cast(p) for name, p in self.module.named_parameters(remove_duplicate=False)}
+        return torch.func.functional_call(self.module, weights, kwargs=inputs)
+
+
+class Policy(PackedModel):
+    """A causal language model as PPO reads it: log-probabilities of chosen tokens, never all logits at once."""
+
+    def forward(self, pack: Pack, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability of `tokens` after the states `at`, and the entropy there, in float32. (M,), (M,) -> 2 x (M,)"""
+        with self.half() as cast:
+            hidden = self.states(pack, cast)[at]  # (M, d)
+            head = self.inner.get_output_embeddings()
+            bias = None if head.bias is None else cast(head.bias)
+            return linear_logprobs(hidden, cast(head.weight), bias, tokens, temperature)
+
+    def next_logits(self, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> Tensor:
+        """Logits behind the states `at` of N tokens, for a sampler. (N,), (N,), (S,) -> (S, V)"""
+        with self.half() as cast:
+            hidden = read_layout(Recast(self.inner.base_model, cast), input_ids, position_ids, layout)[at]
+            head = self.inner.get_output_embeddings()
+            return nn.functional.linear(hidden, cast(head.weight), None if head.bias is None else cast(head.bias))
+
+
+class ScalarModel(PackedModel):
+    """A backbone and its head `score`: one scalar a token."""
 
     @property
     def head(self) -> nn.Linear:
         score = self.inner.score
         return score.modules_to_save["default"] if hasattr(score, "modules_to_save") else score
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Scalars in float32. (B, T) -> (B, T). Right padding needs no mask: nothing looks ahead."""
-        hidden = self.inner.base_model(input_ids, use_cache=False).last_hidden_state
-        return self.inner.score(hidden).squeeze(-1).float()
+    def forward(self, pack: Pack, at: Tensor) -> Tensor:
+        """Scalars at the positions `at`, in float32. (M,) -> (M,)"""
+        with self.half() as cast:
+            hidden = self.states(pack, cast)[at]
+            return nn.functional.linear(hidden, cast(self.head.weight), cast(self.head.bias)).squeeze(-1).float()
+
+
+def load_packed_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy that reads packs; padded rows instead where `attn_implementation` names another attention."""
+    return Policy(load_policy(path, attn_implementation, dtype), packed=attn_implementation is None)
 
 
 def load_scalar_model(
@@ -97,7 +201,7 @@ def load_scalar_model(
             stored = _stored_head(path)
             model.score.weight.copy_(weight if stored is None else stored["score.weight"])
             model.score.bias.copy_(torch.zeros(1) if stored is None else stored.get("score.bias", torch.zeros(1)))
-    return ScalarModel(model)
+    return ScalarModel(model, packed=attn_implementation is None)
 
 
 def save_scalar_model(scalar: ScalarModel, folder: str | Path, pad_id: int) -> None:
@@ -170,25 +274,41 @@ def add_residual_dropout(model: nn.Module, p: float) -> int:
 
 
 def response_logprobs(
-    policy: nn.Module, input_ids: Tensor, query_lengths: Tensor, width: int, temperature: float
+    policy: nn.Module, input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each response token. (B, T), (B,) -> (B, R), (B, R), float32.
+    """Log-probability and entropy of each response token, 0 past a row's end. (B, T), (B,), (B,) -> 2 x (B, R), float32.
 
-    Only the states that predict response tokens reach the softmax. Columns past a row's end hold junk: mask them.
+    Padding is not computed, and only the states that predict response tokens reach the softmax.
     """
-    logits = policy(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
-    positions = torch.arange(width, device=logits.device)[None, :] + query_lengths[:, None] - 1  # (B, R)
-    positions = positions.clamp(max=logits.shape[1] - 1)
-    logits = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[-1]))  # (B, R, V)
-    tokens = response_tokens(input_ids, query_lengths, width)  # (B, R)
-    with torch.no_grad():
-        entropies = entropy(logits.detach(), temperature)
-    return token_logprobs(logits, tokens, temperature), entropies
+    pack, mask, at = pack_responses(input_ids, query_lengths, response_lengths)
+    tokens = response_tokens(input_ids, query_lengths, mask.shape[1])[mask]
+    logprobs, entropies = policy(pack, at, tokens, temperature)
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
 
 
-def response_values(value_model: nn.Module, input_ids: Tensor, query_lengths: Tensor, width: int) -> Tensor:
-    """Value of the state before each response token. (B, T), (B,) -> (B, R)"""
-    return gather_actions(value_model(input_ids), query_lengths, width)
+def response_values(
+    value_model: nn.Module, input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor
+) -> Tensor:
+    """Value of the state before each response token, 0 past a row's end. (B, T), (B,), (B,) -> (B, R)"""
+    pack, mask, at = pack_responses(input_ids, query_lengths, response_lengths)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, value_model(pack, at))
+
+
+def document_nll(policy: nn.Module, documents: list[list[int]], device: torch.device) -> Tensor:
+    """Negative log-likelihood of every token but each document's first, summed: the first is the query. (,)"""
+    lengths = torch.tensor([len(document) for document in documents], device=device)
+    ids = pad_rows(documents, 0).to(device)
+    return -response_logprobs(policy, ids, torch.ones_like(lengths), lengths - 1, 1.0)[0].sum()
+
+
+def pack_responses(input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor) -> tuple[Pack, Tensor, Tensor]:
+    """The rows as a pack, the mask of response tokens (B, R), and where in the pack the states before them lie (M,)."""
+    ends = (query_lengths + response_lengths).tolist()
+    pack = pack_rows([row[:end] for row, end in zip(input_ids.tolist(), ends, strict=True)]).to(input_ids.device)
+    mask = length_mask(response_lengths, int(response_lengths.max()))
+    at = pack.starts[:, None] + action_positions(query_lengths, mask.shape[1])  # (B, R)
+    return pack, mask, at[mask]
 
 
 class EMA:

@@ -1,7 +1,7 @@
-"""The reward model's batches: K completions of a prompt are K rows of one batch element, all pairs weigh together.
+"""The reward model's batches: a prompt and its K completions are one batch element, all pairs weigh together.
 
 Splitting a prompt's pairs over optimiser steps would use each completion K - 1 times and overfit within one epoch
-(paper section 3.5), so a prompt never leaves its element.
+(paper section 3.5), so a prompt never leaves its element. Its tokens are computed once for all K completions.
 """
 
 from collections.abc import Iterable
@@ -13,16 +13,23 @@ from torch import Tensor
 from align.maths.losses import ranking_loss
 from align.maths.masks import length_mask
 from align.models import ScalarModel
+from align.packing import Pack, pack_continuations, pack_rows, token_batches
 from align.text import Codec
-from align.types import Demonstration, Ranking, pad_rows
+from align.types import Demonstration, Ranking
 
 
 @dataclass(frozen=True)
 class RankedTokens:
-    """A ranking as tokens: K rows (query + response with EOS) and their ranks."""
+    """A ranking as tokens: the query, K responses with EOS, and their ranks."""
 
-    rows: tuple[tuple[int, ...], ...]  # K
+    query: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]  # K
     ranks: tuple[float, ...]  # K
+
+    @property
+    def tokens(self) -> int:
+        """What one forward pass computes."""
+        return len(self.query) + sum(map(len, self.responses))
 
 
 def encode_rankings(rankings: list[Ranking], codec: Codec) -> list[dict[str, RankedTokens]]:
@@ -30,36 +37,36 @@ def encode_rankings(rankings: list[Ranking], codec: Codec) -> list[dict[str, Ran
     queries = codec.prompts([ranking.prompt for ranking in rankings])
     responses = iter(codec.responses([c for ranking in rankings for c in ranking.completions]))
     return [
-        {"ranking": RankedTokens(tuple((*query, *next(responses)) for _ in ranking.completions), ranking.ranks)}
+        {
+            "ranking": RankedTokens(
+                tuple(query), tuple(tuple(next(responses)) for _ in ranking.completions), ranking.ranks
+            )
+        }
         for query, ranking in zip(queries, rankings, strict=True)
     ]
 
 
 class RankingCollator:
-    """Rankings -> {"input_ids" (N, T), "last_index" (N,), "group" (N,), "ranks" (N,)}, N = sum of K over prompts."""
+    """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,)}, N = sum of K over prompts."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
 
-    def __call__(self, batch: list[dict]) -> dict[str, Tensor]:
+    def __call__(self, batch: list[dict]) -> dict[str, Pack | Tensor]:
         rankings: list[RankedTokens] = [element["ranking"] for element in batch]
-        rows = [list(row) for ranking in rankings for row in ranking.rows]
+        pack = pack_continuations([r.query for r in rankings], [r.responses for r in rankings], self.pad_id)
+        lengths = [len(response) for ranking in rankings for response in ranking.responses]
         return {
-            "input_ids": pad_rows(rows, self.pad_id),
-            "last_index": torch.tensor([len(row) - 1 for row in rows]),
-            "group": torch.tensor([g for g, ranking in enumerate(rankings) for _ in ranking.rows]),
+            "pack": pack,
+            "last_index": pack.starts + torch.tensor(lengths) - 1,
+            "group": torch.tensor([g for g, ranking in enumerate(rankings) for _ in ranking.responses]),
             "ranks": torch.tensor([rank for ranking in rankings for rank in ranking.ranks], dtype=torch.float32),
         }
 
 
-def last_scores(model: torch.nn.Module, input_ids: Tensor, last_index: Tensor) -> Tensor:
-    """The score read at each row's last real token, EOS. (N, T), (N,) -> (N,)"""
-    return model(input_ids).gather(1, last_index[:, None]).squeeze(1)
-
-
-def batch_ranking_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the batch's prompts of their ranking loss, and its statistics. One forward row a completion."""
-    scores = last_scores(model, batch["input_ids"], batch["last_index"])
+def batch_ranking_loss(model: torch.nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over the batch's prompts of their ranking loss, and its statistics. A score is read at EOS."""
+    scores = model(batch["pack"], batch["last_index"])
     return ranking_loss(*by_prompt(scores, batch["ranks"], batch["group"]))
 
 
@@ -73,28 +80,34 @@ def by_prompt(scores: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def score_rows(model: ScalarModel, rows: Iterable[list[int]], pad_id: int, batch_size: int) -> list[float]:
-    """Scores of query + response rows, in order; batches are sorted by length to spare padding."""
+def score_rows(
+    model: ScalarModel, rows: Iterable[list[int]], pad_id: int, batch_size: int, max_tokens: int | None = None
+) -> list[float]:
+    """Scores of query + response rows, read at their last token, in order."""
     rows = list(rows)
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [0.0] * len(rows)
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        ids = pad_rows([list(rows[i]) for i in picked], pad_id).to(device)
-        last = torch.tensor([len(rows[i]) - 1 for i in picked], device=device)
-        for i, score in zip(picked, last_scores(model, ids, last).tolist(), strict=True):
+    for picked in token_batches([len(row) for row in rows], batch_size, max_tokens):
+        pack = pack_rows([rows[i] for i in picked], pad_id).to(device)
+        last = pack.starts + torch.tensor([len(rows[i]) - 1 for i in picked], device=device)
+        for i, score in zip(picked, model(pack, last).tolist(), strict=True):
             scores[i] = score
     return scores
 
 
+@torch.no_grad()
 def score_rankings(
     model: ScalarModel, rankings: list[Ranking], codec: Codec, batch_size: int
 ) -> list[tuple[Ranking, list[float]]]:
-    """Each ranking with its completions' scores."""
-    encoded = [element["ranking"].rows for element in encode_rankings(rankings, codec)]
-    scores = iter(score_rows(model, [row for rows in encoded for row in rows], codec.pad_id, batch_size))
-    return [(ranking, [next(scores) for _ in ranking.completions]) for ranking in rankings]
+    """Each ranking with its completions' scores; `batch_size` prompts a forward pass."""
+    elements, collate = encode_rankings(rankings, codec), RankingCollator(codec.pad_id)
+    device = next(model.parameters()).device
+    scores: dict[int, list[float]] = {}
+    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
+        batch = collate([elements[i] for i in picked])
+        flat = iter(model(batch["pack"].to(device), batch["last_index"].to(device)).tolist())
+        scores |= {i: [next(flat) for _ in rankings[i].completions] for i in picked}
+    return [(ranking, scores[i]) for i, ranking in enumerate(rankings)]
 
 
 def score_demonstrations(

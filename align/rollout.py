@@ -1,5 +1,6 @@
 """Prompts -> Rollout: sample, score, and shape the rewards of one PPO iteration (paper section 3.5)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from align.maths.masks import last_index, length_mask
 from align.maths.reduce import whiten
 from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
-from align.ranking import last_scores
+from align.packing import token_batches
 from align.rewards import Reward, require_finite
 from align.runtime import Runtime
 from align.types import Episode, Prompt, Rollout, pad_rows
@@ -47,14 +48,15 @@ def collect_rollout(
     uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, iteration)
     mine = runtime.mine(queries)
     shares = uniforms[runtime.rank :: runtime.world]
-    episodes = actors.sampler([list(q.tokens) for q in mine], shares, config.temperature)
+    with runtime.timed("sample"), runtime.autocast():
+        episodes = actors.sampler([list(q.tokens) for q in mine], shares, config.temperature)
 
-    # 2. Log-probabilities under the policy and the reference, and values, in one pass over the episodes.
+    # 2. Log-probabilities under the policy and the reference, and values, at each response token.
     with torch.no_grad(), runtime.autocast():
-        tensors = score_episodes(episodes, actors, config, runtime.device)
+        tensors = score_episodes(episodes, actors, config, runtime)
 
     # 3. Score: one scalar an episode, read at EOS.
-    with torch.no_grad(), runtime.autocast():
+    with runtime.timed("reward"), torch.no_grad(), runtime.autocast():
         raw = actors.reward([q.prompt for q in mine], episodes)
     raw_scores = torch.tensor(require_finite(raw, [q.prompt for q in mine]), device=runtime.device)
 
@@ -66,23 +68,43 @@ def collect_rollout(
     return shape_rewards(tensors, raw_scores, config, kl_coef)
 
 
-def score_episodes(
-    episodes: list[Episode], actors: Actors, config: PPOConfig, device: torch.device
-) -> dict[str, Tensor]:
+def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, runtime: Runtime) -> dict[str, Tensor]:
     """Tokens, log-probabilities and values of this process's episodes, in their order. Rows (B, T) or (B, R)."""
-    batch = episode_tensors(episodes, actors.pad_id, device)
-    width = int(batch["response_lengths"].max())
-    total = batch["query_lengths"] + batch["response_lengths"]
-    out = {name: torch.zeros(len(episodes), width, device=device) for name in ("logprobs", "ref_logprobs", "values")}
-    # Neighbours in length share a batch, so that little of it is padding.
-    for rows in total.argsort(stable=True).split(config.per_device_rollout_batch_size):
-        ids = batch["input_ids"][rows, : int(total[rows].max())]
-        starts, longest = batch["query_lengths"][rows], int(batch["response_lengths"][rows].max())
-        policy = response_logprobs(actors.policy, ids, starts, longest, config.temperature)[0]
-        ref = response_logprobs(actors.ref_policy, ids, starts, longest, config.temperature)[0]
-        out["logprobs"][rows, :longest], out["ref_logprobs"][rows, :longest] = policy, ref
-        out["values"][rows, :longest] = response_values(actors.value_model, ids, starts, longest)
-    return batch | out
+    batch = episode_tensors(episodes, actors.pad_id, runtime.device)
+    batches = token_batches(
+        (batch["query_lengths"] + batch["response_lengths"]).tolist(),
+        config.per_device_rollout_batch_size,
+        config.microbatch_tokens,
+    )
+
+    def collect(read: Callable[..., Tensor], model: nn.Module) -> Tensor:
+        out = torch.zeros(len(episodes), int(batch["response_lengths"].max()), device=runtime.device)  # (B, R)
+        with runtime.unwrap(model).hold():
+            for rows in batches:
+                part = [batch[name][rows] for name in ("input_ids", "query_lengths", "response_lengths")]
+                out[rows, : int(part[2].max())] = read(model, *part)
+        return out
+
+    def logprobs(model: nn.Module, *rows: Tensor) -> Tensor:
+        return response_logprobs(model, *rows, config.temperature)[0]
+
+    with runtime.timed("logprobs"):
+        if config.old_logprobs == "sampler":
+            drawn = [list(require_logprobs(episode)) for episode in episodes]
+            batch["logprobs"] = pad_rows(drawn, 0.0, torch.float32).to(runtime.device)
+        else:
+            batch["logprobs"] = collect(logprobs, actors.policy)
+    with runtime.timed("reference"):
+        batch["ref_logprobs"] = collect(logprobs, actors.ref_policy)
+    with runtime.timed("value"):
+        batch["values"] = collect(response_values, actors.value_model)
+    return batch
+
+
+def require_logprobs(episode: Episode) -> tuple[float, ...]:
+    if episode.logprobs is None:
+        raise UserError("old_logprobs: sampler, but this sampler gives none; set old_logprobs: recompute")
+    return episode.logprobs
 
 
 def episode_tensors(episodes: list[Episode], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -129,11 +151,10 @@ def check_step_zero(
     Stops the run with what is off and why it may be. Looks at the first microbatch, through the training forward.
     """
     head = rollout.index(torch.arange(min(len(rollout), config.per_device_train_batch_size), device=runtime.device))
-    width = head.response_mask.shape[1]
     with runtime.autocast():
-        new, _ = response_logprobs(actors.policy, head.input_ids, head.query_lengths, width, config.temperature)
-        last = last_index(head.query_lengths, head.response_lengths)
-        values = last_scores(actors.value_model, head.input_ids, last)
+        rows = head.input_ids, head.query_lengths, head.response_lengths
+        new, _ = response_logprobs(actors.policy, *rows, config.temperature)
+        values = response_values(actors.value_model, head.input_ids, rows[1] + rows[2], torch.ones_like(rows[2]))[:, 0]
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
     numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}

@@ -6,6 +6,7 @@ With one process every collective is the identity, so no caller asks how many th
 import contextlib
 import os
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ class Runtime:
 
     def __init__(self, seed: int, bf16: bool = False, report_to: str = "none", project_dir: str | None = None):
         seed_everything(seed)
+        self.seconds: dict[str, float] = {}  # spent in each phase
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else None,
             log_with=None if report_to == "none" else report_to,
@@ -35,6 +37,11 @@ class Runtime:
     def half(self) -> bool:
         """Forward passes run in bfloat16 or float16, by the config or by the launcher's file."""
         return self.accelerator.mixed_precision in ("bf16", "fp16")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of forward passes, and so of the weights of models that are never trained."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
 
     @property
     def rank(self) -> int:
@@ -107,6 +114,13 @@ class Runtime:
     def broadcast(self, value: Any) -> Any:
         """The main process's value, everywhere."""
         return broadcast_object_list([value])[0] if self.world > 1 else value
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds to `seconds[phase]`, by this process's clock (an accelerator may still be at work)."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

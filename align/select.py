@@ -8,8 +8,8 @@ import torch
 from align.config import SFTConfig
 from align.data import load_demonstrations
 from align.errors import UserError
-from align.generate import TorchSampler, uniform_numbers
-from align.models import load_policy, load_scalar_model
+from align.generate import make_sampler, uniform_numbers
+from align.models import load_packed_policy, load_scalar_model
 from align.rewards import ModelReward
 from align.text import Codec
 from align.types import Prompt
@@ -50,8 +50,8 @@ def mean_reward(checkpoint: str, config: SFTConfig, codec: Codec) -> float:
     demonstrations, _ = load_demonstrations(config.validation_file, config.on_bad_rows)
     prompts = [d.prompt for d in demonstrations[: config.selection_prompts]]
     queries = codec.prompts(prompts)
-    policy = load_policy(checkpoint, config.attn_implementation)
-    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, batch_size=128)
+    policy = load_packed_policy(checkpoint, config.attn_implementation)
+    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, batch_size=128)
     uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, 0)
     episodes = sampler(queries, uniforms, config.temperature)
     reward = ModelReward(load_scalar_model(config.reward_model_path, config.attn_implementation), codec.pad_id, 128)

@@ -83,7 +83,7 @@ class GroupedByLength:
 
     @staticmethod
     def lengths(rows: Any) -> list[int]:
-        """Tokens of each element's longest row."""
+        """Tokens of each element."""
         return [len(ids) for ids in rows["input_ids"]]
 
 
@@ -139,7 +139,7 @@ class RankingTrainer(GroupedByLength, Trainer):
 
     @staticmethod
     def lengths(rows: list[dict]) -> list[int]:
-        return [max(map(len, element["ranking"].rows)) for element in rows]
+        return [element["ranking"].tokens for element in rows]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         prompts = sum(batch["group"].max() + 1 for batch in batch_samples)

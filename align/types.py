@@ -49,6 +49,7 @@ class Episode:
     query: tuple[int, ...]
     response: tuple[int, ...]
     finished: bool
+    logprobs: tuple[float, ...] | None = None  # of the response, as the sampler's engine computed them
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ microbatch size nor the number of processes changes a gradient.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from align.config import PPOConfig, exact_div
 from align.errors import UserError
-from align.maths.losses import lm_loss, policy_loss, value_loss
-from align.maths.masks import length_mask
-from align.maths.reduce import masked_sum
-from align.models import EMA, response_logprobs, response_values
+from align.maths.losses import policy_loss, value_loss
+from align.models import EMA, document_nll, response_logprobs, response_values
+from align.packing import token_batches
 from align.runtime import Runtime
-from align.types import Rollout, UpdateStats, pad_rows
+from align.types import Rollout, UpdateStats
 
 PtxSource = Callable[[int], list[list[int]]]  # n -> the next n documents as tokens, the same in every process
 
@@ -87,48 +86,64 @@ def update(
 def optimiser_step(
     minibatch: Rollout, documents: list[list[int]], learner: Learner, config: PPOConfig, runtime: Runtime
 ) -> UpdateStats:
-    """One minibatch: PPO gradient, then the pretraining gradient, in the same buffers, then one step (App. C.4)."""
+    """One minibatch. Policy: PPO gradient, then the pretraining gradient, in the same buffers, then one step (App. C.4);
+    then the value model, so that one model's gradients exist at a time."""
     tokens = int(minibatch.response_mask.sum())
     ptx_tokens = sum(len(document) - 1 for document in documents)
     mine = minibatch.index(torch.arange(runtime.rank, len(minibatch), runtime.world, device=runtime.device))
-    micros = list(microbatches(mine, config.per_device_train_batch_size))
-    stats = []
-    for i, micro in enumerate(micros):
-        last = i == len(micros) - 1
-        with runtime.accumulate(learner.policy, last=last and not documents):
-            with runtime.autocast():
-                loss, numbers = policy_terms(micro, learner.policy, config)
-            runtime.backward(loss / tokens)
-        with runtime.accumulate(learner.value_model, last=last):
-            with runtime.autocast():
-                value, value_numbers = value_terms(micro, learner.value_model, config)
-            runtime.backward(value / tokens)
-        stats.append(numbers | value_numbers)
-    if documents:
-        stats += pretraining_backward(runtime.mine(documents), ptx_tokens, learner, config, runtime)
-    numbers = summed(stats, runtime)
-    numbers |= step_optimisers(learner, config, runtime, numbers)
+    micros = microbatches(mine, config, runtime)
+    with runtime.timed("update policy"):
+        stats = backward(micros, policy_terms, learner.policy, tokens, config, runtime, more=bool(documents))
+        if documents:
+            stats += pretraining_backward(runtime.mine(documents), ptx_tokens, learner, config, runtime)
+        numbers = summed(stats, runtime)
+        norm = step("policy", learner.policy, learner.policy_optimizer, numbers, config, runtime)
+        numbers["policy_grad_norm"] = norm
+        if learner.ema is not None:
+            learner.ema.update(runtime.unwrap(learner.policy))
+    with runtime.timed("update value"):
+        value_numbers = summed(backward(micros, value_terms, learner.value_model, tokens, config, runtime), runtime)
+        norm = step("value", learner.value_model, learner.value_optimizer, value_numbers, config, runtime)
+        numbers |= value_numbers | {"value_grad_norm": norm}
     return UpdateStats(numbers | {"tokens": float(tokens), "ptx_tokens": float(ptx_tokens), "steps": 1.0})
 
 
-def microbatches(rollout: Rollout, size: int) -> Iterator[Rollout]:
-    """Rows of like length together, so that little is padding; how they are cut changes no gradient."""
-    order = (rollout.query_lengths + rollout.response_lengths).argsort(stable=True)
-    for rows in order.split(size):
-        yield rollout.index(rows)
+def backward(
+    micros: list[Rollout], terms: Callable, model: nn.Module, tokens: int, config: PPOConfig, runtime: Runtime,
+    more: bool = False,
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """Gradients of the mean loss of a response token, `tokens` over all processes; `more` of the step's will follow."""
+    stats = []
+    for i, micro in enumerate(micros):
+        with runtime.accumulate(model, last=i == len(micros) - 1 and not more):
+            with runtime.autocast():
+                loss, numbers = terms(micro, model, config)
+            runtime.backward(loss / tokens)
+        stats.append(numbers)
+    return stats
+
+
+def microbatches(rollout: Rollout, config: PPOConfig, runtime: Runtime) -> list[Rollout]:
+    """Rows of like length together; how they are cut changes no gradient. Every process gets as many as the others."""
+    lengths = (rollout.query_lengths + rollout.response_lengths).tolist()
+    batches = token_batches(lengths, config.per_device_train_batch_size, config.microbatch_tokens)
+    wanted = int(runtime.max(torch.tensor([len(batches)], device=runtime.device)))
+    while len(batches) < wanted:
+        longest = max(range(len(batches)), key=lambda i: len(batches[i]))
+        rows = batches.pop(longest)
+        batches[longest:longest] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return [rollout.index(torch.tensor(rows, device=rollout.input_ids.device)) for rows in batches]
 
 
 def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    mask = micro.response_mask
-    logprobs, entropies = response_logprobs(
-        policy, micro.input_ids, micro.query_lengths, mask.shape[1], config.temperature
-    )
-    loss, stats = policy_loss(logprobs, micro.logprobs, micro.advantages, mask, config.cliprange)
-    return loss, stats | {"entropy": masked_sum(entropies, mask)}
+    rows = micro.input_ids, micro.query_lengths, micro.response_lengths
+    logprobs, entropies = response_logprobs(policy, *rows, config.temperature)
+    loss, stats = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
+    return loss, stats | {"entropy": entropies.sum()}
 
 
 def value_terms(micro: Rollout, value_model: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    values = response_values(value_model, micro.input_ids, micro.query_lengths, micro.response_mask.shape[1])
+    values = response_values(value_model, micro.input_ids, micro.query_lengths, micro.response_lengths)
     return value_loss(values, micro.values, micro.returns, micro.response_mask, config.cliprange_value)
 
 
@@ -136,17 +151,12 @@ def pretraining_backward(
     documents: list[list[int]], total: int, learner: Learner, config: PPOConfig, runtime: Runtime
 ) -> list[dict[str, Tensor]]:
     """Gradient of ptx_coef times the mean loss of a pretraining token, `total` tokens over all processes."""
-    size = config.per_device_train_batch_size
-    documents = sorted(documents, key=len)
-    starts = list(range(0, len(documents), size))
+    batches = token_batches([len(d) for d in documents], config.per_device_train_batch_size, config.microbatch_tokens)
     stats = []
-    for start in starts:
-        rows = documents[start : start + size]
-        ids = pad_rows(rows, 0).to(runtime.device)
-        mask = length_mask(torch.tensor([len(row) for row in rows], device=runtime.device), ids.shape[1])
-        with runtime.accumulate(learner.policy, last=start == starts[-1]):
+    for i, picked in enumerate(batches):
+        with runtime.accumulate(learner.policy, last=i == len(batches) - 1):
             with runtime.autocast():
-                loss = lm_loss(learner.policy(input_ids=ids, use_cache=False).logits, ids, mask)
+                loss = document_nll(learner.policy, [documents[row] for row in picked], runtime.device)
             runtime.backward(config.ptx_coef * loss / total)
         stats.append({"ptx_loss": loss.detach()})
     return stats
@@ -159,24 +169,20 @@ def summed(stats: list[dict[str, Tensor]], runtime: Runtime) -> dict[str, float]
     sums = {name: column.sum() for name, column in columns.items() if not name.startswith("max_")}
     maxima = {name: column.max() for name, column in columns.items() if name.startswith("max_")}
     totals = dict(zip(sums, runtime.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    if not maxima:
+        return totals
     return totals | dict(zip(maxima, runtime.max(torch.stack(list(maxima.values()))).tolist(), strict=True))
 
 
-def step_optimisers(
-    learner: Learner, config: PPOConfig, runtime: Runtime, numbers: dict[str, float]
-) -> dict[str, float]:
-    """Clip, check, step, average. A loss or gradient that is not finite stops the run before it touches a weight."""
-    norms = {
-        "policy_grad_norm": runtime.clip_grad_norm(learner.policy.parameters(), config.max_grad_norm),
-        "value_grad_norm": runtime.clip_grad_norm(learner.value_model.parameters(), config.max_grad_norm),
-    }
-    for name, value in (numbers | norms).items():
+def step(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, float], config: PPOConfig,
+    runtime: Runtime,
+) -> float:  # fmt: skip
+    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it touches the weights."""
+    norm = runtime.clip_grad_norm(model.parameters(), config.max_grad_norm)
+    for key, value in (numbers | {f"{name}_grad_norm": norm}).items():
         if not math.isfinite(value):
-            raise UserError(f"{name} is {value}; lower learning_rate or check the reward; no weight was changed")
-    learner.policy_optimizer.step()
-    learner.value_optimizer.step()
-    learner.policy_optimizer.zero_grad()
-    learner.value_optimizer.zero_grad()
-    if learner.ema is not None:
-        learner.ema.update(runtime.unwrap(learner.policy))
-    return norms
+            raise UserError(f"{key} is {value}; lower learning_rate or check the reward; the {name} model is unchanged")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -14,8 +14,8 @@ from align.checkpoint import atomic_contents, check_parent, start_output, write_
 from align.collect import Candidates, draw_k, group, load_labelers, rank_all
 from align.config import CollectConfig, parse
 from align.data import drop_long, load_prompts
-from align.generate import TorchSampler, uniform_numbers
-from align.models import load_policy, require_context
+from align.generate import Sampler, make_sampler, uniform_numbers
+from align.models import load_packed_policy, require_context
 from align.runtime import Runtime, is_main_process, limit_threads
 from align.text import Codec
 from align.track import announce
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     loaded = {name: drop_long(*cut(pair, codec, config)) for name, pair in loaded.items()}
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
-    policy = load_policy(config.model_name_or_path, config.attn_implementation).to(runtime.device)
-    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, config.per_device_batch_size, "sampling")
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation).to(runtime.device)
+    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_batch_size, "sampling")
 
     # 2. Sample K responses a prompt.
     candidates = {
@@ -61,7 +61,7 @@ def cut(pair: tuple, codec: Codec, config: CollectConfig) -> tuple:
 
 
 def sample(
-    prompts: list[Prompt], sampler: TorchSampler, codec: Codec, config: CollectConfig, runtime: Runtime, stream: int
+    prompts: list[Prompt], sampler: Sampler, codec: Codec, config: CollectConfig, runtime: Runtime, stream: int
 ) -> list[Candidates]:
     sizes = draw_k(len(prompts), config.min_k, config.max_k, config.seed + stream)
     queries = codec.prompts([prompt.prompt for prompt in prompts])

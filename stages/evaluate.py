@@ -20,7 +20,7 @@ from align.evaluate.policies import Setting, answer, perplexity
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.win_rate import agreement, plain
-from align.models import load_policy, load_scalar_model
+from align.models import load_packed_policy, load_scalar_model
 from align.ranking import score_rankings
 from align.rewards import import_function
 from align.runtime import Runtime, is_main_process, limit_threads
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         measured[name] = {
             "sampled": answer(policy, setting, 1.0, runtime, examples),
             "greedy": answer(policy, setting, 0.0, runtime, examples),
-            "perplexity": perplexity(policy, documents, codec.pad_id, config.per_device_batch_size, runtime.device),
+            "perplexity": perplexity(policy, documents, config.per_device_batch_size, runtime.device),
         }
 
     # 3. The reward model against labelers and judge, and the labelers against each other.
@@ -83,7 +83,7 @@ def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
 
 
 def load(path: str, config: EvaluateConfig, runtime: Runtime):
-    return load_policy(path, config.attn_implementation).to(runtime.device).eval()
+    return load_packed_policy(path, config.attn_implementation).to(runtime.device).eval()
 
 
 def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:

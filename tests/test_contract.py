@@ -19,11 +19,12 @@ MATHS = [path for path in ALIGN if path.relative_to(ROOT).parts[1] == "maths"]
 PURE_STDLIB = {"math", "cmath", "dataclasses", "typing", "types", "collections", "functools", "itertools", "operator"}
 PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__"}
 
-# ranking and update call the models' forward passes, so they stand on one floor with models.
+# generate, ranking and update call the models' forward passes, which read the packs of packing.
 FLOORS = (
     {"maths", "types", "config", "errors", "runtime"},
-    {"text", "checkpoint", "generate", "track"},
-    {"models", "data", "ranking", "update"},
+    {"text", "checkpoint", "packing", "track"},
+    {"models", "data"},
+    {"generate", "ranking", "update"},
     {"rewards"},
     {"rollout", "evaluate"},
 )

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.generate import TorchSampler, uniform_numbers
-from align.maths.losses import lm_loss
-from align.maths.masks import length_mask
-from align.maths.reduce import masked_row_sum
-from align.models import ScalarModel, response_logprobs
+from align.generate import make_sampler, uniform_numbers
+from align.models import Policy, ScalarModel, document_nll, response_logprobs
+from align.packing import token_batches
 from align.ranking import score_rows
 from align.runtime import Runtime
 from align.text import Codec
@@ -47,7 +45,7 @@ def answer(
     plain = codec.prompts([prompt.prompt for prompt in prompts])
     queries = codec.few_shot(few_shot, [prompt.prompt for prompt in prompts]) if few_shot else plain
     uniforms = uniform_numbers(len(queries), setting.max_new_tokens, setting.seed, 0)
-    sampler = TorchSampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
+    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
@@ -90,31 +88,21 @@ def cut_at_newline(episode: Episode, codec: Codec) -> Episode:
     return episode
 
 
-def sequence_logprobs(policy: torch.nn.Module, episodes: list[Episode], setting: Setting, device) -> Tensor:
+def sequence_logprobs(policy: Policy, episodes: list[Episode], setting: Setting, device) -> Tensor:
     """Log-probability of each whole response. (N,)"""
     totals = torch.zeros(len(episodes))
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].query) + len(episodes[i].response))
-    for start in range(0, len(order), setting.batch_size):
-        rows = order[start : start + setting.batch_size]
+    for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size):
         batch = [episodes[i] for i in rows]
         ids = pad_rows([[*e.query, *e.response] for e in batch], setting.codec.pad_id).to(device)
         starts = torch.tensor([len(e.query) for e in batch], device=device)
         lengths = torch.tensor([len(e.response) for e in batch], device=device)
-        width = int(lengths.max())
-        logprobs, _ = response_logprobs(policy, ids, starts, width, 1.0)
-        totals[rows] = masked_row_sum(logprobs, length_mask(lengths, width)).cpu()
+        totals[rows] = response_logprobs(policy, ids, starts, lengths, 1.0)[0].sum(1).cpu()
     return totals
 
 
 @torch.no_grad()
-def perplexity(policy: torch.nn.Module, documents: list[list[int]], pad_id: int, batch_size: int, device) -> float:
+def perplexity(policy: Policy, documents: list[list[int]], batch_size: int, device) -> float:
     """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted."""
-    total, tokens = 0.0, 0
-    documents = sorted(documents, key=len)
-    for start in range(0, len(documents), batch_size):
-        rows = documents[start : start + batch_size]
-        ids = pad_rows(rows, pad_id).to(device)
-        mask = length_mask(torch.tensor([len(row) for row in rows], device=device), ids.shape[1])
-        total += float(lm_loss(policy(input_ids=ids, use_cache=False).logits, ids, mask))
-        tokens += sum(len(row) - 1 for row in rows)
-    return math.exp(total / tokens)
+    batches = token_batches([len(document) for document in documents], batch_size)
+    total = sum(float(document_nll(policy, [documents[i] for i in rows], device)) for rows in batches)
+    return math.exp(total / sum(len(document) - 1 for document in documents))

@@ -1,5 +1,7 @@
 """From logits to log-probabilities and entropies of tokens, always in float32 and at the sampling temperature."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,100 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """One token a row by inverting the CDF at `uniforms` in [0, 1); the mode at temperature 0. (N, V), (N,) -> (N,)
+class LinearLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies behind a linear head, a chunk of positions at a time.
+
+    One chunk's logits exist at a time, in one buffer, and are computed again in the backward pass: for M positions the
+    head then costs 4 matrix products instead of 3 and no (M, V) tensor. The entropy carries no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tokens, temperature, chunk):
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for rows, logits in chunk_logits(hidden, weight, bias, temperature, chunk):
+            chosen = logits.gather(1, tokens[rows, None]).squeeze(1)
+            normaliser = logits.logsumexp(-1)
+            logprobs[rows], normalisers[rows] = chosen - normaliser, normaliser
+            logits -= normaliser[:, None]
+            entropies[rows] = -torch.linalg.vecdot(logits.exp(), logits)
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        wants_weight = ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None  # summed over chunks in float32
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for rows, logits in chunk_logits(hidden, weight, bias, ctx.temperature, ctx.chunk):
+            # d logprob / d logits = onehot - softmax
+            grad_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
+            grad_logits.scatter_add_(1, tokens[rows, None], grad[rows, None])
+            grad_bias = None if bias is None else grad_bias.add_(grad_logits.sum(0))
+            grad_logits = grad_logits.to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if wants_weight:
+                product = grad_logits.T @ hidden[rows]
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+        as_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, as_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+def chunk_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of positions and their logits / temperature in float32, all in the same buffer. (M, d) -> (C, V) each"""
+    size = min(chunk, len(hidden))
+    buffer = torch.empty(size, weight.shape[0], dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = buffer[: rows.stop - rows.start].copy_(torch.nn.functional.linear(hidden[rows], weight, bias))
+        yield rows, logits if temperature == 1 else logits.div_(temperature)
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, chunk_elements: int = 2**24
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `entropy` of the logits `hidden @ weight.T + bias`, which never exist together.
+
+    (M, d), (V, d), (V,) or None, (M,) -> (M,), (M,), float32
+    """
+    assert hidden.dim() == 2 and tokens.shape == hidden.shape[:1]
+    return LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, max(1, chunk_elements // weight.shape[0]))
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the CDF at `uniforms` in [0, 1), the mode at temperature 0; and its log-probability
+    at that temperature (at 1 for the mode). (N, V), (N,) -> (N,), (N,)
 
     The draw is a function of the row's logits and its own uniform number, so neither the batch a row sits in nor the
     number of processes changes what is sampled.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # (N, V)
-    threshold = uniforms.to(cdf.dtype)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+        tokens = logits.argmax(-1)
+        return tokens, token_logprobs(logits, tokens)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    probabilities = scaled.softmax(-1)  # (N, V)
+    tokens = invert_cdf(probabilities, uniforms)
+    return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
+
+
+def invert_cdf(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
+    """The first column whose cumulative share of its row exceeds the row's number. (N, V), (N,) -> (N,)
+
+    Sums of blocks of columns find the block, cumulative sums inside it the column: one pass over V instead of many.
+    """
+    width = probabilities.shape[1]
+    blocks = torch.nn.functional.pad(probabilities, (0, -width % block)).unflatten(1, (-1, block))  # (N, V / b, b)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = uniforms.to(ends.dtype)[:, None] * ends[:, -1:]
+    picked = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[1] - 1)  # (N, 1)
+    before = torch.where(picked > 0, ends.gather(1, (picked - 1).clamp(min=0)), torch.zeros_like(threshold))
+    inside = blocks.gather(1, picked[:, :, None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)  # (N, b)
+    column = torch.searchsorted(before + inside, threshold, right=True).clamp(max=block - 1)
+    return (picked * block + column).squeeze(1).clamp(max=width - 1)
