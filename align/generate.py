@@ -120,7 +120,7 @@ class Slots:
         """Queries into slots: one forward pass over all their tokens, then the first token of each response."""
         pack = pack_rows([self.queries[i] for i in picked], self.sampler.pad_id).to(slots.device)
         lengths = torch.tensor([len(self.queries[i]) for i in picked], device=slots.device)
-        layout = Reading(self.cache, pack, slots[row_of_token(pack)])
+        layout = Reading(self.cache, pack, slots[token_rows(pack)])
         self.query[slots] = torch.tensor(picked, device=slots.device)
         self.length[slots], self.count[slots] = lengths, 0
         self.draw(slots, pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1)
@@ -178,6 +178,13 @@ class KeyValues:
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
 
+def token_rows(pack: Pack) -> Tensor:
+    """Which of the caller's plain rows each token belongs to; a group's padding belongs to the row before it. (N,)"""
+    order = pack.starts.argsort()
+    sizes = torch.diff(pack.starts[order], append=pack.starts.new_tensor([len(pack.input_ids)]))
+    return order.repeat_interleave(sizes)
+
+
 @dataclass(frozen=True)
 class Reading:
     """Queries: tokens attend as their pack says, and are kept."""
@@ -208,13 +215,6 @@ class Writing:
         weights = scores.view(len(query), -1, *scores.shape[1:]).masked_fill_(self.ahead, float("-inf")).softmax(-1)
         out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)[:, : self.width])  # (S x J, G, D)
         return out.view(*query.shape[:2], -1)
-
-
-def row_of_token(pack: Pack) -> Tensor:
-    """The row (an index into the caller's rows) that each token of a pack of plain rows belongs to. (N,)"""
-    order = pack.starts.argsort()
-    sizes = torch.diff(pack.starts[order], append=pack.starts.new_tensor([len(pack.input_ids)]))
-    return order.repeat_interleave(sizes)
 
 
 class GenerateSampler:

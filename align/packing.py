@@ -1,19 +1,21 @@
-"""Rows without padding: one long sequence of groups, attended group by group.
+"""Rows without padding: one long sequence, attended part by part.
 
-A `Pack` lays rows of like length behind one another, so that every layer but attention sees N real tokens and no batch
-dimension. A group's rows may continue a prefix, computed once and seen by all of them: the K completions of a prompt.
-Attention reads the groups as views; rows of one group are padded to its longest, which costs at most `MAX_PADDING`.
+A `Pack` lays rows behind one another, so that every layer but attention sees N real tokens and no batch dimension.
+Rows may continue a prefix, computed once and seen by all of them: the K completions of a prompt. Attention goes over
+the parts of a pack, as views: a `Group` is rows of like length, padded to its longest by at most `MAX_PADDING`; a
+`Block` is a few short rows and their prefixes under one dense mask, where many small groups would cost more than they
+save.
 
-    prompt of 5, completions of 2, 2 and 3 tokens:   groups (0, 1 x 5)  (5, 2 x 2 after 0..5)  (9, 1 x 3 after 0..5)
-    tokens      p p p p p | a a b b | c c c
-    positions   0 1 2 3 4 | 5 6 5 6 | 5 6 7
+    prompt of 5, completions of 2, 2 and 3 tokens:   groups (0, 1 x 5)  (5, 1 x 3 after 0..5)  (8, 2 x 2 after 0..5)
+    tokens      p p p p p | c c c | a a b b
+    positions   0 1 2 3 4 | 5 6 7 | 5 6 5 6
 
 The model is any transformers model whose attention goes through `AttentionInterface`; `set_packed` turns it on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,21 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "align_packed"
 MAX_PADDING = 0.04  # of a group's tokens
 QUERY_BLOCK = 256  # queries whose attention is computed at once, on a CPU
+BLOCK_TOKENS = 192  # prefixes with their rows share a dense mask up to this many tokens
+
+
+class Row(NamedTuple):
+    """Where a row lies in the pack: its prefix (length 0: none), then its own tokens."""
+
+    prefix_start: int
+    prefix_length: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """`rows` rows of `length` tokens from `start` on, each continuing the prefix (its start and length; length 0: none)."""
+    """`rows` rows of `length` tokens, one behind the other from `start` on, that continue the same prefix or none."""
 
     start: int
     rows: int
@@ -38,34 +50,52 @@ class Group:
     prefix_start: int = 0
     prefix_length: int = 0
 
-    @property
-    def end(self) -> int:
-        return self.start + self.rows * self.length
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(N, H, D), (N, J, D) x 2 -> (rows x length, H, D)"""
+        own = slice(self.start, self.start + self.rows * self.length)
+        q, k, v = (x[own].unflatten(0, (self.rows, self.length)) for x in (query, key, value))
+        before = slice(self.prefix_start, self.prefix_start + self.prefix_length)
+        prefix = (key[before], value[before]) if self.prefix_length else None
+        return causal_attention(q, k, v, prefix, scaling).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """S tokens from `start` on that see each other except where `unseen` (S, S) is True."""
+
+    start: int
+    unseen: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(N, H, D), (N, J, D) x 2 -> (S, H, D)"""
+        own, size = slice(self.start, self.start + len(self.unseen)), len(self.unseen)
+        heads = key.shape[1]
+        q = (query[own] * scaling).unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (J, G x S, D)
+        k, v = (x[own].transpose(0, 1) for x in (key, value))  # (J, S, D)
+        scores = (q @ k.transpose(-1, -2)).view(heads, -1, size, size).masked_fill_(self.unseen, float("-inf"))
+        out = scores.softmax(-1).view(heads, -1, size) @ v  # (J, G x S, D)
+        return out.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows as one sequence of N tokens. Row b's own tokens are `starts[b], starts[b] + 1, ...`, in the caller's order."""
+    """Rows as one sequence of N tokens, in parts that follow one another."""
 
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (N,)
-    starts: Tensor  # (B,) the row's first token after its prefix
-    groups: tuple[Group, ...]
+    starts: Tensor  # (B,) each row's first own token, in the caller's order
+    rows: tuple[Row, ...]  # B
+    parts: tuple[Group | Block, ...]
 
     def to(self, device: torch.device, **options) -> "Pack":
         moved = {name: getattr(self, name).to(device, **options) for name in ("input_ids", "position_ids", "starts")}
-        return replace(self, **moved)
+        parts = (replace(p, unseen=p.unseen.to(device, **options)) if isinstance(p, Block) else p for p in self.parts)
+        return replace(self, **moved, parts=tuple(parts))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Each token sees its row's prefix and its row up to itself. (N, H, D), (N, J, D) x 2 -> (N, H, D)"""
-        out = [self._group(group, query, key, value, scaling) for group in self.groups]
+        out = [part.attend(query, key, value, scaling) for part in self.parts]
         return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _group(self, group: Group, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        q, k, v = (x[group.start : group.end].unflatten(0, (group.rows, group.length)) for x in (query, key, value))
-        before = slice(group.prefix_start, group.prefix_start + group.prefix_length)
-        prefix = (key[before], value[before]) if group.prefix_length else None
-        return causal_attention(q, k, v, prefix, scaling).flatten(0, 1)
 
 
 def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Pack:
@@ -76,28 +106,82 @@ def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Pack:
 def pack_continuations(
     prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Sequence[int]]], pad_id: int = 0
 ) -> Pack:
-    """`rows[i]` continue `prefixes[i]`, which is computed once. `starts` counts the rows of all prefixes in order."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    groups: list[Group] = []
-    starts: list[int] = []
+    """`rows[i]` continue `prefixes[i]`, which is computed once. Rows count over all prefixes in order."""
+    packing = Packing(pad_id)
     for prefix, own in zip(prefixes, rows, strict=True):
-        prefix_start = len(tokens)
+        if prefix and len(prefix) + sum(map(len, own)) <= BLOCK_TOKENS:
+            packing.add_to_block(prefix, own)
+        else:
+            packing.add_groups(prefix, own)
+    return packing.done()
+
+
+class Packing:
+    """A pack in the making."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.rows: list[Row] = []
+        self.parts: list[Group | Block] = []
+        self.open: list[tuple[Row, ...]] = []  # prefixes with their rows, not yet in a block
+
+    def add_groups(self, prefix: Sequence[int], own: Sequence[Sequence[int]]) -> None:
+        self.close_block()
+        prefix_start = len(self.tokens)
         if prefix:
-            groups.append(Group(prefix_start, 1, len(prefix)))
-            tokens += prefix
-            positions += range(len(prefix))
-        placed = [0] * len(own)
+            self.parts.append(Group(prefix_start, 1, len(prefix)))
+            self.append(prefix, 0)
+        placed: dict[int, Row] = {}
         for members in like_lengths([len(row) for row in own]):
             length = max(len(own[i]) for i in members)
-            groups.append(Group(len(tokens), len(members), length, prefix_start, len(prefix)))
+            self.parts.append(Group(len(self.tokens), len(members), length, prefix_start, len(prefix)))
             for i in members:
-                placed[i] = len(tokens)
-                tokens += own[i]
-                tokens += [pad_id] * (length - len(own[i]))
-                positions += range(len(prefix), len(prefix) + length)
-        starts += placed
-    return Pack(torch.tensor(tokens), torch.tensor(positions), torch.tensor(starts), tuple(groups))
+                placed[i] = Row(prefix_start, len(prefix), len(self.tokens), len(own[i]))
+                self.append([*own[i], *[self.pad_id] * (length - len(own[i]))], len(prefix))
+        self.rows += [placed[i] for i in range(len(own))]
+
+    def add_to_block(self, prefix: Sequence[int], own: Sequence[Sequence[int]]) -> None:
+        if (
+            self.open
+            and len(self.tokens) - self.open[0][0].prefix_start + len(prefix) + sum(map(len, own)) > BLOCK_TOKENS
+        ):
+            self.close_block()
+        prefix_start, family = len(self.tokens), []
+        self.append(prefix, 0)
+        for row in own:
+            family.append(Row(prefix_start, len(prefix), len(self.tokens), len(row)))
+            self.append(row, len(prefix))
+        self.open.append(tuple(family))
+        self.rows += family
+
+    def append(self, tokens: Sequence[int], position: int) -> None:
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+
+    def close_block(self) -> None:
+        """What has been added since the last part becomes a block."""
+        if not self.open:
+            return
+        start = self.open[0][0].prefix_start
+        unseen = torch.ones(len(self.tokens) - start, len(self.tokens) - start, dtype=torch.bool)
+        for family in self.open:
+            first, before = family[0].prefix_start - start, family[0].prefix_length
+            unseen[first : first + before, first : first + before].triu_(1)
+            for row in family:
+                own = slice(row.start - start, row.start - start + row.length)
+                unseen[own, first : first + before] = False
+                unseen[own, own].triu_(1)
+        self.parts.append(Block(start, unseen))
+        self.open = []
+
+    def done(self) -> Pack:
+        self.close_block()
+        starts = torch.tensor([row.start for row in self.rows])
+        return Pack(
+            torch.tensor(self.tokens), torch.tensor(self.positions), starts, tuple(self.rows), tuple(self.parts)
+        )
 
 
 def like_lengths(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -129,18 +213,14 @@ def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: int | None 
 
 
 def rows_of(pack: Pack) -> tuple[Tensor, Tensor]:
-    """Every row as tokens with its prefix, for models that cannot read a pack: ids (B, T) padded on the right with 0, and
-    where each of its columns lies in the pack (B, T), -1 for prefix and padding."""
-    prefixes = {group.prefix_start for group in pack.groups if group.prefix_length}
+    """Every row as tokens with its prefix, for models that cannot read a pack: ids (B, T) padded on the right with 0,
+    and where each of its columns lies in the pack (B, T), -1 for prefix and padding."""
     ids, places = [], []
-    for group in pack.groups:
-        if group.start in prefixes and not group.prefix_length:
-            continue
-        prefix = pack.input_ids[group.prefix_start : group.prefix_start + group.prefix_length]
-        for start in range(group.start, group.end, group.length):
-            own = torch.arange(start, start + group.length, device=prefix.device)
-            ids.append(torch.cat([prefix, pack.input_ids[own]]))
-            places.append(torch.cat([torch.full_like(prefix, -1), own]))
+    for row in pack.rows:
+        prefix = pack.input_ids[row.prefix_start : row.prefix_start + row.prefix_length]
+        own = torch.arange(row.start, row.start + row.length, device=prefix.device)
+        ids.append(torch.cat([prefix, pack.input_ids[own]]))
+        places.append(torch.cat([torch.full_like(prefix, -1), own]))
     pad = nn.utils.rnn.pad_sequence
     return pad(ids, batch_first=True), pad(places, batch_first=True, padding_value=-1)
 
@@ -260,7 +340,9 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
         return True
     was_training = backbone.training
     backbone.eval()
-    pack = pack_continuations([(1, 2, 3)], [[(4, 5), (6, 7), (8,)]]).to(backbone.device)
+    packing = Packing(0)
+    packing.add_groups((1, 2, 3), [(4, 5), (6, 7), (8,)])
+    pack = packing.done().to(backbone.device)
     try:
         packed, padded = packed_states(backbone, pack), padded_states(backbone, pack)
     except (TypeError, ValueError, RuntimeError, KeyError):

@@ -4,8 +4,10 @@ With one process every collective is the identity, so no caller asks how many th
 """
 
 import contextlib
+import ctypes
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -162,6 +164,23 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def tune_cpu() -> None:
+    """At a process's start: share the cores with this machine's other processes, and keep freed memory.
+
+    glibc gives large blocks back to the system at once, and fresh pages cost a step more time than what is written to
+    them: casting 30 million numbers takes 43 ms into a fresh block and 5 ms into a used one (docs/LOG.md). What the
+    user has set stays.
+    """
+    limit_threads()
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)) if mallopt else ():
+            mallopt(*option)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def limit_threads() -> None:

@@ -1,10 +1,9 @@
 """One workload on our stages; prints one JSON line with the rate, the peak memory and the seconds of each phase.
 
-    python -m benchmarks.ours MODEL WORKLOAD DATA [KEY=VALUE ...]      further keys go to the stage's config
+python -m benchmarks.ours MODEL WORKLOAD DATA [KEY=VALUE ...]      further keys go to the stage's config
 """
 
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from align.learn import build_actors, build_learner
 from align.models import disable_dropout, load_packed_policy, load_scalar_model, save_scalar_model
 from align.ranking import RankingCollator, encode_rankings
 from align.rollout import Query, collect_rollout
-from align.runtime import Runtime
+from align.runtime import Runtime, tune_cpu
 from align.text import Codec
 from align.trainer import RankingTrainer
 from align.types import Prompt, Ranking
@@ -30,7 +29,7 @@ from benchmarks import workloads
 
 
 def main(model: str, workload: str, data: str, *settings: str) -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    tune_cpu()
     changes = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
     runner = {"ppo": ppo, "rm": reward, "sampling": sampling}[workload.split("-")[0]]
     print(json.dumps({"workload": workload, **runner(model, workload, Path(data), changes)}))

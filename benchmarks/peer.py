@@ -1,6 +1,6 @@
 """One workload on the peer, TRL, through its public API; prints one JSON line. Runs in the peer's own environment.
 
-    python peer.py MODEL WORKLOAD DATA [PRECISION]      PRECISION: bf16 (autocast, float32 masters), fp32
+python peer.py MODEL WORKLOAD DATA [PRECISION]      PRECISION: bf16 (autocast, float32 masters), fp32
 """
 
 import json
@@ -24,7 +24,7 @@ def main(model: str, workload: str, data: str, precision: str = "bf16") -> None:
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token if workload.startswith("sampling") else "<|endoftext|>"
-    runner = {"ppo": ppo, "rm": reward, "sampling": sampling, "sft": sft}[workload.split("-")[0]]
+    runner = {"ppo": ppo, "rm": reward, "sampling": sampling}[workload.split("-")[0]]
     print(json.dumps({"workload": workload, **runner(model, workload, Path(data), precision, tokenizer)}))
 
 
@@ -48,9 +48,7 @@ def ppo(model: str, workload: str, data: Path, precision: str, tokenizer) -> dic
     size = workloads.PPO[workload]
     fixed = workload == "ppo-fixed"
     count, batch = size["episodes"], size["batch"]
-    queries = (
-        workloads.fixed_queries(count, 32) if fixed else workloads.chat_queries(data, tokenizer, count)
-    )
+    queries = workloads.fixed_queries(count, 32) if fixed else workloads.chat_queries(data, tokenizer, count)
     frozen = torch.float32 if precision == "fp32" else torch.bfloat16
     rows = Dataset.from_dict({"input_ids": queries})
     args = PPOConfig(

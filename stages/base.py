@@ -20,7 +20,7 @@ from align.config import BaseConfig, parse
 from align.data import load_texts
 from align.initialise import embedding_std, start_with_circuits
 from align.optimise import MuonAdamW
-from align.runtime import is_main_process, limit_threads
+from align.runtime import is_main_process, tune_cpu
 from align.text import CausalCollator, Codec
 from align.track import announce
 from align.trainer import LanguageModelTrainer, common_arguments, metrics_callback, resume_argument
@@ -36,7 +36,7 @@ TEMPLATE = (
 def main(argv: list[str]) -> None:
     # 1. Config, data, folder.
     config = parse(BaseConfig, argv)
-    limit_threads()
+    tune_cpu()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)

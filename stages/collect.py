@@ -16,7 +16,7 @@ from align.config import CollectConfig, parse
 from align.data import drop_long, load_prompts
 from align.generate import Sampler, make_sampler, uniform_numbers
 from align.models import load_packed_policy, require_context
-from align.runtime import Runtime, is_main_process, limit_threads
+from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce
 from align.types import Prompt
@@ -26,7 +26,7 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, policy, prompts, folder.
     config = parse(CollectConfig, argv)
-    limit_threads()
+    tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "ppo", "base"))]
     codec = Codec.load(config.model_name_or_path)
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)

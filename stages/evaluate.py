@@ -23,7 +23,7 @@ from align.evaluate.win_rate import agreement, plain
 from align.models import load_packed_policy, load_scalar_model
 from align.ranking import score_rankings
 from align.rewards import import_function
-from align.runtime import Runtime, is_main_process, limit_threads
+from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
 from stages.__main__ import run, seconds_so_far
@@ -32,7 +32,7 @@ from stages.__main__ import run, seconds_so_far
 def main(argv: list[str]) -> None:
     # 1. Config, checkpoints, prompts, judge.
     config = parse(EvaluateConfig, argv)
-    limit_threads()
+    tune_cpu()
     paths = policy_paths(config)
     check_parent(config.reward_model_path, "reward_model_path", ("rm",))
     if not config.rankings_file:

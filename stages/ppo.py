@@ -33,7 +33,7 @@ from align.learn import (
 from align.maths.kl import adapt_kl_coef
 from align.rewards import GoldJudge
 from align.rollout import check_step_zero, collect_rollout
-from align.runtime import Runtime, limit_threads
+from align.runtime import Runtime, tune_cpu
 from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl
 from align.update import BatchAlgebra, update
 from stages.__main__ import run
@@ -42,7 +42,7 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, processes, batch algebra.
     config = parse(PPOConfig, argv)
-    limit_threads()
+    tune_cpu()
     runtime = Runtime(config.seed, config.bf16, config.report_to, config.output_dir)
     algebra = BatchAlgebra.of(config, runtime.world)
     announce(str(algebra))

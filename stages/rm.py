@@ -25,7 +25,7 @@ from align.evaluate.win_rate import plain
 from align.models import disable_dropout, load_scalar_model, lora_config, save_scalar_model
 from align.optimise import trainer_optimizers
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings
-from align.runtime import is_main_process, limit_threads
+from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce
 from align.trainer import RankingTrainer, common_arguments, cosine_to_tenth, metrics_callback, resume_argument
@@ -35,7 +35,7 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, parent, data, folder.
     config = parse(RMConfig, argv)
-    limit_threads()
+    tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base"))]
     codec = Codec.load(config.model_name_or_path)
     rankings, held, reports = load_all(config, codec)

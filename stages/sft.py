@@ -30,7 +30,7 @@ from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.optimise import trainer_optimizers
-from align.runtime import is_main_process, limit_threads
+from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
 from align.text import Codec
 from align.track import announce
@@ -48,7 +48,7 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, parents, data, folder.
     config = parse(SFTConfig, argv)
-    limit_threads()
+    tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
     codec = Codec.load(config.model_name_or_path)
     train, validation, reports = load_rows(config, codec)

@@ -12,18 +12,23 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from align import packing
 from align.errors import UserError
 from align.models import (
     EMA,
+    Policy,
     add_residual_dropout,
     disable_dropout,
+    document_nll,
+    load_packed_policy,
     load_policy,
     load_scalar_model,
     response_logprobs,
     response_values,
     save_scalar_model,
 )
-from align.ranking import last_scores, normalise, score_rows
+from align.packing import pack_rows
+from align.ranking import normalise, score_rows
 
 PAD, EOS = 0, 1
 ROWS = [[5, 6, 7, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 1], [8, 60, 1], [44, 45, 46, 47, 48, 1]]
@@ -35,12 +40,20 @@ def policy_folder(tiny_llama, tmp_path):
     return str(tmp_path / "policy")
 
 
-@pytest.fixture
-def scalar(policy_folder):
-    model = load_scalar_model(policy_folder, "eager", fresh_head=True).eval()
+@pytest.fixture(params=[None, "eager"], ids=["packed", "padded"])
+def scalar(request, policy_folder):
+    model = load_scalar_model(policy_folder, request.param, fresh_head=True).eval()
+    assert model.packed == (request.param is None)
     with torch.no_grad():
         model.head.bias.fill_(0.7)
     return model
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def policy(request, tiny_llama):
+    policy = Policy(tiny_llama, request.param)
+    assert policy.packed == request.param
+    return policy
 
 
 def pad(rows, value=PAD, extra=0):
@@ -48,13 +61,15 @@ def pad(rows, value=PAD, extra=0):
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def last(rows):
-    return torch.tensor([len(row) - 1 for row in rows])
+def sizes(rows):
+    return torch.tensor([len(row) for row in rows])
 
 
 def one_by_one(model, rows) -> list[float]:
+    """Scores at the last token by transformers' backbone, a row at a time."""
     with torch.no_grad():
-        return [float(model(torch.tensor([row]))[0, -1]) for row in rows]
+        states = [model.inner.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        return [float(model.head.weight[0].double() @ state.double() + model.head.bias[0]) for state in states]
 
 
 def test_R7_fresh_head(tmp_path):
@@ -81,17 +96,24 @@ def test_a_fresh_head_needs_the_seed_alone(policy_folder):
 
 
 @pytest.mark.parametrize("extra, junk", [(0, PAD), (7, PAD), (3, 59), (3, EOS)])
-def test_R8_score_under_padding_and_batch_mates(scalar, extra, junk):
+def test_R8_score_under_padding_and_batch_mates(scalar, monkeypatch, extra, junk):
     expected = one_by_one(scalar, ROWS)
     with torch.no_grad():
-        scores = last_scores(scalar, pad(ROWS, junk, extra), last(ROWS))
+        # Out of padded rows, at the state after the last token, as the step-zero check reads it.
+        scores = response_values(scalar, pad(ROWS, junk, extra), sizes(ROWS), torch.ones(5, dtype=torch.long))
+        assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+        monkeypatch.setattr(packing, "MAX_PADDING", 0.99)  # one group, padded to its longest row
+        pack = pack_rows(ROWS, junk)
+        assert len(pack.parts) == 1 and len(pack.input_ids) == 5 * 8 > sum(map(len, ROWS))
+        scores = scalar(pack, pack.starts + sizes(ROWS) - 1)
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)
     assert len({round(x, 3) for x in expected}) == len(ROWS), "scores that are all alike prove nothing"
 
 
+@pytest.mark.parametrize("tokens", [None, 1, 12])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_R8_batches_keep_their_order(scalar, size):
-    assert score_rows(scalar, ROWS, PAD, size) == pytest.approx(one_by_one(scalar, ROWS), abs=1e-4)
+def test_R8_batches_keep_their_order(scalar, size, tokens):
+    assert score_rows(scalar, ROWS, PAD, size, tokens) == pytest.approx(one_by_one(scalar, ROWS), abs=1e-4)
 
 
 def test_R8_equals_a_stock_sequence_classifier_up_to_the_bias(scalar, tmp_path):
@@ -150,12 +172,11 @@ def test_no_model_at_all(tmp_path):
         load_policy(str(tmp_path))
 
 
-def test_lora_reward_model_is_saved_merged(policy_folder, tmp_path):
+def test_lora_reward_model_is_saved_merged(scalar, tmp_path):
     from peft import get_peft_model
 
     from align.models import lora_config
 
-    scalar = load_scalar_model(policy_folder, "eager", fresh_head=True)
     scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
     with torch.no_grad():
         for name, parameter in scalar.named_parameters():
@@ -163,6 +184,7 @@ def test_lora_reward_model_is_saved_merged(policy_folder, tmp_path):
                 parameter.normal_(std=0.1)
     normalise(scalar, [-0.5])
     expected = one_by_one(scalar.eval(), ROWS)
+    assert score_rows(scalar, ROWS, PAD, 2) == pytest.approx(expected, abs=1e-4)
     save_scalar_model(scalar, tmp_path / "rm", PAD)
     assert one_by_one(load_scalar_model(str(tmp_path / "rm"), "eager").eval(), ROWS) == pytest.approx(
         expected, abs=1e-4
@@ -217,10 +239,10 @@ RESPONSES = [[7, 8, 1], [10, 11, 12, 13, 14], [1], [3, 4]]
 
 
 def naive(policy, temperature) -> list[list[float]]:
-    """One row at a time, no padding, softmax in float64."""
+    """transformers' own logits, one row at a time, no padding, softmax in float64."""
     out = []
     for query, response in zip(QUERIES, RESPONSES, strict=True):
-        scores = policy(input_ids=torch.tensor([query + response])).logits[0].double() / temperature
+        scores = policy.inner(input_ids=torch.tensor([query + response])).logits[0].double() / temperature
         steps = range(len(query) - 1, len(query) + len(response) - 1)
         out.append([scores[t, token] - scores[t].exp().sum().log() for t, token in zip(steps, response, strict=True)])
     return out
@@ -228,51 +250,85 @@ def naive(policy, temperature) -> list[list[float]]:
 
 def batch(junk=PAD, extra=0, order=(0, 1, 2, 3)):
     rows = [QUERIES[i] + RESPONSES[i] for i in order]
-    return pad(rows, junk, extra), torch.tensor([len(QUERIES[i]) for i in order])
+    return pad(rows, junk, extra), sizes([QUERIES[i] for i in order]), sizes([RESPONSES[i] for i in order])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-def test_P5_logprobs_are_those_of_single_rows(tiny_llama, temperature):
-    expected = naive(tiny_llama, temperature)
+def test_P5_logprobs_are_those_of_single_rows(policy, temperature):
+    expected = naive(policy, temperature)
     for junk, extra, order in ((PAD, 0, (0, 1, 2, 3)), (PAD, 9, (3, 1, 0, 2)), (EOS, 4, (2, 0, 1, 3)), (0, 0, (2, 0))):
-        ids, starts = batch(junk, extra, order)
-        logprobs, _ = response_logprobs(tiny_llama, ids, starts, 5, temperature)
+        logprobs, entropies = response_logprobs(policy, *batch(junk, extra, order), temperature)
+        assert logprobs.shape == (len(order), max(len(RESPONSES[i]) for i in order))
         for row, i in enumerate(order):
-            assert logprobs[row, : len(RESPONSES[i])].tolist() == pytest.approx(
-                [float(x) for x in expected[i]], abs=1e-4
-            )
+            n = len(RESPONSES[i])
+            assert logprobs[row, :n].tolist() == pytest.approx([float(x) for x in expected[i]], abs=1e-4)
+            assert not logprobs[row, n:].any() and not entropies[row, n:].any()
 
 
-def test_P5_entropy_is_that_of_the_whole_distribution(tiny_llama):
-    ids, starts = batch()
-    _, entropies = response_logprobs(tiny_llama, ids, starts, 5, 0.5)
+def test_P5_entropy_is_that_of_the_whole_distribution(policy):
+    _, entropies = response_logprobs(policy, *batch(), 0.5)
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
-        scores = logits(tiny_llama, torch.tensor([query + response]))[0].double() / 0.5
+        scores = logits(policy.inner, torch.tensor([query + response]))[0].double() / 0.5
         for r in range(len(response)):
             p = scores[len(query) - 1 + r].softmax(-1).tolist()
             assert float(entropies[i, r]) == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-4)
 
 
-def gradient(policy, ids, starts):
-    logprobs, _ = response_logprobs(policy, ids, starts, 5, 1.0)
+def gradient(policy, *rows):
+    logprobs, _ = response_logprobs(policy, *rows, 1.0)
     mask = torch.arange(5)[None, :] < torch.tensor([len(r) for r in RESPONSES])[:, None]
     return torch.autograd.grad(torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(), list(policy.parameters()))
 
 
-def test_P5_junk_in_the_padding_changes_no_logprob_and_no_gradient(tiny_llama):
-    clean, dirty = gradient(tiny_llama, *batch()), gradient(tiny_llama, *batch(junk=57))
+def test_P5_junk_in_the_padding_changes_no_logprob_and_no_gradient(policy):
+    clean, dirty = gradient(policy, *batch()), gradient(policy, *batch(junk=57))
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
-    alone = torch.autograd.grad(sum(sum(row) for row in naive(tiny_llama, 1.0)), list(tiny_llama.parameters()))
+    alone = torch.autograd.grad(sum(sum(row) for row in naive(policy, 1.0)), list(policy.parameters()))
     assert max(float((a - b).abs().max()) for a, b in zip(clean, alone, strict=True)) < 1e-4
 
 
 def test_values_are_read_before_each_token(scalar):
-    ids, starts = batch(junk=57, extra=2)
     with torch.no_grad():
-        values = response_values(scalar, ids, starts, 5)
+        values = response_values(scalar, *batch(junk=57, extra=2))
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        assert not values[i, len(response) :].any()
         for r in range(len(response)):
             assert float(values[i, r]) == pytest.approx(one_by_one(scalar, [query + response[:r]])[0], abs=1e-4)
+
+
+def test_the_loss_of_documents_is_that_of_transformers(policy):
+    documents = [query + response for query, response in zip(QUERIES, RESPONSES, strict=True)]
+    total = 0.0
+    for document in documents:
+        ids = torch.tensor([document])
+        total = total + policy.inner(input_ids=ids, labels=ids).loss.double() * (len(document) - 1)
+    loss = document_nll(policy, documents, torch.device("cpu"))
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-4)
+    ours, theirs = (torch.autograd.grad(x, list(policy.parameters())) for x in (loss, total))
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+def test_documents_of_one_token_have_no_loss(policy):
+    """The first token is not predicted, so there is nothing to learn from a document that has no other."""
+    rest = document_nll(policy, [[5, 6, 7]], torch.device("cpu"))
+    assert float(document_nll(policy, [[9], [5, 6, 7]], torch.device("cpu"))) == pytest.approx(float(rest), abs=1e-5)
+    assert float(document_nll(policy, [[9], [5]], torch.device("cpu"))) == 0
+
+
+def test_a_policy_reads_packs_unless_another_attention_is_asked_for(policy_folder):
+    packed, padded = load_packed_policy(policy_folder), load_packed_policy(policy_folder, "eager")
+    assert packed.packed and packed.inner.config._attn_implementation == packing.PACKED
+    assert not padded.packed and padded.inner.config._attn_implementation == "eager"
+    ours, theirs = (response_logprobs(p.eval(), *batch(), 1.0)[0] for p in (packed, padded))
+    assert float((ours - theirs).abs().max()) < 1e-5 and float(ours.abs().max()) > 1
+
+
+def test_a_saved_policy_names_no_attention_of_ours(policy_folder, tmp_path):
+    """What a packed policy writes must load where align is not installed."""
+    load_packed_policy(policy_folder).model.save_pretrained(tmp_path / "again")
+    assert packing.PACKED not in (tmp_path / "again" / "config.json").read_text()
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.config._attn_implementation != packing.PACKED
 
 
 # The weight average

@@ -1,6 +1,7 @@
 """align/ranking.py and the RankingTrainer: K completions of a prompt are one element, whatever the batching."""
 
 import copy
+import dataclasses
 import math
 import random
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from align import packing
 from align.models import load_scalar_model
 from align.ranking import (
     RankedTokens,
@@ -24,25 +26,35 @@ from align.types import Demonstration, Ranking
 PAD = 0
 
 
-@pytest.fixture
-def scalar(tiny_llama, tmp_path):
+@pytest.fixture(params=[None, "eager"], ids=["packed", "padded"])
+def scalar(request, tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "policy")
     torch.manual_seed(1)
-    return load_scalar_model(str(tmp_path / "policy"), "eager", fresh_head=True)
+    return load_scalar_model(str(tmp_path / "policy"), request.param, fresh_head=True)
 
 
 def element(k: int, seed: int, ties: bool = False) -> dict:
     rng = random.Random(seed)
     query = tuple(rng.randrange(2, 64) for _ in range(rng.randint(1, 4)))
-    rows = tuple((*query, *(rng.randrange(2, 64) for _ in range(rng.randint(1, 5))), 1) for _ in range(k))
+    responses = tuple((*(rng.randrange(2, 64) for _ in range(rng.randint(1, 5))), 1) for _ in range(k))
     ranks = [float(r) for r in range(k)]
     rng.shuffle(ranks)
-    return {"ranking": RankedTokens(rows, tuple(r // 2 if ties else r for r in ranks))}
+    return {"ranking": RankedTokens(query, responses, tuple(r // 2 if ties else r for r in ranks))}
+
+
+def rows_of(ranking: RankedTokens) -> list[tuple[int, ...]]:
+    return [(*ranking.query, *response) for response in ranking.responses]
+
+
+def row_score(model, row) -> torch.Tensor:
+    """At the row's last token, by transformers' backbone on the whole row."""
+    state = model.inner.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, -1]
+    return model.head.weight[0] @ state + model.head.bias[0]
 
 
 def naive_loss(model, ranking: RankedTokens) -> torch.Tensor:
     """-log sigmoid(better - worse), averaged over all C(K, 2) pairs; a row at a time, float64."""
-    scores = [model(torch.tensor([row]))[0, -1].double() for row in ranking.rows]
+    scores = [row_score(model, row).double() for row in rows_of(ranking)]
     k, total = len(scores), 0.0
     for i in range(k):
         for j in range(k):
@@ -59,11 +71,11 @@ def gradient(loss, model) -> torch.Tensor:
 def test_R1_kwise_gradient_is_the_mean_of_pairwise_gradients(scalar, ties):
     ranking = element(5, 3, ties)
     whole = gradient(batch_ranking_loss(scalar, RankingCollator(PAD)([ranking]))[0], scalar)
-    rows, ranks = ranking["ranking"].rows, ranking["ranking"].ranks
+    query, rows, ranks = ranking["ranking"].query, ranking["ranking"].responses, ranking["ranking"].ranks
     pairs = []
     for i in range(5):
         for j in range(i + 1, 5):
-            pair = {"ranking": RankedTokens((rows[i], rows[j]), (ranks[i], ranks[j]))}
+            pair = {"ranking": RankedTokens(query, (rows[i], rows[j]), (ranks[i], ranks[j]))}
             pairs.append(gradient(batch_ranking_loss(scalar, RankingCollator(PAD)([pair]))[0], scalar))
     assert len(pairs) == 10 and float(whole.abs().max()) > 1e-3
     assert float((whole - sum(pairs) / 10).abs().max()) < 1e-5 * max(1.0, float(whole.abs().max()))
@@ -72,32 +84,55 @@ def test_R1_kwise_gradient_is_the_mean_of_pairwise_gradients(scalar, ties):
 
 
 def test_R2_a_completion_is_one_forward_row(scalar):
+    """Each completion's tokens are computed once; packed, each prompt's once for all its completions."""
     seen = []
-    scalar.inner.base_model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    batch_ranking_loss(scalar, RankingCollator(PAD)([element(4, 1), element(9, 2), element(2, 3)]))
-    assert sum(seen) == 15
+    scalar.inner.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    elements = [element(4, 1), element(9, 2), element(2, 3)]
+    batch_ranking_loss(scalar, RankingCollator(PAD)(elements))
+    assert len(seen) == 1
+    rankings = [e["ranking"] for e in elements]
+    if scalar.packed:
+        assert seen[0] == (1, sum(len(r.query) + sum(map(len, r.responses)) for r in rankings))
+        assert seen[0][1] == sum(r.tokens for r in rankings)
+    else:
+        assert seen[0] == (15, max(len(row) for r in rankings for row in rows_of(r)))
 
 
 def test_collator_and_by_prompt():
-    a = {"ranking": RankedTokens(((5, 6, 1), (5, 1)), (1.0, 0.0))}
-    b = {"ranking": RankedTokens(((7, 8, 9, 1), (7, 1), (7, 2, 1)), (0.0, 2.0, 1.0))}
+    a = {"ranking": RankedTokens((5,), ((6, 1), (1,)), (1.0, 0.0))}
+    b = {"ranking": RankedTokens((7,), ((8, 9, 1), (1,), (2, 1)), (0.0, 2.0, 1.0))}
     batch = RankingCollator(PAD)([a, b])
-    assert batch["input_ids"].tolist() == [[5, 6, 1, 0], [5, 1, 0, 0], [7, 8, 9, 1], [7, 1, 0, 0], [7, 2, 1, 0]]
-    assert batch["last_index"].tolist() == [2, 1, 3, 1, 2] and batch["group"].tolist() == [0, 0, 1, 1, 1]
+    pack = batch["pack"]
+    # `starts` and `last_index` are those of the completions, prompt by prompt.
+    assert pack.input_ids.tolist() == [5, 6, 1, 1, 7, 8, 9, 1, 1, 2, 1]
+    assert pack.position_ids.tolist() == [0, 1, 2, 1, 0, 1, 2, 3, 1, 1, 2]
+    assert pack.starts.tolist() == [1, 3, 5, 8, 9]
+    assert batch["last_index"].tolist() == [2, 3, 7, 8, 10] and batch["group"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["ranks"].tolist() == [1, 0, 0, 2, 1] and a["ranking"].tokens == 4 and b["ranking"].tokens == 7
     scores, ranks, mask = by_prompt(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), batch["ranks"], batch["group"])
     assert scores.tolist() == [pytest.approx([0.1, 0.2, 0.0]), pytest.approx([0.3, 0.4, 0.5])]
     assert ranks.tolist() == [[1, 0, 0], [0, 2, 1]] and mask.tolist() == [[True, True, False], [True, True, True]]
 
 
 @pytest.mark.parametrize("junk", [17, 1, 63])
-def test_R8_junk_in_the_padding_changes_no_loss_and_no_gradient(scalar, junk):
-    batch = RankingCollator(PAD)([element(3, 1), element(6, 2)])
-    past = torch.arange(batch["input_ids"].shape[1])[None, :] > batch["last_index"][:, None]
-    dirty = batch | {"input_ids": batch["input_ids"].masked_fill(past, junk)}
-    assert past.any()
+def test_R8_junk_in_the_padding_changes_no_loss_and_no_gradient(scalar, monkeypatch, junk):
+    monkeypatch.setattr(packing, "MAX_PADDING", 0.99)  # all completions of a prompt in one padded group
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 0)
+    elements = [element(3, 1), element(6, 2)]
+    batch = RankingCollator(PAD)(elements)
+    ids, past = batch["pack"].input_ids, torch.ones(len(batch["pack"].input_ids), dtype=torch.bool)
+    for row in batch["pack"].rows:
+        past[row.start : row.start + row.length] = False
+        past[row.prefix_start : row.prefix_start + row.prefix_length] = False
+    assert past.any() and int((~past).sum()) == sum(e["ranking"].tokens for e in elements)
+    dirty = batch | {"pack": dataclasses.replace(batch["pack"], input_ids=ids.masked_fill(past, junk))}
     clean_loss, dirty_loss = batch_ranking_loss(scalar, batch)[0], batch_ranking_loss(scalar, dirty)[0]
     assert torch.equal(clean_loss, dirty_loss)
     assert torch.equal(gradient(clean_loss, scalar), gradient(dirty_loss, scalar))
+    alone = sum(naive_loss(scalar, e["ranking"]) for e in elements)
+    assert float(dirty_loss.detach()) == pytest.approx(float(alone.detach()), abs=1e-5)
 
 
 def trainer_of(model, elements, folder, cls=RankingTrainer, **changes):
@@ -145,8 +180,10 @@ def test_R10_each_prompt_once_and_its_pairs_together(scalar, tmp_path):
 
     class Spy(RankingTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
+            pack = inputs["pack"]
             rows = [
-                tuple(row[: n + 1].tolist()) for row, n in zip(inputs["input_ids"], inputs["last_index"], strict=True)
+                tuple(pack.input_ids[a : a + n].tolist() + pack.input_ids[b : last + 1].tolist())
+                for (a, n, b, _), last in zip(pack.rows, inputs["last_index"].tolist(), strict=True)
             ]
             seen.append((self.state.global_step, rows, inputs["group"].tolist()))
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -158,7 +195,7 @@ def test_R10_each_prompt_once_and_its_pairs_together(scalar, tmp_path):
     for _, rows, group in seen:
         for g in range(max(group) + 1):
             prompts.append(tuple(row for row, at in zip(rows, group, strict=True) if at == g))
-    assert sorted(prompts) == sorted(e["ranking"].rows for e in elements)
+    assert sorted(prompts) == sorted(tuple(rows_of(e["ranking"])) for e in elements)
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
 
 
@@ -170,8 +207,8 @@ def planted(count: int, seed: int, flip: bool = False) -> list[dict]:
         responses = [tuple(rng.randrange(2, 64) for _ in range(4)) for _ in range(4)]
         ranks = [float(sum(token >= 32 for token in response)) for response in responses]
         if len(set(ranks)) > 1:
-            rows = tuple((*query, *response, 1) for response in responses)
-            elements.append({"ranking": RankedTokens(rows, tuple(-r if flip else r for r in ranks))})
+            responses = tuple((*response, 1) for response in responses)
+            elements.append({"ranking": RankedTokens(query, responses, tuple(-r if flip else r for r in ranks))})
     return elements
 
 
@@ -185,7 +222,7 @@ def test_R11_planted_reward(scalar, tmp_path, flip):
     for e in planted(60, 2):
         ranking = e["ranking"]
         with torch.no_grad():
-            scores = [float(scalar(torch.tensor([row]))[0, -1]) for row in ranking.rows]
+            scores = [float(row_score(scalar, row)) for row in rows_of(ranking)]
         for i in range(4):
             for j in range(4):
                 if ranking.ranks[i] < ranking.ranks[j]:
@@ -203,7 +240,7 @@ def test_logged_accuracy_and_margin_are_those_of_the_batches(scalar, tmp_path):
     for e in elements:
         ranking = e["ranking"]
         with torch.no_grad():
-            scores = [float(scalar(torch.tensor([row]))[0, -1]) for row in ranking.rows]
+            scores = [float(row_score(scalar, row)) for row in rows_of(ranking)]
         for i, a in enumerate(ranking.ranks):
             for j, b in enumerate(ranking.ranks):
                 if a < b:
@@ -212,7 +249,9 @@ def test_logged_accuracy_and_margin_are_those_of_the_batches(scalar, tmp_path):
     assert row["accuracy"] == pytest.approx(right / pairs) and row["margin"] == pytest.approx(margin / pairs, abs=1e-4)
 
 
-def test_encoding_and_scoring_rankings(tiny_codec, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_encoding_and_scoring_rankings(tiny_codec, tmp_path, attention, batch_size):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -220,21 +259,22 @@ def test_encoding_and_scoring_rankings(tiny_codec, tmp_path):
         num_attention_heads=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    model = load_scalar_model(str(tmp_path), fresh_head=True).eval()
+    model = load_scalar_model(str(tmp_path), attention, fresh_head=True).eval()
     rankings = [
         Ranking("hot?", ("cold", "用中文", "a"), (0, 1, 1)),
         Ranking("a farm", ("cow", "a dog and a bird"), (1, 0)),
+        Ranking("?", ("the same", "the same", "cold"), (0, 2, 1)),
     ]
     encoded = encode_rankings(rankings, tiny_codec)
-    scored = score_rankings(model, rankings, tiny_codec, batch_size=2)
+    scored = score_rankings(model, rankings, tiny_codec, batch_size)
     demonstrations = [Demonstration(r.prompt, c) for r in rankings for c in r.completions]
     flat = iter(score_demonstrations(model, demonstrations, tiny_codec, batch_size=3))
     for ranking, element_, (same, scores) in zip(rankings, encoded, scored, strict=True):
         assert same is ranking and element_["ranking"].ranks == ranking.ranks
-        for completion, row, score in zip(ranking.completions, element_["ranking"].rows, scores, strict=True):
+        for completion, row, score in zip(ranking.completions, rows_of(element_["ranking"]), scores, strict=True):
             assert list(row) == tiny_codec.prompt(ranking.prompt) + tiny_codec.response(completion)
             with torch.no_grad():
-                expected = float(model(torch.tensor([row]))[0, -1])
+                expected = float(row_score(model, row))
             assert score == pytest.approx(expected, abs=1e-5) and next(flat) == pytest.approx(expected, abs=1e-5)
 
 

@@ -23,14 +23,16 @@ def functions(monkeypatch):
     return module
 
 
-def test_R8_model_reward_reads_the_last_sampled_token(tiny_llama, tmp_path):
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_R8_model_reward_reads_the_last_sampled_token(tiny_llama, tmp_path, attention):
     tiny_llama.save_pretrained(tmp_path)
-    model = load_scalar_model(str(tmp_path), "eager", fresh_head=True).eval()
+    model = load_scalar_model(str(tmp_path), attention, fresh_head=True).eval()
     for size in (1, 2, 8):
         scores = ModelReward(model, 0, size)(PROMPTS, EPISODES)
         for episode, score in zip(EPISODES, scores, strict=True):
             with torch.no_grad():
-                expected = float(model(torch.tensor([[*episode.query, *episode.response]]))[0, -1])
+                ids = torch.tensor([[*episode.query, *episode.response]])
+                expected = float(model.head(model.inner.base_model(input_ids=ids).last_hidden_state[0, -1]))
             assert score == pytest.approx(expected, abs=1e-5)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from align.config import PPOConfig
 from align.errors import UserError
-from align.generate import TorchSampler
-from align.models import load_scalar_model
+from align.generate import make_sampler
+from align.models import Policy, add_residual_dropout, load_scalar_model
 from align.rewards import ModelReward
 from align.rollout import Actors, Query, apply_eos_rule, check_step_zero, collect_rollout, shape_rewards
 from align.runtime import Runtime
@@ -45,15 +45,17 @@ def sharpen(policy: torch.nn.Module) -> None:
         policy.lm_head.weight[EOS] = policy.lm_head.weight[2:10].mean(0) + policy.lm_head.weight[7]
 
 
-@pytest.fixture
-def actors(tiny_llama, tmp_path) -> Actors:
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def actors(request, tiny_llama, tmp_path) -> Actors:
     sharpen(tiny_llama)
     tiny_llama.save_pretrained(tmp_path)
-    reward_model = load_scalar_model(str(tmp_path), "eager", fresh_head=True)
+    reward_model = load_scalar_model(str(tmp_path), None if request.param else "eager", fresh_head=True)
     reward_model.head.bias.data.fill_(0.4)
-    sampler = TorchSampler(tiny_llama, EOS, PAD, 4)
-    reference, value_model = copy.deepcopy(tiny_llama), copy.deepcopy(reward_model)
-    return Actors(tiny_llama, reference, value_model, ModelReward(reward_model, PAD, 4), sampler, PAD)
+    policy = Policy(tiny_llama, request.param)
+    assert policy.packed == reward_model.packed == request.param
+    sampler = make_sampler(policy, EOS, PAD, 4)
+    reference, value_model = copy.deepcopy(policy), copy.deepcopy(reward_model)
+    return Actors(policy, reference, value_model, ModelReward(reward_model, PAD, 4), sampler, PAD)
 
 
 @pytest.fixture
@@ -81,21 +83,25 @@ def test_D3_every_finished_response_ends_in_exactly_one_eos(rollout):
         assert response.count(EOS) == int(rollout.finished[i])
 
 
+def last_value(value_model, row: torch.Tensor) -> float:
+    """At the row's last token, by transformers' backbone on the row alone."""
+    with torch.no_grad():
+        return float(value_model.head(value_model.inner.base_model(input_ids=row[None]).last_hidden_state[0, -1]))
+
+
 def test_P2_value_at_the_last_token_is_the_score(rollout, actors):
     for i in range(len(rollout)):
         total = int(rollout.query_lengths[i] + rollout.response_lengths[i])
-        with torch.no_grad():
-            value = actors.value_model(rollout.input_ids[i : i + 1, :total])[0, -1]
-        assert float(value) == pytest.approx(float(rollout.raw_scores[i]), abs=1e-4)
+        value = last_value(actors.value_model, rollout.input_ids[i, :total])
+        assert value == pytest.approx(float(rollout.raw_scores[i]), abs=1e-4)
 
 
 def test_values_are_read_at_the_state_before_each_token(rollout, actors):
     for i in range(len(rollout)):
         start, length = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
         for r in range(length):
-            with torch.no_grad():
-                value = actors.value_model(rollout.input_ids[i : i + 1, : start + r])[0, -1]
-            assert float(value) == pytest.approx(float(rollout.values[i, r]), abs=1e-4)
+            value = last_value(actors.value_model, rollout.input_ids[i, : start + r])
+            assert value == pytest.approx(float(rollout.values[i, r]), abs=1e-4)
 
 
 def test_P3_kl_to_the_reference_is_0(rollout):
@@ -116,8 +122,10 @@ def nudged(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def with_dropout(policy: torch.nn.Module) -> torch.nn.Module:
-    policy.config.attention_dropout = 0.3
+def with_dropout(policy: Policy) -> Policy:
+    if policy.packed:  # whose attention never drops anything
+        add_residual_dropout(policy.inner, 0.3)
+        return policy.train()
     for module in policy.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3
@@ -211,9 +219,9 @@ def test_P10_advantages_are_whitened_over_the_rollout(rollout):
 
 def test_P5_batching_of_the_rollout_changes_nothing(actors, runtime):
     rollouts = []
-    for size in (1, 3, 16):
-        sampler = TorchSampler(actors.policy, EOS, PAD, size)
-        config = config_of(per_device_rollout_batch_size=size)
+    for size, tokens in ((1, None), (3, None), (16, None), (16, 1), (3, 20)):
+        sampler = make_sampler(actors.policy, EOS, PAD, size)
+        config = config_of(per_device_rollout_batch_size=size, microbatch_tokens=tokens)
         changed = dataclasses.replace(actors, sampler=sampler)
         rollouts.append(collect_rollout(make_queries(16), changed, config, runtime, BETA, 0))
     first = rollouts[0]
@@ -254,3 +262,27 @@ def test_whitened_rewards_keep_rewards_as_paid(rollout):
     plain = shape_rewards(tensors, rollout.raw_scores, config_of(), BETA)
     whitened = shape_rewards(tensors, rollout.raw_scores, config_of(whiten_rewards=True), BETA)
     assert torch.equal(plain.rewards, whitened.rewards) and not torch.allclose(plain.returns, whitened.returns)
+
+
+def test_P4_logprobs_of_the_sampler_may_stand_for_those_of_the_training_forward(actors, runtime, monkeypatch):
+    recomputed = collect_rollout(make_queries(16), actors, config_of(), runtime, BETA, 0)
+    config = config_of(old_logprobs="sampler")
+    read = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, *args: (read.append(self), forward(self, *args))[1])
+    sampled = collect_rollout(make_queries(16), actors, config, runtime, BETA, 0)
+    assert set(map(id, read)) == {id(actors.ref_policy)}, "the policy has no forward pass of its own"
+    assert torch.equal(sampled.input_ids, recomputed.input_ids)
+    assert float((sampled.logprobs - recomputed.logprobs).abs().max()) < 1e-4
+    numbers = check_step_zero(sampled, actors, config, runtime, EOS, value_is_reward=True)
+    assert numbers["ratio_max_deviation"] < 1e-4 and numbers["kl"] < 1e-3
+
+
+def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors, runtime):
+    def sampler(queries, uniforms, temperature):
+        return [dataclasses.replace(e, logprobs=None) for e in actors.sampler(queries, uniforms, temperature)]
+
+    changed = dataclasses.replace(actors, sampler=sampler)
+    collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    with pytest.raises(UserError, match="old_logprobs: sampler, but this sampler gives none"):
+        collect_rollout(make_queries(16), changed, config_of(old_logprobs="sampler"), runtime, BETA, 0)

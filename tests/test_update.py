@@ -12,14 +12,14 @@ import torch
 import align.update
 from align.config import PPOConfig
 from align.errors import UserError
-from align.generate import TorchSampler
+from align.generate import make_sampler
 from align.learn import build_actors, build_learner, set_learning_rates
-from align.models import EMA, load_scalar_model, save_scalar_model
+from align.models import EMA, Policy, load_scalar_model, save_scalar_model
 from align.rewards import ModelReward
 from align.rollout import Actors, Query, collect_rollout
 from align.runtime import Runtime
 from align.types import Episode, Prompt
-from align.update import BatchAlgebra, Learner, optimiser_step, update
+from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, update
 
 EOS, PAD = 1, 0
 DOCUMENTS = [[5, 9, 33, 2, 1], [40, 41, 1], [7, 7, 8, 60, 61, 62, 1], [12, 1]]
@@ -70,14 +70,15 @@ def folder(tiny_llama, tmp_path):
     return tmp_path
 
 
-def reward_of(folder):
-    return load_scalar_model(str(folder / "reward"), "eager").eval()
+def reward_of(folder, packed: bool = True):
+    return load_scalar_model(str(folder / "reward"), None if packed else "eager").eval()
 
 
-def actors_of(policy, folder, reward=None) -> Actors:
-    reward = reward or ModelReward(reward_of(folder), PAD, 16)
-    sampler = TorchSampler(policy, EOS, PAD, 64)
-    return Actors(policy, copy.deepcopy(policy), reward_of(folder), reward, sampler, PAD)
+def actors_of(model, folder, reward=None, packed: bool = True) -> Actors:
+    policy = Policy(model, packed)
+    reward = reward or ModelReward(reward_of(folder, packed), PAD, 16)
+    sampler = make_sampler(policy, EOS, PAD, 64)
+    return Actors(policy, copy.deepcopy(policy), reward_of(folder, packed), reward, sampler, PAD)
 
 
 def recorder(actors: Actors) -> Learner:
@@ -93,9 +94,10 @@ def moved(rollout, scale: float = 0.3):
     return dataclasses.replace(rollout, logprobs=rollout.logprobs + noise, values=rollout.values + shift)
 
 
-@pytest.fixture
-def setup(tiny_llama, folder, runtime):
-    actors = actors_of(tiny_llama, folder)
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def setup(request, tiny_llama, folder, runtime):
+    actors = actors_of(tiny_llama, folder, packed=request.param)
+    assert actors.policy.packed == actors.value_model.packed == request.param
     rollout = collect_rollout(make_queries(12), actors, config_of(), runtime, 0.1, iteration=0)
     return SimpleNamespace(actors=actors, rollout=rollout, moved=moved(rollout))
 
@@ -116,7 +118,8 @@ def close(a, b, tolerance: float) -> None:
     assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
-# The policy's and the value model's gradients by a loop over single episodes, no padding, no library code of ours.
+# The policy's and the value model's gradients by a loop over single episodes, no padding, no library code of ours:
+# logits and states are those of transformers' own forward passes.
 
 
 def naive_ppo_loss(policy, rollout, config) -> torch.Tensor:
@@ -124,7 +127,7 @@ def naive_ppo_loss(policy, rollout, config) -> torch.Tensor:
     for i in range(len(rollout)):
         q, n = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
         ids = rollout.input_ids[i, : q + n]
-        logps = (policy(ids[None]).logits[0].double() / config.temperature).log_softmax(-1)
+        logps = (policy.inner(ids[None]).logits[0].double() / config.temperature).log_softmax(-1)
         for r in range(n):
             ratio = (logps[q - 1 + r, ids[q + r]] - rollout.logprobs[i, r].double()).exp()
             advantage = float(rollout.advantages[i, r])
@@ -137,7 +140,8 @@ def naive_value_loss(value_model, rollout, config) -> torch.Tensor:
     total, clip = 0.0, config.cliprange_value
     for i in range(len(rollout)):
         q, n = int(rollout.query_lengths[i]), int(rollout.response_lengths[i])
-        values = value_model(rollout.input_ids[i : i + 1, : q + n])[0].double()
+        states = value_model.inner.base_model(rollout.input_ids[i : i + 1, : q + n]).last_hidden_state[0]
+        values = value_model.head(states).squeeze(-1).double()
         for r in range(n):
             old, target = float(rollout.values[i, r]), float(rollout.returns[i, r])
             value = values[q - 1 + r]
@@ -151,7 +155,7 @@ def naive_value_loss(value_model, rollout, config) -> torch.Tensor:
 def naive_lm_loss(policy, documents) -> torch.Tensor:
     total = 0.0
     for document in documents:
-        logps = policy(torch.tensor([document])).logits[0].double().log_softmax(-1)
+        logps = policy.inner(torch.tensor([document])).logits[0].double().log_softmax(-1)
         total = total - sum(logps[t, token] for t, token in enumerate(document[1:]))
     return total / sum(len(d) - 1 for d in documents)
 
@@ -184,9 +188,9 @@ def test_X1_gradient_is_ppo_plus_coefficient_times_lm(setup, runtime):
 
 def test_X2_coefficient_0_is_plain_ppo_bit_for_bit(tiny_llama, folder, runtime):
     def weights(**changes):
-        policy = copy.deepcopy(tiny_llama)
         config = config_of(num_mini_batches=3, max_grad_norm=1.0, **changes)
-        actors = actors_of(policy, folder)
+        actors = actors_of(copy.deepcopy(tiny_llama), folder)
+        policy = actors.policy
         learner = Learner(policy, actors.value_model, *adams(policy, actors.value_model), None)
         asked = []
 
@@ -238,6 +242,52 @@ def test_P16_microbatch_size_changes_no_gradient(setup, runtime, size):
     close(cut[1], whole[1], 1e-5)
     for name, value in whole[2].sums.items():
         assert cut[2].sums[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("tokens, size", [(1, 16), (9, 16), (20, 16), (20, 2), (10_000, 16)])
+def test_P16_a_microbatch_of_so_many_tokens_changes_no_gradient(setup, runtime, tokens, size):
+    """From one row a microbatch to all rows in one."""
+    whole = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=2.0, per_device_train_batch_size=12)
+    changes = {"per_device_train_batch_size": size, "microbatch_tokens": tokens}
+    cut = gradients(setup, setup.moved, runtime, DOCUMENTS, ptx_coef=2.0, **changes)
+    close(cut[0], whole[0], 1e-5)
+    close(cut[1], whole[1], 1e-5)
+    for name, value in whole[2].sums.items():
+        assert cut[2].sums[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    rows = [len(micro) for micro in microbatches(setup.moved, config_of(**changes), runtime)]
+    assert rows == [1] * 12 if tokens == 1 else rows == [12] if tokens == 10_000 else 1 < max(rows) <= size
+
+
+class Others:
+    """A process whose peers have `batches` microbatches."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=self.batches)
+
+
+@pytest.mark.parametrize("others", range(1, 13))
+def test_P16_every_process_has_as_many_microbatches_as_the_one_that_has_most(setup, others):
+    """No wrapper of a model over processes bears it that one goes forward more often than another."""
+    config = config_of(per_device_train_batch_size=5, microbatch_tokens=40)
+    numbered = dataclasses.replace(setup.rollout, raw_scores=torch.arange(12.0))
+    alone = microbatches(numbered, config, Others(1))
+    micros = microbatches(numbered, config, Others(others))
+    assert 1 < len(alone) < 12 and len(micros) == max(len(alone), others)
+    assert sorted(int(n) for micro in micros for n in micro.raw_scores) == list(range(12))
+    for micro in micros:
+        assert 1 <= len(micro) <= 5
+        lengths = micro.query_lengths + micro.response_lengths
+        assert len(micro) == 1 or int(lengths.sum()) <= 40
+        for i, n in enumerate(micro.raw_scores.int().tolist()):
+            length = int(lengths[i])
+            assert torch.equal(micro.input_ids[i, :length], numbered.input_ids[n, :length])
+            count = int(micro.response_lengths[i])
+            assert torch.equal(micro.advantages[i, :count], numbered.advantages[n, :count])
 
 
 def test_P4_first_minibatch(setup, runtime):
@@ -365,16 +415,17 @@ def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
 
 def test_P15_average_takes_one_step_an_optimiser_step(tiny_llama, folder, runtime):
     actors = actors_of(tiny_llama, folder)
-    ema = EMA(tiny_llama, 0.9)
-    learner = Learner(tiny_llama, actors.value_model, *adams(tiny_llama, actors.value_model), ema)
-    name = "model.layers.0.mlp.up_proj.weight"
-    shadow = tiny_llama.get_parameter(name).detach().double().clone()
+    policy = actors.policy
+    ema = EMA(policy, 0.9)
+    learner = Learner(policy, actors.value_model, *adams(policy, actors.value_model), ema)
+    name = "model.model.layers.0.mlp.up_proj.weight"
+    shadow = policy.get_parameter(name).detach().double().clone()
     seen = []
     real = learner.policy_optimizer.step
 
     def step(*args, **kwargs):
         result = real(*args, **kwargs)
-        seen.append(tiny_llama.get_parameter(name).detach().double().clone())
+        seen.append(policy.get_parameter(name).detach().double().clone())
         return result
 
     learner.policy_optimizer.step = step
@@ -396,7 +447,7 @@ def test_a_number_that_is_not_finite_stops_before_any_weight_changes(setup, runt
     ema = EMA(policy, 0.9)
     learner = Learner(policy, value_model, *adams(policy, value_model), ema)
     before = digest(policy), digest(value_model)
-    with pytest.raises(UserError, match="no weight was changed"):
+    with pytest.raises(UserError, match=r" is nan; .*(model is unchanged|no weight was changed)"):
         optimiser_step(wrong, [], learner, config_of(), runtime)
     assert before == (digest(policy), digest(value_model))
 
@@ -414,6 +465,7 @@ def bandit(policy, folder, runtime, reward, kl_coef: float, iterations: int = 12
         missing_eos_penalty=None,
     )  # fmt: skip
     actors = actors_of(policy, folder, reward)
+    policy = actors.policy
     learner = Learner(policy, actors.value_model, *adams(policy, actors.value_model, rate), None)
     shares, kls = [], []
     for iteration in range(iterations):

@@ -22,20 +22,20 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 class LinearLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies behind a linear head, a chunk of positions at a time.
 
-    One chunk's logits exist at a time, in one buffer, and are computed again in the backward pass: for M positions the
-    head then costs 4 matrix products instead of 3 and no (M, V) tensor. The entropy carries no gradient.
+    One chunk's float32 logits exist at a time, in a buffer small enough for the cache, and are computed again in the
+    backward pass: a fourth matrix product instead of M x V numbers kept. The entropy carries no gradient.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tokens, temperature, chunk):
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        terms = torch.empty(min(chunk, len(hidden)), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for rows, logits in chunk_logits(hidden, weight, bias, temperature, chunk):
-            chosen = logits.gather(1, tokens[rows, None]).squeeze(1)
             normaliser = logits.logsumexp(-1)
-            logprobs[rows], normalisers[rows] = chosen - normaliser, normaliser
             logits -= normaliser[:, None]
-            entropies[rows] = -torch.linalg.vecdot(logits.exp(), logits)
+            logprobs[rows], normalisers[rows] = logits.gather(1, tokens[rows, None]).squeeze(1), normaliser
+            entropies[rows] = -torch.exp(logits, out=terms[: len(logits)]).mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropies)
@@ -45,38 +45,45 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
         grad = grad / ctx.temperature
-        wants_weight = ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # summed over chunks in float32
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows, logits in chunk_logits(hidden, weight, bias, ctx.temperature, ctx.chunk):
-            # d logprob / d logits = onehot - softmax
-            grad_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, tokens[rows, None], grad[rows, None])
-            grad_bias = None if bias is None else grad_bias.add_(grad_logits.sum(0))
-            grad_logits = grad_logits.to(weight.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if wants_weight:
-                product = grad_logits.T @ hidden[rows]
+        # Chunks are gathered in the weights' type before they are multiplied: few, large products into grad_weight.
+        for span in spans(len(hidden), GATHERED_CHUNKS * ctx.chunk):
+            grad_logits = torch.empty(span.stop - span.start, weight.shape[0], dtype=weight.dtype, device=weight.device)
+            for rows, logits in chunk_logits(hidden[span], weight, bias, ctx.temperature, ctx.chunk):
+                here, chosen = grad[span][rows, None], tokens[span][rows, None]
+                logits.sub_(normalisers[span][rows, None]).exp_().mul_(-here)  # d logprob / d logits = onehot - softmax
+                logits.scatter_add_(1, chosen, here)
+                grad_bias = None if bias is None else grad_bias.add_(logits.sum(0))
+                grad_logits[rows] = logits
+            grad_hidden[span] = grad_logits @ weight
+            if ctx.needs_input_grad[1]:
+                product = grad_logits.T @ hidden[span]
                 grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
-        as_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, as_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+GATHERED_CHUNKS = 8
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def chunk_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of positions and their logits / temperature in float32, all in the same buffer. (M, d) -> (C, V) each"""
-    size = min(chunk, len(hidden))
-    buffer = torch.empty(size, weight.shape[0], dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(hidden), size):
-        rows = slice(start, min(start + size, len(hidden)))
-        logits = buffer[: rows.stop - rows.start].copy_(torch.nn.functional.linear(hidden[rows], weight, bias))
+    buffer = torch.empty(min(chunk, len(hidden)), weight.shape[0], dtype=torch.float32, device=hidden.device)
+    for rows in spans(len(hidden), chunk):
+        logits = buffer[: rows.stop - rows.start]
+        logits.copy_(torch.nn.functional.linear(hidden[rows], weight, bias))
         yield rows, logits if temperature == 1 else logits.div_(temperature)
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, chunk_elements: int = 2**24
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, chunk_elements: int = 2**22
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of the logits `hidden @ weight.T + bias`, which never exist together.
 

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from align.maths.logprobs import draw, entropy, token_logprobs
+from align.maths.logprobs import draw, entropy, invert_cdf, linear_logprobs, token_logprobs
 
 # Row by hand: softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
 HAND = torch.tensor([[1.0, 2.0, 5.0]]).log()
@@ -94,7 +96,7 @@ def test_entropy_is_between_0_and_log_v(row):
 def test_P6_sampled_frequencies_agree_with_the_logprobs(temperature):
     n, logits = 20_000, torch.randn(1, 12) * 1.5
     uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    counts = np.bincount(draw(logits.expand(n, -1), uniforms, temperature).numpy(), minlength=12)
+    counts = np.bincount(draw(logits.expand(n, -1), uniforms, temperature)[0].numpy(), minlength=12)
     expected = scipy.special.softmax(logits[0].double().numpy() / temperature) * n
     assert scipy.stats.chisquare(counts, expected, sum_check=False).pvalue > 1e-3
     logprobs = token_logprobs(logits.expand(12, -1), torch.arange(12), temperature)
@@ -105,19 +107,33 @@ def test_P6_a_grid_of_uniforms_gives_the_probabilities():
     """Inverting a CDF on a regular grid: every count is n * p up to one."""
     n, logits = 10_000, torch.randn(1, 20) * 2
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    counts = np.bincount(draw(logits.expand(n, -1), grid, 0.8).numpy(), minlength=20)
+    counts = np.bincount(draw(logits.expand(n, -1), grid, 0.8)[0].numpy(), minlength=20)
     assert np.abs(counts - n * scipy.special.softmax(logits[0].double().numpy() / 0.8)).max() <= 1.01
 
 
 def test_draw_hand():
     # (1/8, 2/8, 5/8): [0, 1/8) -> 0, [1/8, 3/8) -> 1, [3/8, 1) -> 2
     uniforms = torch.tensor([0.0, 0.12, 0.13, 0.37, 0.38, 0.999], dtype=torch.float64)
-    assert draw(HAND.expand(6, -1), uniforms, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
+    tokens, logprobs = draw(HAND.expand(6, -1), uniforms, 1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    assert logprobs.exp().tolist() == pytest.approx([1 / 8, 1 / 8, 2 / 8, 2 / 8, 5 / 8, 5 / 8])
+    # temperature 1/2: (1/30, 4/30, 25/30)
+    tokens, logprobs = draw(HAND.expand(3, -1), torch.tensor([0.03, 0.04, 0.5]), 0.5)
+    assert tokens.tolist() == [0, 1, 2] and logprobs.exp().tolist() == pytest.approx([1 / 30, 4 / 30, 25 / 30])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_P6_draw_gives_the_logprob_of_what_it_draws(temperature):
+    logits, uniforms = torch.randn(200, 500) * 4, torch.rand(200)
+    tokens, logprobs = draw(logits, uniforms, temperature)
+    expected = scipy.special.log_softmax(logits.double().numpy() / temperature, axis=-1)
+    np.testing.assert_allclose(logprobs.numpy(), expected[np.arange(200), tokens.numpy()], atol=2e-5)
+    assert len(set(tokens.tolist())) > 50 and logprobs.dtype == torch.float32
 
 
 @given(logit_rows, st.lists(uniform, min_size=2, max_size=20), st.floats(0.1, 5))
 def test_P6_draw_is_monotone_in_u_and_in_range(row, uniforms, temperature):
-    tokens = draw(torch.tensor([row] * len(uniforms)), torch.tensor(sorted(uniforms)).double(), temperature).tolist()
+    tokens = draw(torch.tensor([row] * len(uniforms)), torch.tensor(sorted(uniforms)).double(), temperature)[0].tolist()
     assert tokens == sorted(tokens)
     assert tokens[0] >= 0 and tokens[-1] < len(row)
 
@@ -126,7 +142,7 @@ def test_P6_draw_is_monotone_in_u_and_in_range(row, uniforms, temperature):
 def test_P6_draw_never_picks_a_token_of_probability_0(row, u, data):
     banned = data.draw(st.sets(st.integers(0, len(row) - 1), max_size=len(row) - 1))
     logits = torch.tensor([[-float("inf") if i in banned else x for i, x in enumerate(row)]])
-    assert draw(logits, torch.tensor([u], dtype=torch.float64), 1.0).item() not in banned
+    assert draw(logits, torch.tensor([u], dtype=torch.float64), 1.0)[0].item() not in banned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -139,7 +155,7 @@ def test_draw_at_the_ends(vocabulary, dtype):
         torch.tensor(0.0, dtype=dtype),
         torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0).to(dtype)),
     ):
-        tokens = draw(logits, u.expand(64), 1.0)
+        tokens, _ = draw(logits, u.expand(64), 1.0)
         assert tokens.min() >= 1 and tokens.max() <= vocabulary - 2
 
 
@@ -148,21 +164,152 @@ def test_draw_does_not_depend_on_batch_mates(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(9, 30, generator=generator) * 4
     uniforms = torch.rand(9, dtype=torch.float64, generator=generator)
-    together = draw(logits, uniforms, 0.9)
-    alone = torch.cat([draw(logits[i : i + 1], uniforms[i : i + 1], 0.9) for i in range(9)])
+    together = draw(logits, uniforms, 0.9)[0]
+    alone = torch.cat([draw(logits[i : i + 1], uniforms[i : i + 1], 0.9)[0] for i in range(9)])
     order = torch.randperm(9, generator=generator)
     assert torch.equal(together, alone)
-    assert torch.equal(draw(logits[order], uniforms[order], 0.9), together[order])
+    assert torch.equal(draw(logits[order], uniforms[order], 0.9)[0], together[order])
 
 
 def test_draw_at_temperature_0_is_the_mode():
     logits, uniforms = torch.randn(50, 30), torch.rand(50, dtype=torch.float64)
     expected = [max(range(30), key=row.__getitem__) for row in logits.tolist()]
-    assert draw(logits, uniforms, 0).tolist() == expected
-    assert draw(logits, uniforms, 1e-3).tolist() == expected  # and the limit agrees
+    tokens, logprobs = draw(logits, uniforms, 0)
+    assert tokens.tolist() == expected
+    assert draw(logits, uniforms, 1e-3)[0].tolist() == expected  # and the limit agrees
+    at_1 = Categorical(logits=logits.double()).log_prob(tokens)
+    torch.testing.assert_close(logprobs.double(), at_1, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_draw_takes_half_precision(dtype):
     logits, uniforms = torch.randn(20, 30).to(dtype), torch.rand(20)
-    assert torch.equal(draw(logits, uniforms, 1.0), draw(logits.float(), uniforms, 1.0))
+    halves, floats = draw(logits, uniforms, 1.0), draw(logits.float(), uniforms, 1.0)
+    assert torch.equal(halves[0], floats[0]) and torch.equal(halves[1], floats[1])
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000, 50_257])
+def test_invert_cdf_is_a_search_in_the_cumulative_sum(vocabulary):
+    """numpy's searchsorted on a float64 cumsum; half of the tokens are impossible, in one row all but one."""
+    rows = 200 if vocabulary < 10_000 else 24
+    generator = torch.Generator().manual_seed(vocabulary)
+    scores = torch.randn(rows, vocabulary, generator=generator) * 3
+    scores[torch.rand(rows, vocabulary, generator=generator) < 0.5] = -float("inf")
+    scores[:, vocabulary // 2] = 0.0
+    scores[0] = -float("inf")
+    scores[0, vocabulary - 1] = 0.0
+    probabilities = scores.softmax(-1)
+    uniforms = torch.rand(rows, generator=generator)
+    uniforms[:4] = torch.tensor([0.5, 0.0, 1 - 2**-24, 2**-24])
+    expected = []
+    for row, u in zip(probabilities.double().numpy(), uniforms.tolist(), strict=True):
+        ends = np.cumsum(row)
+        expected.append(int(np.searchsorted(ends, u * ends[-1], side="right")))
+    assert invert_cdf(probabilities, uniforms).tolist() == expected
+    assert vocabulary == 3 or len(set(expected)) > 10
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 1000))
+def test_invert_cdf_does_not_depend_on_its_blocks(block, vocabulary, seed):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (torch.randn(20, vocabulary, generator=generator) * 3).softmax(-1)
+    uniforms = torch.rand(20, generator=generator)
+    assert torch.equal(invert_cdf(probabilities, uniforms, block), invert_cdf(probabilities, uniforms, vocabulary))
+
+
+def test_invert_cdf_hand():
+    # Shares 1/4, 0, 1/2, 0, 1/4 (unnormalised): [0, 1/4) -> 0, [1/4, 3/4) -> 2, [3/4, 1) -> 4; block edges at 2 and 4
+    shares = torch.tensor([[1.0, 0.0, 2.0, 0.0, 1.0]]).expand(6, -1)
+    uniforms = torch.tensor([0.0, 0.24, 0.25, 0.74, 0.75, 0.99])
+    for block in (1, 2, 3, 5, 8):
+        assert invert_cdf(shares, uniforms, block).tolist() == [0, 0, 2, 2, 4, 4], block
+
+
+# Log-probabilities behind a linear head
+
+
+def head(rows: int, size: int, vocabulary: int, biased: bool):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, size, generator=generator)
+    weight = torch.randn(vocabulary, size, generator=generator)
+    bias = torch.randn(vocabulary, generator=generator) if biased else None
+    tokens = torch.randint(vocabulary, (rows,), generator=generator)
+    return hidden, weight, bias, tokens, torch.randn(rows, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 23, 1000])  # of 23 positions; 8 chunks of 1 are fewer than all
+def test_linear_logprobs_and_their_gradients_are_those_of_float64(chunk, biased, temperature):
+    rows, vocabulary = 23, 40
+    hidden, weight, bias, tokens, upstream = head(rows, 16, vocabulary, biased)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    wide = [x.double().detach().requires_grad_() for x in leaves]
+
+    logprobs, entropies = linear_logprobs(
+        leaves[0], leaves[1], leaves[2] if biased else None, tokens, temperature, chunk * vocabulary
+    )
+    logits = (wide[0] @ wide[1].T + (wide[2] if biased else 0)) / temperature
+    table = logits.log_softmax(-1)
+    expected = table[torch.arange(rows), tokens]
+    assert logprobs.dtype == entropies.dtype == torch.float32 and not entropies.requires_grad
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(entropies.double(), Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-6)
+
+    ours = torch.autograd.grad((logprobs * upstream).sum(), leaves)
+    theirs = torch.autograd.grad((expected * upstream.double()).sum(), wide)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float(b.abs().max()) > 0.1 and a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_linear_logprobs_with_a_part_that_is_not_trained(frozen):
+    parts = dict(zip(("hidden", "weight", "bias"), head(9, 16, 40, True)[:3], strict=True))
+    tokens, upstream = head(9, 16, 40, True)[3:]
+    trained = [x.requires_grad_() for name, x in parts.items() if name != frozen]
+    ours = torch.autograd.grad(
+        (linear_logprobs(*parts.values(), tokens, 0.7, 3 * 40)[0] * upstream).sum(), trained, retain_graph=True
+    )
+    logits = parts["hidden"].double() @ parts["weight"].double().T + parts["bias"].double()
+    expected = (logits / 0.7).log_softmax(-1)[torch.arange(9), tokens]
+    theirs = torch.autograd.grad((expected * upstream.double()).sum(), trained)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_logprobs_of_no_position():
+    hidden, weight, bias, tokens, _ = head(0, 16, 40, True)
+    weight.requires_grad_()
+    logprobs, entropies = linear_logprobs(hidden, weight, bias, tokens, 1.0)
+    assert logprobs.shape == entropies.shape == (0,)
+    logprobs.sum().backward()
+    assert weight.grad is None or not weight.grad.any()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+def test_the_logits_of_all_positions_never_exist():
+    rows, size, vocabulary, chunk = 2000, 8, 500, 10
+    hidden, weight, _, tokens, upstream = head(rows, size, vocabulary, False)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with Largest() as plain:
+        (hidden @ weight.T).log_softmax(-1)
+    assert plain.elements == rows * vocabulary, "the probe sees what it should"
+    with Largest() as ours:
+        logprobs, _ = linear_logprobs(hidden, weight, None, tokens, 1.0, chunk * vocabulary)
+        torch.autograd.grad((logprobs * upstream).sum(), [hidden, weight])
+    assert ours.elements <= rows * vocabulary / 10, ours.elements

@@ -1,0 +1,49 @@
+"""align/evaluate/policies.py: what is measured of whole responses and of text, against transformers' own losses."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from align.evaluate.policies import perplexity, sequence_logprobs
+from align.models import Policy
+from align.types import Episode
+
+CPU = torch.device("cpu")
+QUERIES = [(5, 6), (9,), (30, 31, 32, 33), (8, 60, 2), (7,)]
+RESPONSES = [(7, 8, 1), (10, 11, 12, 13, 14), (1,), (3, 4), (20, 21, 22, 23, 24, 25, 26, 1)]
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def policy(request, tiny_llama):
+    return Policy(copy.deepcopy(tiny_llama), request.param)
+
+
+def loss_of(model, row: tuple[int, ...], first: int) -> float:
+    """Summed over the tokens from the `first` on: transformers' mean over the labels that are not -100."""
+    ids = torch.tensor([row])
+    labels = ids.clone()
+    labels[:, :first] = -100
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=labels).loss) * (len(row) - first)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 10])
+def test_logprob_of_a_response_is_the_sum_of_its_tokens(policy, tiny_llama, batch_size):
+    episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    setting = SimpleNamespace(batch_size=batch_size, codec=SimpleNamespace(pad_id=0))
+    with torch.no_grad():
+        totals = sequence_logprobs(policy, episodes, setting, CPU)
+    expected = [-loss_of(tiny_llama, q + r, len(q)) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    assert totals.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 10])
+def test_perplexity_is_a_mean_over_tokens_not_documents(policy, tiny_llama, batch_size):
+    documents = [list(q + r) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    total = sum(loss_of(tiny_llama, tuple(document), 1) for document in documents)
+    tokens = sum(len(document) - 1 for document in documents)
+    assert tokens == 25
+    assert perplexity(policy, documents, batch_size, CPU) == pytest.approx(math.exp(total / 25), rel=1e-4)
