@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from align.maths.logprobs import draw
 from align.models import Policy
@@ -233,10 +233,10 @@ class GenerateSampler:
         for rows in tqdm(batches, desc=self.progress, disable=self.progress is None, leave=False):
             drawn = Drawn(uniforms[rows].to(self.policy.device), temperature)
             ids, mask = left_pad([queries[i] for i in rows], self.pad_id)
-            out = self.policy.inner.generate(
+            out = self._generate(
                 ids.to(self.policy.device), attention_mask=mask.to(self.policy.device), do_sample=False,
                 max_new_tokens=uniforms.shape[1], eos_token_id=self.eos_id, pad_token_id=self.pad_id,
-                logits_processor=LogitsProcessorList([drawn]), temperature=None, top_p=None, top_k=None,
+                logits_processor=LogitsProcessorList([drawn]),
             )[:, ids.shape[1] :].tolist()  # fmt: skip
             logprobs = torch.stack(drawn.logprobs, 1).tolist()
             for row, tokens, probs in zip(rows, out, logprobs, strict=True):
@@ -245,6 +245,15 @@ class GenerateSampler:
                 episodes[row] = Episode(tuple(queries[row]), tuple(tokens[:n]), finished, tuple(probs[:n]))
         self.policy.train(was_training)
         return [episodes[i] for i in range(len(queries))]
+
+    def _generate(self, *args, **options) -> Tensor:
+        """`generate` without the checkpoint's own habits (penalties, banned tokens): the softmax alone is sampled."""
+        model = self.policy.inner
+        habits, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            return model.generate(*args, **options)
+        finally:
+            model.generation_config = habits
 
 
 class Drawn(LogitsProcessor):

@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from align.checkpoint import copy_weights
 from align.errors import UserError
-from align.maths.logprobs import linear_logprobs
+from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
-from align.packing import Layout, Pack, pack_rows, packed_states, padded_states, read_layout, set_packed
+from align.packing import Layout, Pack, layout_inputs, pack_rows, packed_states, padded_states, rows_of, set_packed
 from align.types import pad_rows
 
 
@@ -83,11 +83,14 @@ class PackedModel(nn.Module):
     def states(self, pack: Pack, cast: Cast) -> Tensor:
         """Last hidden states, with every weight as `cast` gives it. (N, d)"""
         read = packed_states if self.packed else padded_states
-        if cast is not same and self.inner.is_activation_checkpointing:
-            # A layer runs again in the backward pass, when the casts are gone: autocast does what they cannot.
-            with torch.autocast(pack.input_ids.device.type, torch.get_autocast_dtype(pack.input_ids.device.type)):
-                return read(self.inner.base_model, pack)
-        return read(Recast(self.inner.base_model, cast), pack)
+        hidden = read(self.recast(self.inner.base_model, cast), pack)
+        return hidden if cast is same else hidden.to(torch.get_autocast_dtype(hidden.device.type))
+
+    def recast(self, module: nn.Module, cast: Cast) -> Callable:
+        """`module`, called with cast weights; under plain autocast where activations are checkpointed, because a layer
+        then runs again in the backward pass, when the casts are gone."""
+        checkpointed = cast is not same and self.inner.is_activation_checkpointing
+        return Autocast(module) if checkpointed else Recast(module, cast)
 
     @contextmanager
     def half(self) -> Iterator[Cast]:
@@ -140,23 +143,74 @@ class Recast:
         return torch.func.functional_call(self.module, weights, kwargs=inputs)
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """A module called under autocast in its type."""
+
+    module: nn.Module
+
+    def __call__(self, **inputs: Any) -> Any:
+        device = inputs["input_ids"].device.type
+        with torch.autocast(device, torch.get_autocast_dtype(device)):
+            return self.module(**inputs)
+
+
 class Policy(PackedModel):
     """A causal language model as PPO reads it: log-probabilities of chosen tokens, never all logits at once."""
 
+    def __init__(self, model: PreTrainedModel, packed: bool = True):
+        super().__init__(model, packed)
+        self.plain_head = has_plain_head(self.inner)
+
     def forward(self, pack: Pack, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability of `tokens` after the states `at`, and the entropy there, in float32. (M,), (M,) -> 2 x (M,)"""
+        """Log-probability of `tokens` after the states `at`, and the entropy there. (M,), (M,) -> 2 x (M,), float32"""
         with self.half() as cast:
+            if not self.plain_head:
+                logits = self.own_logits(pack, at, cast)
+                return token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
             hidden = self.states(pack, cast)[at]  # (M, d)
             head = self.inner.get_output_embeddings()
             bias = None if head.bias is None else cast(head.bias)
             return linear_logprobs(hidden, cast(head.weight), bias, tokens, temperature)
 
+    def own_logits(self, pack: Pack, at: Tensor, cast: Cast) -> Tensor:
+        """Logits as the model itself makes them, for heads that do more than multiply. (M,) -> (M, V)"""
+        model = self.recast(self.inner, cast)
+        if self.packed:
+            return model(**layout_inputs(pack.input_ids, pack.position_ids, pack)).logits[0][at]
+        ids, places = rows_of(pack)  # (B, T)
+        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B x T, V)
+        real = (places.flatten() >= 0).nonzero().squeeze(1)
+        return logits[torch.zeros_like(pack.input_ids).index_copy(0, places.flatten()[real], real)[at]]
+
     def next_logits(self, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> Tensor:
         """Logits behind the states `at` of N tokens, for a sampler. (N,), (N,), (S,) -> (S, V)"""
         with self.half() as cast:
-            hidden = read_layout(Recast(self.inner.base_model, cast), input_ids, position_ids, layout)[at]
+            inputs = layout_inputs(input_ids, position_ids, layout)
+            if not self.plain_head:
+                return Recast(self.inner, cast)(**inputs).logits[0][at]
+            hidden = Recast(self.inner.base_model, cast)(**inputs).last_hidden_state[0][at]
             head = self.inner.get_output_embeddings()
             return nn.functional.linear(hidden, cast(head.weight), None if head.bias is None else cast(head.bias))
+
+
+HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """The logits are the last hidden states times the head's weights, nothing before, between or after."""
+    if any(getattr(model.config, name, None) not in (None, 1) for name in HEAD_SCALES):
+        return False
+    if model.device.type == "meta":
+        return True
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    hidden, head = model.base_model(ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
+    logits = model(ids, use_cache=False).logits
+    model.train(was_training)
+    return torch.allclose(nn.functional.linear(hidden, head.weight, head.bias), logits, rtol=1e-4, atol=1e-5)
 
 
 class ScalarModel(PackedModel):
@@ -276,9 +330,9 @@ def add_residual_dropout(model: nn.Module, p: float) -> int:
 def response_logprobs(
     policy: nn.Module, input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each response token, 0 past a row's end. (B, T), (B,), (B,) -> 2 x (B, R), float32.
+    """Log-probability and entropy of each response token, 0 past a row's end. (B, T), (B,), (B,) -> 2 x (B, R)
 
-    Padding is not computed, and only the states that predict response tokens reach the softmax.
+    In float32. Padding is not computed, and only the states that predict response tokens reach the softmax.
     """
     pack, mask, at = pack_responses(input_ids, query_lengths, response_lengths)
     tokens = response_tokens(input_ids, query_lengths, mask.shape[1])[mask]

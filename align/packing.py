@@ -107,6 +107,7 @@ def pack_continuations(
     prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Sequence[int]]], pad_id: int = 0
 ) -> Pack:
     """`rows[i]` continue `prefixes[i]`, which is computed once. Rows count over all prefixes in order."""
+    assert all(own for own in rows), "a prefix without rows"
     packing = Packing(pad_id)
     for prefix, own in zip(prefixes, rows, strict=True):
         if prefix and len(prefix) + sum(map(len, own)) <= BLOCK_TOKENS:
@@ -264,7 +265,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Ten
         return (weights @ value).view(j, b, g, s, d)
     prefix_key, prefix_value = prefix
     seen = prefix_key.shape[1]
-    before = (flat.view(j, b * g * s, d) @ prefix_key.transpose(-1, -2)).view(j, b, g, s, seen)
+    before = (flat.reshape(j, b * g * s, d) @ prefix_key.transpose(-1, -2)).view(j, b, g, s, seen)
     weights = torch.cat([before, scores], -1).softmax(-1)
     own = weights[..., seen:].reshape(j, b, g * s, length) @ value
     shared = weights[..., :seen].reshape(j, b * g * s, seen) @ prefix_value
@@ -303,6 +304,9 @@ class Layout(Protocol):
 
 def layout_attention(module: nn.Module, query, key, value, attention_mask, layout: Layout | None = None, **options):
     """What transformers calls in each layer. (1, H, N, D), (1, J, N, D) x 2 -> (1, N, H, D); no layout: plain SDPA."""
+    odd = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if odd:
+        raise ValueError(f"attention with {', '.join(odd)} is not computed here")  # `reads_packs` hears it
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -341,7 +345,9 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
     was_training = backbone.training
     backbone.eval()
     packing = Packing(0)
-    packing.add_groups((1, 2, 3), [(4, 5), (6, 7), (8,)])
+    vocabulary = backbone.get_input_embeddings().weight.shape[0]
+    prefix, rows = (1, 2, 3), ((4, 5), (6, 7), (8,))
+    packing.add_groups([t % vocabulary for t in prefix], [[t % vocabulary for t in row] for row in rows])
     pack = packing.done().to(backbone.device)
     try:
         packed, padded = packed_states(backbone, pack), padded_states(backbone, pack)
@@ -355,15 +361,18 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
 
 def packed_states(backbone: Callable, pack: Pack) -> Tensor:
     """Last hidden states of a pack in one pass. (N, d)"""
-    return read_layout(backbone, pack.input_ids, pack.position_ids, pack)
+    return backbone(**layout_inputs(pack.input_ids, pack.position_ids, pack)).last_hidden_state[0]
 
 
-def read_layout(backbone: Callable, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states of tokens that see each other as `layout` says. (N,), (N,) -> (N, d)"""
-    return backbone(
-        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout,
-        attention_mask=NO_MASK.to(input_ids.device),
-    ).last_hidden_state[0]  # fmt: skip
+def layout_inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict:
+    """What a model is called with when tokens see each other as `layout` says. (N,), (N,)"""
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": position_ids[None],
+        "attention_mask": NO_MASK.to(input_ids.device),
+        "use_cache": False,
+        "layout": layout,
+    }
 
 
 def padded_states(backbone: Callable, pack: Pack) -> Tensor:

@@ -71,10 +71,12 @@ def collect_rollout(
 def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, runtime: Runtime) -> dict[str, Tensor]:
     """Tokens, log-probabilities and values of this process's episodes, in their order. Rows (B, T) or (B, R)."""
     batch = episode_tensors(episodes, actors.pad_id, runtime.device)
-    batches = token_batches(
-        (batch["query_lengths"] + batch["response_lengths"]).tolist(),
-        config.per_device_rollout_batch_size,
-        config.microbatch_tokens,
+    batches = runtime.as_many(
+        token_batches(
+            (batch["query_lengths"] + batch["response_lengths"]).tolist(),
+            config.per_device_rollout_batch_size,
+            config.microbatch_tokens,
+        )
     )
 
     def collect(read: Callable[..., Tensor], model: nn.Module) -> Tensor:

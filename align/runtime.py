@@ -95,6 +95,17 @@ class Runtime:
         """Element-wise maximum over processes. (N,) -> (N,)"""
         return self.accelerator.gather(x).view(self.world, -1).max(0).values if self.world > 1 else x
 
+    def as_many(self, batches: list[list[int]]) -> list[list[int]]:
+        """The same rows in as many batches as any process has: a sharded model's forward passes must match. All
+        processes hold equally many rows, so there is always one to split."""
+        batches = list(batches)
+        wanted = int(self.max(torch.tensor([len(batches)], device=self.device)))
+        while len(batches) < wanted:
+            most = max(range(len(batches)), key=lambda i: len(batches[i]))
+            rows = batches.pop(most)
+            batches[most:most] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        return batches
+
     def gather_rows(self, x: Tensor, pad: float = 0) -> Tensor:
         """Every process's rows in global order (inverse of `mine`); narrower ones padded on the right."""
         if self.world == 1:

@@ -86,8 +86,9 @@ def update(
 def optimiser_step(
     minibatch: Rollout, documents: list[list[int]], learner: Learner, config: PPOConfig, runtime: Runtime
 ) -> UpdateStats:
-    """One minibatch. Policy: PPO gradient, then the pretraining gradient, in the same buffers, then one step (App. C.4);
-    then the value model, so that one model's gradients exist at a time."""
+    """One minibatch: PPO's gradient, then the pretraining gradient, in the same buffers, then a step (App. C.4); the
+    value model follows, so that one model's gradients exist at a time."""
+    require_finite_numbers(minibatch)
     tokens = int(minibatch.response_mask.sum())
     ptx_tokens = sum(len(document) - 1 for document in documents)
     mine = minibatch.index(torch.arange(runtime.rank, len(minibatch), runtime.world, device=runtime.device))
@@ -106,6 +107,15 @@ def optimiser_step(
         norm = step("value", learner.value_model, learner.value_optimizer, value_numbers, config, runtime)
         numbers |= value_numbers | {"value_grad_norm": norm}
     return UpdateStats(numbers | {"tokens": float(tokens), "ptx_tokens": float(ptx_tokens), "steps": 1.0})
+
+
+def require_finite_numbers(minibatch: Rollout) -> None:
+    """Stops before either model has changed."""
+    for name in ("logprobs", "values", "advantages", "returns"):
+        numbers = getattr(minibatch, name)[minibatch.response_mask]
+        wrong = numbers[~numbers.isfinite()].tolist()
+        if wrong:
+            raise UserError(f"{name} is {wrong[0]}; lower learning_rate or check the reward; no weight was changed")
 
 
 def backward(
@@ -127,12 +137,7 @@ def microbatches(rollout: Rollout, config: PPOConfig, runtime: Runtime) -> list[
     """Rows of like length together; how they are cut changes no gradient. Every process gets as many as the others."""
     lengths = (rollout.query_lengths + rollout.response_lengths).tolist()
     batches = token_batches(lengths, config.per_device_train_batch_size, config.microbatch_tokens)
-    wanted = int(runtime.max(torch.tensor([len(batches)], device=runtime.device)))
-    while len(batches) < wanted:
-        longest = max(range(len(batches)), key=lambda i: len(batches[i]))
-        rows = batches.pop(longest)
-        batches[longest:longest] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    return [rollout.index(torch.tensor(rows, device=rollout.input_ids.device)) for rows in batches]
+    return [rollout.index(torch.tensor(rows, device=rollout.input_ids.device)) for rows in runtime.as_many(batches)]
 
 
 def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,6 +157,7 @@ def pretraining_backward(
 ) -> list[dict[str, Tensor]]:
     """Gradient of ptx_coef times the mean loss of a pretraining token, `total` tokens over all processes."""
     batches = token_batches([len(d) for d in documents], config.per_device_train_batch_size, config.microbatch_tokens)
+    batches = runtime.as_many(batches)
     stats = []
     for i, picked in enumerate(batches):
         with runtime.accumulate(learner.policy, last=i == len(batches) - 1):
@@ -178,7 +184,7 @@ def step(
     name: str, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, float], config: PPOConfig,
     runtime: Runtime,
 ) -> float:  # fmt: skip
-    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it touches the weights."""
+    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it changes the model."""
     norm = runtime.clip_grad_norm(model.parameters(), config.max_grad_norm)
     for key, value in (numbers | {f"{name}_grad_norm": norm}).items():
         if not math.isfinite(value):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WORKLOADS = ("ppo-fixed", "ppo-ragged", "sampling-ragged", "rm-hh", "rm-qa")
-# Operations of an episode at 2 a weight and token: sampling, reference, reward, value, policy 2 each; 2 trainings 6 each.
+# Of an episode, 2 a weight and token: sampling, reference, reward, value, policy once each, two trainings thrice.
 PPO_FIXED_FLOPS = 64 * 22 * 134.5e6
 
 

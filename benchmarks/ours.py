@@ -66,7 +66,7 @@ def ppo(model: str, workload: str, data: Path, changes: dict) -> dict:
     learner = build_learner(config, runtime)
     actors = build_actors(config, codec, learner, runtime)
     queries = [Query(Prompt(""), tuple(ids)) for ids in tokens]
-    start, drawn, gaps = time.perf_counter(), 0, []
+    start, drawn = time.perf_counter(), 0
     for iteration in range(count // batch):
         part = queries[iteration * batch : (iteration + 1) * batch]
         rollout = collect_rollout(part, actors, config, runtime, config.kl_coef, iteration)
@@ -103,7 +103,8 @@ def reward(model: str, workload: str, data: Path, changes: dict) -> dict:
     settings = {"per_device_train_batch_size": prompts_a_batch, "bf16": True, "learning_rate": 1e-5}
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(), num_train_epochs=1, use_cpu=not torch.cuda.is_available(), report_to="none",
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, logging_strategy="no", **(settings | changes),
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, logging_strategy="no",
+        **(settings | changes),
     )  # fmt: skip
     trainer = RankingTrainer(
         model=scalar, args=args, train_dataset=encode_rankings(rankings, codec),

@@ -262,6 +262,7 @@ class Others:
     """A process whose peers have `batches` microbatches."""
 
     device = torch.device("cpu")
+    as_many = Runtime.as_many
 
     def __init__(self, batches: int):
         self.batches = batches

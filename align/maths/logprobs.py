@@ -60,7 +60,8 @@ class LinearLogprobs(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 product = grad_logits.T @ hidden[span]
                 grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
 
 
