@@ -18,7 +18,7 @@ CONFIGS := configs/$(PRESET)
 RUN := runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 # A preset without world.yaml, base.yaml or collect.yaml brings its own data, base model or human rankings.
-DATA := $(if $(wildcard $(CONFIGS)/world.yaml),$(RUN)/data/card.json)
+WORLD := $(if $(wildcard $(CONFIGS)/world.yaml),$(RUN)/data/card.json)
 BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json)
 SFT := $(RUN)/sft/manifest.json
 RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
@@ -54,7 +54,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
 align: evaluate ## everything: data, base, sft, collect, rm, ppo, evaluate
-data: $(READY) $(DATA) ## the embedded world: prompts, text, demonstrations
+data: $(READY) $(WORLD) ## the embedded world: prompts, text, demonstrations
 base: $(READY) $(BASE) ## stage 0: a small language model from text
 sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
 collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
@@ -67,25 +67,25 @@ evaluate: $(READY) $(SUMMARY) ## every policy on held-out prompts, with interval
 $(RUN)/data/card.json: $(CONFIGS)/world.yaml $(wildcard data/world/*.py) $(call force,data) | $(READY)
 	$(call timed,data,$(PY) -m data.world --config $< --output_dir $(RUN)/data --seed $(SEED) $(call args,data))
 
-$(RUN)/base/manifest.json: $(CONFIGS)/base.yaml $(DATA) $(call force,base) | $(READY)
+$(RUN)/base/manifest.json: $(CONFIGS)/base.yaml $(WORLD) $(call force,base) | $(READY)
 	$(call stage,base,base,base)
 
-$(SFT): $(CONFIGS)/sft.yaml $(DATA) $(BASE) $(call force,sft) | $(READY)
+$(SFT): $(CONFIGS)/sft.yaml $(WORLD) $(BASE) $(call force,sft) | $(READY)
 	$(call stage,sft,sft,sft)
 
-$(RUN)/rankings/manifest.json: $(CONFIGS)/collect.yaml $(DATA) $(SFT) $(call force,collect) | $(READY)
+$(RUN)/rankings/manifest.json: $(CONFIGS)/collect.yaml $(WORLD) $(SFT) $(call force,collect) | $(READY)
 	$(call stage,collect,collect,collect)
 
-$(RM): $(CONFIGS)/rm.yaml $(DATA) $(SFT) $(RANKINGS) $(call force,rm) | $(READY)
+$(RM): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm) | $(READY)
 	$(call stage,rm,rm,rm)
 
-$(PPO): $(CONFIGS)/ppo.yaml $(DATA) $(SFT) $(RM) $(call force,ppo) | $(READY)
+$(PPO): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo) | $(READY)
 	$(call stage,ppo,ppo,ppo)
 
-$(PLAIN): $(CONFIGS)/ppo.yaml $(DATA) $(SFT) $(RM) $(call force,ppo-plain) | $(READY)
+$(PLAIN): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo-plain) | $(READY)
 	$(call stage,ppo-plain,ppo,ppo,--ptx_coef 0 --output_dir $(RUN)/ppo-plain)
 
-$(OVEROPTIMISE): $(CONFIGS)/overoptimise.yaml $(DATA) $(SFT) $(RM) $(call force,overoptimise) | $(READY)
+$(OVEROPTIMISE): $(CONFIGS)/overoptimise.yaml $(WORLD) $(SFT) $(RM) $(call force,overoptimise) | $(READY)
 	$(call stage,overoptimise,ppo,overoptimise)
 
 # A plain PPO run that exists is evaluated too.
@@ -116,8 +116,8 @@ test-slow: $(READY) ## the slow tests, one after the other
 # The peer has an environment of its own: TRL dropped PPO after 1.12.
 BENCH := .venv-bench
 bench: $(READY) $(BENCH)/model/config.json ## ours against TRL, same work; DATA=folder of real data
-	$(if $(DATA_FOLDER),,$(error bench needs DATA=folder, laid out as docs/benchmarks.md says))
-	$(PY) -m benchmarks --data $(DATA_FOLDER) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
+	$(if $(DATA),,$(error bench needs DATA=folder, laid out as docs/benchmarks.md says))
+	$(PY) -m benchmarks --data $(DATA) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
 
 $(BENCH)/model/config.json: benchmarks/export_model.py
 	$(PYTHON) -m venv $(BENCH)
