@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from align.attention import Layout
 from align.maths.logprobs import draw
 from align.models import Policy
-from align.packing import Layout, Pack, pack_rows, token_batches
+from align.packing import Pack, pack_rows, token_batches
 from align.types import Episode
 
 PREFILL_TOKENS = 8192  # of queries read in one forward pass

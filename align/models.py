@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from align.attention import Layout, layout_inputs
 from align.checkpoint import copy_weights
 from align.errors import UserError
 from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
-from align.packing import Layout, Pack, layout_inputs, pack_rows, packed_states, padded_states, rows_of, set_packed
+from align.packing import Pack, pack_rows, packed_states, padded_states, rows_of, set_packed
 from align.types import pad_rows
 
 

@@ -22,6 +22,7 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 # generate, ranking and update call the models' forward passes, which read the packs of packing.
 FLOORS = (
     {"maths", "types", "config", "errors", "runtime"},
+    {"attention"},
     {"text", "checkpoint", "packing", "track"},
     {"models", "data"},
     {"generate", "ranking", "update"},

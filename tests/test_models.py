@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from align import packing
+from align.attention import PACKED
 from align.errors import UserError
 from align.models import (
     EMA,
@@ -317,7 +318,7 @@ def test_documents_of_one_token_have_no_loss(policy):
 
 def test_a_policy_reads_packs_unless_another_attention_is_asked_for(policy_folder):
     packed, padded = load_packed_policy(policy_folder), load_packed_policy(policy_folder, "eager")
-    assert packed.packed and packed.inner.config._attn_implementation == packing.PACKED
+    assert packed.packed and packed.inner.config._attn_implementation == PACKED
     assert not padded.packed and padded.inner.config._attn_implementation == "eager"
     ours, theirs = (response_logprobs(p.eval(), *batch(), 1.0)[0] for p in (packed, padded))
     assert float((ours - theirs).abs().max()) < 1e-5 and float(ours.abs().max()) > 1
@@ -326,9 +327,9 @@ def test_a_policy_reads_packs_unless_another_attention_is_asked_for(policy_folde
 def test_a_saved_policy_names_no_attention_of_ours(policy_folder, tmp_path):
     """What a packed policy writes must load where align is not installed."""
     load_packed_policy(policy_folder).model.save_pretrained(tmp_path / "again")
-    assert packing.PACKED not in (tmp_path / "again" / "config.json").read_text()
+    assert PACKED not in (tmp_path / "again" / "config.json").read_text()
     again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
-    assert again.config._attn_implementation != packing.PACKED
+    assert again.config._attn_implementation != PACKED
 
 
 # The weight average

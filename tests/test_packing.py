@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-from align import packing
+from align import attention, packing
 from align.models import Policy, ScalarModel, load_scalar_model, lora_config, response_logprobs
 from align.packing import (
     BLOCK_TOKENS,
@@ -220,13 +220,13 @@ def test_a_tiny_vocabulary_is_no_reason_to_fail(size):
 
 
 @pytest.mark.parametrize("together", [0, BLOCK_TOKENS], ids=["groups", "blocks"])
-@pytest.mark.parametrize("block", [packing.QUERY_BLOCK, 4])
+@pytest.mark.parametrize("block", [attention.QUERY_BLOCK, 4])
 @pytest.mark.parametrize("prefix", [0, 1, 30])
 @pytest.mark.parametrize("k", range(2, 10))
 def test_a_shared_prefix_gives_what_k_whole_rows_give(scalars, monkeypatch, k, prefix, block, together):
     """Two prompts, as groups or under one dense mask. Groups: with gradients by plain products, without them (rows
     longer than a block of queries) by the fused kernel."""
-    monkeypatch.setattr(packing, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(packing, "BLOCK_TOKENS", together)
     name = "llama" if k % 2 else "gpt2"  # rotary and absolute positions
     scalar, own = scalars(name, None), scalars(name, "eager")
@@ -252,11 +252,11 @@ def test_a_shared_prefix_gives_what_k_whole_rows_give(scalars, monkeypatch, k, p
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_long_rows_are_attended_in_blocks(scalars, monkeypatch, name, gradients):
     """A block's queries see all before them and nothing after; the same numbers by both kernels."""
-    monkeypatch.setattr(packing, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     seen = []
     for path in ("block_attention", "fused_attention"):
-        kernel = getattr(packing, path)
-        monkeypatch.setattr(packing, path, lambda *x, kernel=kernel, path=path: (seen.append(path), kernel(*x))[1])
+        kernel = getattr(attention, path)
+        monkeypatch.setattr(attention, path, lambda *x, kernel=kernel, path=path: (seen.append(path), kernel(*x))[1])
     scalar, own = scalars(name, None), scalars(name, "eager")
     pack = pack_rows(rows())
     with torch.set_grad_enabled(gradients):
@@ -286,7 +286,7 @@ def test_both_kernels_are_attention_by_a_loop(prefix, heads, shared):
                     keys, values = torch.cat([before[0][:, j], keys]), torch.cat([before[1][:, j], values])
                 weights = (keys.double() @ query[b, t, h].double() * 0.3).softmax(0)
                 expected[b, t, h] = weights @ values.double()
-    for kernel in (packing.causal_attention, packing.fused_attention):
+    for kernel in (attention.causal_attention, attention.fused_attention):
         assert float((kernel(query, key, value, before, 0.3) - expected).abs().max()) < 1e-5, kernel
 
 
