@@ -34,6 +34,11 @@ ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
+ifneq ($(filter bench,$(MAKECMDGOALS)),)
+ifeq ($(strip $(DATA)),)
+$(error bench needs DATA=folder, laid out as docs/benchmarks.md says)
+endif
+endif
 args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
 force = $(if $(strip $(call args,$(1))),FORCE)
 
@@ -116,7 +121,6 @@ test-slow: $(READY) ## the slow tests, one after the other
 # The peer has an environment of its own: TRL dropped PPO after 1.12.
 BENCH := .venv-bench
 bench: $(READY) $(BENCH)/model/config.json ## ours against TRL, same work; DATA=folder of real data
-	$(if $(DATA),,$(error bench needs DATA=folder, laid out as docs/benchmarks.md says))
 	$(PY) -m benchmarks --data $(DATA) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
 
 $(BENCH)/model/config.json: benchmarks/export_model.py
