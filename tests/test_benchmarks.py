@@ -47,7 +47,7 @@ def test_qa_rankings_and_pairs_hold_the_same_judgements(tmp_path):
     (tmp_path / "qa-feedback/dev_feedback.json").write_text(json.dumps([row]), encoding="utf-8")
     (ranking,) = workloads.load_rankings(tmp_path, "rm-qa")
     assert ranking["prompt"] == "a b\nc\n\nQuestion: q\nAnswer: "
-    # (1,2): 1; (1,3): 3; (1,4): tie; (2,3): 3; (2,4): 2; (3,4): 3. Losses minus wins: 0, 0, -3 and 2.
-    assert ranking["ranks"] == [0, 0, -3, 2 - 0]
+    # (1,2): 1; (1,3): 3; (1,4): tie; (2,3): 3; (2,4): 2; (3,4): 3. Losses minus wins of each answer:
+    assert ranking["ranks"] == [1 - 1, 2 - 1, 0 - 3, 2 - 0]
     pairs = [(pair["chosen"], pair["rejected"]) for pair in workloads.pairs_of([ranking])]
     assert pairs == [("p1", "p2"), ("p3", "p1"), ("p3", "p2"), ("p2", "p4"), ("p3", "p4")]
