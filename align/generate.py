@@ -47,12 +47,19 @@ def make_sampler(
     return (TorchSampler if policy.packed else GenerateSampler)(policy, eos_id, pad_id, batch_size, progress)
 
 
-class TorchSampler:
-    """Continuous batching over `batch_size` slots, longest queries first."""
+@dataclass(frozen=True)
+class Engine:
+    """What every engine is made of."""
 
-    def __init__(self, policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None):
-        self.policy, self.eos_id, self.pad_id = policy, eos_id, pad_id
-        self.batch_size, self.progress = batch_size, progress
+    policy: Policy
+    eos_id: int
+    pad_id: int
+    batch_size: int
+    progress: str | None = None  # the progress bar's name; None: no bar
+
+
+class TorchSampler(Engine):
+    """Continuous batching over `batch_size` slots, longest queries first."""
 
     @torch.no_grad()
     def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
@@ -218,12 +225,8 @@ class Writing:
         return out.view(*query.shape[:2], -1)
 
 
-class GenerateSampler:
+class GenerateSampler(Engine):
     """transformers' `generate`, told what to draw; left-padded batches of queries of like length."""
-
-    def __init__(self, policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None):
-        self.policy, self.eos_id, self.pad_id = policy, eos_id, pad_id
-        self.batch_size, self.progress = batch_size, progress
 
     @torch.no_grad()
     def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:

@@ -98,7 +98,7 @@ class PackedModel(nn.Module):
         """Gives the function that casts a weight to autocast's type, each once, and turns autocast off meanwhile.
 
         Cast whole, a model computes in that type from the embedding to the head; autocast alone keeps the residual
-        stream and the norms in float32, which on a CPU costs a third of the time. Weights and gradients stay float32.
+        stream and the norms in float32, which on a CPU costs a quarter of the time. Weights and gradients stay float32.
         Without autocast weights are taken as they are.
         """
         device = next(self.parameters()).device.type
