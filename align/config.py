@@ -84,7 +84,9 @@ class SFTConfig(StageConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
+    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
+    gradient_checkpointing: bool = False  # keep each layer's input alone, compute the layer again in the backward pass
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     adam_beta1: float = 0.9
@@ -102,6 +104,7 @@ class SFTConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choose_optimizer(self.optim, self.muon_learning_rate)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
@@ -144,7 +147,9 @@ class RMConfig(StageConfig):
     max_length: int = 2048
     num_train_epochs: float = 1.0  # more overfit fast (C.2)
     learning_rate: float = 9e-6
+    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
+    gradient_checkpointing: bool = False
     per_device_train_batch_size: int = 64  # prompts, each with its K completions
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 256  # rows
@@ -157,6 +162,10 @@ class RMConfig(StageConfig):
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose_optimizer(self.optim, self.muon_learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +201,13 @@ class PPOConfig(StageConfig):
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-5
     max_grad_norm: float = 1.0
+    optim: str = "adamw_torch_fused"  # of policy and value model, one of OPTIMIZERS
+    gradient_checkpointing: bool = False  # of both, too
+    use_peft: bool = False  # LoRA on the policy; the reference is the same weights with the adapter off
+    value_use_peft: bool = False  # LoRA on the value model; the reward likewise, where both come from one folder
+    lora_r: int = 16
+    lora_alpha: int = 32
+    frozen_quantization: str | None = None  # "int8": linear layers of models that only score, a byte a weight
     kl_coef: float = 0.02
     kl_estimator: str = "k1"
     kl_target: float | None = None  # given: kl_coef adapts to hold this many nats an episode
@@ -218,12 +234,26 @@ class PPOConfig(StageConfig):
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
+        choose_optimizer(self.optim)
+        choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not (self.reward_model_path or self.reward_function):
             raise UserError("reward_model_path: missing; give it, or reward_function: package.module:function")
         if not (self.value_model_path or self.reward_model_path):
             raise UserError("value_model_path: missing; without a reward model say where the value model starts")
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
+        if self.frozen_quantization and self.use_peft and (self.shares_reward_trunk or not self.reward_model_path):
+            raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
+
+    @property
+    def value_start(self) -> str:
+        """Where the value model comes from."""
+        return self.value_model_path or self.reward_model_path
+
+    @property
+    def shares_reward_trunk(self) -> bool:
+        """The value model is an adapter on the reward model's weights."""
+        return self.value_use_peft and self.value_start == self.reward_model_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +281,16 @@ class EvaluateConfig(StageConfig):
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}")
+
+
+# Names are TrainingArguments'; muon is ours (align.optimise), adamw_8bit needs bitsandbytes, adamw_torch_8bit torchao.
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "muon", "adamw_8bit", "adamw_torch_8bit")
+
+
+def choose_optimizer(optim: str | None, muon_learning_rate: float | None = None) -> None:
+    choose("optim", optim or "muon", OPTIMIZERS)
+    if muon_learning_rate is not None and optim not in (None, "muon"):
+        raise UserError(f"muon_learning_rate: is of optim: muon, not of {optim}; leave one of them out")
 
 
 def between(key: str, value: float, low: float, high: float) -> None:

@@ -15,21 +15,31 @@ from align.checkpoint import (
     require_same_tokenizer,
     rotate,
     save_training_state,
+    weights_sha256,
     write_manifest,
 )
 from align.config import PPOConfig
 from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
 from align.generate import make_sampler
+from align.lora import (
+    WithoutAdapter,
+    add_adapter,
+    load_trained,
+    save_policy_folder,
+    save_trained,
+    save_value_folder,
+)
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
+    PackedModel,
     disable_dropout,
     load_packed_policy,
-    load_policy,
     load_scalar_model,
     require_context,
-    save_scalar_model,
 )
+from align.optimise import make_optimizer
+from align.quantise import quantise
 from align.rewards import FunctionReward, ModelReward, Reward, SumReward
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
@@ -69,18 +79,21 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 
 def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
-    """Policy and value model without dropout, an Adam each, and the average of the policy's weights."""
-    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation)
-    value_model = load_scalar_model(config.value_model_path or config.reward_model_path, config.attn_implementation)
-    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    for model in (policy, value_model):
+    """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
+    # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
+    policy_dtype, value_dtype = (
+        runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
+    )
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
+    value_model = load_scalar_model(config.value_start, config.attn_implementation, dtype=value_dtype)
+    for model, peft in ((policy, config.use_peft), (value_model, config.value_use_peft)):
+        if peft:
+            add_adapter(model, config)
         disable_dropout(model)
-    policy_optimizer = torch.optim.AdamW(
-        policy.parameters(), config.learning_rate, betas, eps, weight_decay=0.0, fused=True
-    )
-    value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), config.value_learning_rate, betas, eps, weight_decay=0.0, fused=True
-    )
+        if config.gradient_checkpointing:
+            model.checkpoint_activations()
+    policy_optimizer = make_optimizer(policy, config.learning_rate, config)
+    value_optimizer = make_optimizer(value_model, config.value_learning_rate, config)
     policy, policy_optimizer = runtime.prepare(policy, policy_optimizer)
     value_model, value_optimizer = runtime.prepare(value_model, value_optimizer)
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
@@ -91,22 +104,31 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     """The frozen reference and reward beside the trained models, and a sampler over the policy."""
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
-    ref_policy = frozen(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype), runtime)
+    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
+    if config.use_peft:
+        ref_policy = WithoutAdapter(policy)
+    else:
+        ref_policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype)
+        ref_policy = frozen(ref_policy, config, runtime)
     parts: list[tuple[Reward, float]] = []
     if config.reward_model_path:
-        reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
-        reward_model = frozen(reward_model, runtime)
+        if config.shares_reward_trunk:
+            reward_model = WithoutAdapter(value_model)
+        else:
+            reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
+            reward_model = frozen(reward_model, config, runtime)
         parts.append((ModelReward(reward_model, codec.pad_id, config.per_device_rollout_batch_size), 1.0))
     if config.reward_function:
         parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
     reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)
-    policy = runtime.unwrap(learner.policy)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
 
-def frozen(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedModel:
     disable_dropout(model)
+    if config.frozen_quantization:
+        quantise(model.inner)
     return model.requires_grad_(False).eval().to(runtime.device)
 
 
@@ -141,9 +163,9 @@ def save_state(
         "ema": learner.ema.shadow if learner.ema else {},
     }
     with atomic_folder(output / f"checkpoint-{done}") as folder:
-        policy.model.save_pretrained(folder)
+        save_trained(policy, folder, codec.pad_id)
         codec.save(folder)
-        save_scalar_model(value_model, folder / "value_model", codec.pad_id)
+        save_trained(value_model, folder / "value_model", codec.pad_id)
         save_training_state(folder, state)
         mark_complete(folder)
     rotate(output, config.save_total_limit)
@@ -154,8 +176,8 @@ def load_state(
 ) -> tuple[int, float, dict[str, float]]:
     """Put everything back; returns (finished iterations, kl_coef, step-zero numbers)."""
     state = load_training_state(checkpoint)
-    copy_into(runtime.unwrap(learner.policy).model, load_policy(str(checkpoint)))
-    copy_into(runtime.unwrap(learner.value_model), load_scalar_model(str(checkpoint / "value_model")))
+    load_trained(runtime.unwrap(learner.policy), checkpoint)
+    load_trained(runtime.unwrap(learner.value_model), checkpoint / "value_model")
     learner.policy_optimizer.load_state_dict(state["policy_optimizer"])
     learner.value_optimizer.load_state_dict(state["value_optimizer"])
     if learner.ema:
@@ -166,22 +188,19 @@ def load_state(
     return state["iteration"], state["kl_coef"], state["step_zero"]
 
 
-@torch.no_grad()
-def copy_into(target: torch.nn.Module, source: torch.nn.Module) -> None:
-    target.load_state_dict(source.state_dict())
-
-
 def save_policy(
     output: Path, learner: Learner, codec: Codec, config: PPOConfig, inputs: Inputs, metrics: dict, runtime: Runtime
 ) -> None:
     """The averaged policy as a HuggingFace folder, the value model beside it, the manifest last."""
     if not is_main_process():
         return
-    policy = runtime.unwrap(learner.policy)
+    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
     if learner.ema:
         learner.ema.copy_to(policy)
     with atomic_contents(output) as folder:
-        policy.model.save_pretrained(folder)
+        save_policy_folder(policy, folder, codec.pad_id)
         codec.save(folder)
-        save_scalar_model(runtime.unwrap(learner.value_model), folder / "value_model", codec.pad_id)
+        save_value_folder(value_model, config.value_start, config, folder / "value_model", codec.pad_id)
+        if policy.adapted:
+            metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
         write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

@@ -1,12 +1,16 @@
-"""Muon for hidden matrices, AdamW for the rest, behind one optimiser that a Trainer can drive."""
+"""Optimisers by name (`optim`): the Trainer's own, and Muon for hidden matrices with AdamW for the rest."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
-from align.config import RMConfig, SFTConfig
+from align.config import PPOConfig, RMConfig, SFTConfig
+from align.errors import UserError
 
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
@@ -107,9 +111,41 @@ class MuonAdamW(torch.optim.Optimizer):
 def trainer_optimizers(
     model: nn.Module, config: SFTConfig | RMConfig
 ) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
-    """A Trainer's `optimizers`: ours where the config gives Muon a rate, else none, and the Trainer makes its AdamW.
-    Nothing decays, and the Trainer's schedule drives either."""
-    if config.muon_learning_rate is None:
+    """A Trainer's `optimizers`: ours where the config asks for Muon, else none, and the Trainer makes its own of
+    `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
+    if not takes_muon(config):
+        optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here
         return None, None
+    rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
     betas = (config.adam_beta1, config.adam_beta2)
-    return MuonAdamW(model, config.muon_learning_rate, config.learning_rate, betas, config.adam_epsilon), None
+    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon), None
+
+
+def trainer_optim(config: SFTConfig | RMConfig) -> str:
+    """TrainingArguments' `optim`, which a Trainer reads unless it is given an optimiser."""
+    return "adamw_torch_fused" if config.optim is None or takes_muon(config) else config.optim
+
+
+def takes_muon(config: SFTConfig | RMConfig) -> bool:
+    return config.optim == "muon" or config.muon_learning_rate is not None
+
+
+def make_optimizer(model: nn.Module, rate: float, config: PPOConfig) -> torch.optim.Optimizer:
+    """Stage 3's optimiser of what is trained in `model`; nothing decays. Muon and its AdamW take the same rate."""
+    if config.optim == "muon":
+        return MuonAdamW(model, rate, rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)
+    kind, options = optimizer_class(config.optim, rate, config)
+    return kind([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, **options)
+
+
+def optimizer_class(optim: str, rate: float, config: PPOConfig | SFTConfig | RMConfig) -> tuple[type, dict[str, Any]]:
+    """The class a Trainer would take, and what it would give it besides parameters and decay."""
+    arguments = SimpleNamespace(
+        optim=OptimizerNames(optim), optim_args=None, learning_rate=rate,
+        adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_epsilon=config.adam_epsilon,
+    )  # fmt: skip
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError:
+        package = "torchao" if optim == "adamw_torch_8bit" else "bitsandbytes"
+        raise UserError(f"optim: {optim}: needs {package}, which is not installed: pip install {package}") from None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from align.errors import UserError
+from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.ranking import score_rows
 from align.text import Codec
@@ -20,11 +21,12 @@ class Reward(Protocol):
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
-    def __init__(self, model: ScalarModel, pad_id: int, batch_size: int):
+    def __init__(self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int):
         self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        return score_rows(self.model, [[*e.query, *e.response] for e in episodes], self.pad_id, self.batch_size)
+        with self.model.hold():
+            return score_rows(self.model, [[*e.query, *e.response] for e in episodes], self.pad_id, self.batch_size)
 
 
 class FunctionReward:

@@ -162,16 +162,18 @@ def check_step_zero(
     numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
     numbers["value_minus_score"] = float((values - head.raw_scores).abs().max()) if value_is_reward else 0.0
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
-    tolerance = 0.1 if runtime.half else 1e-3
+    exact = 0.1 if runtime.half else 1e-3
+    rounded = 1.0 if config.frozen_quantization else exact  # of what compares with an 8-bit model
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
-    for name, cause in (
+    for name, tolerance, cause in (
         (
             "ratio_max_deviation",
+            exact,
             "sampling and training see different log-probabilities: dropout, temperature, precision",
         ),
-        ("kl", "the policy is not its reference: other weights or a stale checkpoint"),
-        ("value_minus_score", "the value model is not the reward model: other weights, head or token"),
+        ("kl", rounded, "the policy is not its reference: other weights or a stale checkpoint"),
+        ("value_minus_score", rounded, "the value model is not the reward model: other weights, head or token"),
     ):
         if not numbers[name] <= tolerance:
             raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {tolerance:g}: {cause}")

@@ -23,7 +23,7 @@ from align.data import drop_long, keep_apart, load_demonstrations, load_rankings
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
 from align.models import disable_dropout, load_scalar_model, lora_config, save_scalar_model
-from align.optimise import trainer_optimizers
+from align.optimise import trainer_optim, trainer_optimizers
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings
 from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     disable_dropout(model)
     if config.use_peft:
         model.model = get_peft_model(model.model, lora_config(config.lora_r, config.lora_alpha, scalar=True))
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
 
     # 3. Train: each prompt once an epoch, its pairs never apart.
     trainer = RankingTrainer(
@@ -108,6 +110,7 @@ def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
+        optim=trainer_optim(config),
         warmup_steps=config.warmup_steps,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,

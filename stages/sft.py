@@ -29,7 +29,7 @@ from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
-from align.optimise import trainer_optimizers
+from align.optimise import trainer_optim, trainer_optimizers
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
 from align.text import Codec
@@ -115,6 +115,7 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
+        optim=trainer_optim(config),
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
@@ -122,7 +123,7 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         eval_strategy="epoch",
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        gradient_checkpointing=False,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
