@@ -29,9 +29,9 @@ FIELDS = {
     "SFTConfig": """
         model_name_or_path train_file validation_file pretraining_file pretraining_fraction
         completion_only_loss max_length residual_dropout num_train_epochs learning_rate
-        muon_learning_rate per_device_train_batch_size gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm save_steps reward_model_path selection_prompts max_new_tokens temperature
-        use_peft lora_r lora_alpha
+        optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm save_steps reward_model_path selection_prompts
+        max_new_tokens temperature use_peft lora_r lora_alpha
     """,
     "CollectConfig": """
         model_name_or_path prompts_file validation_prompts_file labelers held_out_labelers
@@ -40,9 +40,9 @@ FIELDS = {
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
-        num_train_epochs learning_rate muon_learning_rate per_device_train_batch_size gradient_accumulation_steps
-        per_device_eval_batch_size adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps
-        save_steps use_peft lora_r lora_alpha
+        num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
+        per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
+        adam_beta2 adam_epsilon max_grad_norm warmup_steps save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
         model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
@@ -50,7 +50,8 @@ FIELDS = {
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
+        max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
+        kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations save_total_limit transcript_iterations judge
     """,
@@ -139,6 +140,15 @@ def test_defaults_are_the_papers():
     assert PPOConfig.ptx_coef == 27.8
     rm = RMConfig(output_dir="o")
     assert (rm.num_train_epochs, rm.learning_rate, rm.per_device_train_batch_size) == (1.0, 9e-6, 64)
+
+
+def test_int8_needs_a_model_that_only_scores():
+    """The reference has its own weights without LoRA; the reward has, unless the value model lies on them."""
+    int8 = ("--frozen_quantization", "int8")
+    assert ppo(*int8, "--use_peft", "true").frozen_quantization == "int8"
+    assert ppo(*int8, "--value_use_peft", "true").shares_reward_trunk
+    apart = ppo(*int8, "--use_peft", "true", "--value_use_peft", "true", "--value_model_path", "other")
+    assert not apart.shares_reward_trunk and apart.value_start == "other"
 
 
 # Types
@@ -248,6 +258,12 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--reward_model_path", "null"], ["reward_model_path", "reward_function"]),
         (["--reward_model_path", "null", "--reward_function", "a:b"], ["value_model_path", "missing"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
+        (["--optim", "adam"], ["optim", "'adam'", "adamw_torch_fused", "muon"]),
+        (["--frozen_quantization", "int4"], ["frozen_quantization", "'int4'", "int8"]),
+        (
+            ["--frozen_quantization", "int8", "--use_peft", "true", "--value_use_peft", "true"],
+            ["frozen_quantization", "no model is left", "null"],
+        ),
         (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
     ],
     ids=str,
@@ -268,6 +284,8 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--pretraining_fraction", "0.1"], ["pretraining_file", "missing"]),
         (SFTConfig, ["--pretraining_fraction", "1.5"], ["pretraining_fraction", "outside"]),
         (SFTConfig, ["--residual_dropout", "-0.1"], ["residual_dropout", "outside"]),
+        (SFTConfig, ["--optim", "adamw"], ["optim", "'adamw'", "adafactor"]),
+        (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
