@@ -144,8 +144,12 @@ def check_metrics(a: Path, b: Path, keys: tuple[str, ...]) -> None:
                 assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-5), (first["step"], key)
 
 
-def test_P16_ppo_in_two_processes(world):
-    flags = {
+LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_P16_ppo_in_two_processes(world, more):
+    flags = more | {
         "model_name_or_path": world / "policy", "reward_model_path": world / "reward",
         "train_file": world / "prompts.jsonl", "pretraining_file": world / "text.jsonl", "bf16": "false",
         "total_episodes": 32, "rollout_batch_size": 16, "num_mini_batches": 2, "per_device_train_batch_size": 3,

@@ -23,6 +23,7 @@ from align.models import (
     response_logprobs,
     save_scalar_model,
 )
+from align.optimise import MuonAdamW
 from align.packing import pack_rows
 from align.rollout import Actors, Query, check_step_zero, collect_rollout
 from align.runtime import Runtime
@@ -233,6 +234,35 @@ def test_ppo_losses_and_gradients_are_those_of_a_dense_model(folder, runtime, at
         assert torch.allclose(got, theirs[1][f"model.score.{name}"], atol=1e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("attn", [None, "eager"], ids=["packed", "padded"])
+def test_checkpointed_layers_give_adapters_the_same_gradients(folder, attn, half):
+    """And in half precision gradients near the full ones, in float32, on a trunk of bfloat16."""
+    ids = torch.tensor([row + [PAD] * (8 - len(row)) for row in ROWS])
+    lengths = torch.tensor([len(row) - 1 for row in ROWS])
+
+    def gradient(dtype, checkpointing=False) -> torch.Tensor:
+        policy = load_packed_policy(str(folder / "policy"), attn, dtype)
+        add_adapter(policy, config_of(folder))
+        shake(policy)
+        if checkpointing:
+            policy.checkpoint_activations()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = response_logprobs(policy, ids, torch.ones_like(lengths), lengths, 1.0)[0].sum()
+        grads = torch.autograd.grad(loss, trained)
+        assert all(g.dtype == torch.float32 for g in grads)
+        return torch.cat([g.flatten() for g in grads])
+
+    full = gradient(torch.float32)
+    assert float(full.abs().max()) > 0.1
+    if half:
+        for near in (gradient(torch.bfloat16), gradient(torch.bfloat16, checkpointing=True)):
+            assert float(torch.nn.functional.cosine_similarity(near, full, 0)) > 0.99
+    else:
+        assert torch.allclose(gradient(torch.float32, checkpointing=True), full, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("attn", [None, "eager"], ids=["packed", "padded"])
 def test_samplers_draw_from_the_merged_weights_and_put_the_frozen_ones_back(folder, attn):
     policy = adapted_policy(folder, attn)
@@ -268,6 +298,17 @@ def test_twenty_merges_leave_no_trace(folder):
         with policy.merged():
             assert weight.dtype == torch.bfloat16 and not torch.equal(weight, before)
     assert torch.equal(weight, before)
+
+
+def test_optim_and_gradient_checkpointing_reach_both_models(folder, runtime):
+    learner = build_learner(config_of(folder, optim="muon", gradient_checkpointing=True), runtime)
+    for model, optimizer in (
+        (learner.policy, learner.policy_optimizer),
+        (learner.value_model, learner.value_optimizer),
+    ):
+        assert model.inner.is_activation_checkpointing and model.training
+        assert isinstance(optimizer.optimizer, MuonAdamW)
+    assert not build_learner(config_of(folder), runtime).policy.inner.is_activation_checkpointing
 
 
 @pytest.mark.parametrize("value_use_peft", [False, True])

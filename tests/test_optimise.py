@@ -1,6 +1,7 @@
 """align/optimise.py: our Muon takes torch's steps, in float32."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from transformers.optimization import Adafactor
 
+import stages.rm
+import stages.sft
 from align.config import OPTIMIZERS, PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
 from align.optimise import (
@@ -100,6 +103,8 @@ def test_optim_names_what_the_trainer_makes(config_class):
     assert trainer_optim(config_class("out")) == TrainingArguments("out").optim == "adamw_torch_fused"
     assert trainer_optim(config_class("out", optim="adafactor")) == "adafactor"
     assert trainer_optimizers(model, config_class("out", optim="adafactor")) == (None, None)
+    stage = {SFTConfig: stages.sft, RMConfig: stages.rm}[config_class]
+    assert stage.training_arguments(config_class("out", optim="adafactor"), Path("out")).optim == "adafactor"
     optimizer, _ = trainer_optimizers(model, config_class("out", optim="muon", learning_rate=1e-3))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3], "no rate of its own: AdamW's"
 

@@ -279,18 +279,16 @@ def test_lora_sft_hands_on_a_merged_model(mini, tmp_path):
     assert (tmp_path / "rm" / "manifest.json").is_file()
 
 
-LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "save_iterations": 1, "total_episodes": 48, "seed": 3}
-
-
 def test_lora_ppo_hands_on_a_merged_model_and_resumes_to_the_byte(mini, tmp_path):
     """Policy and value model as adapters, checkpointed layers, Muon; resumed from the first iteration's checkpoint."""
-    changes = LORA | {"value_use_peft": "true", "gradient_checkpointing": "true", "optim": "muon", "ema_decay": 0.9}
-    mini.stage("ppo", mini.run, output_dir=tmp_path, **changes, save_total_limit=9)
+    changes = {"use_peft": "true", "value_use_peft": "true", "lora_r": 4, "lora_alpha": 8, "seed": 3}
+    changes |= {"gradient_checkpointing": "true", "optim": "muon", "ema_decay": 0.9, "save_iterations": 1}
+    mini.stage("ppo", mini.run, output_dir=tmp_path, **changes)
     names = ["metrics.jsonl", "model.safetensors", "adapter/adapter_model.safetensors", "transcripts.jsonl"]
     before = {name: (tmp_path / name).read_bytes() for name in [*names, "value_model/model.safetensors"]}
     first = tmp_path / "checkpoint-1"
     assert not list(first.rglob("model.safetensors")), "a checkpoint holds adapters alone"
-    mini.stage("ppo", mini.run, output_dir=tmp_path, resume_from_checkpoint=first, **changes, save_total_limit=9)
+    mini.stage("ppo", mini.run, output_dir=tmp_path, resume_from_checkpoint=first, **changes)
     assert [name for name, content in before.items() if (tmp_path / name).read_bytes() != content] == []
     assert all(abs(value) < 1e-3 for value in manifest(mini, tmp_path)["metrics"]["step_zero"].values())
     digest = hashlib.sha256(before["adapter/adapter_model.safetensors"]).hexdigest()
@@ -298,19 +296,11 @@ def test_lora_ppo_hands_on_a_merged_model_and_resumes_to_the_byte(mini, tmp_path
     tensors, start = load_file(tmp_path / "model.safetensors"), load_file(mini.run / "sft" / "model.safetensors")
     linear = {name for name in start if name.endswith("_proj.weight")}
     assert tensors.keys() == start.keys() and moved(mini.run / "sft", tmp_path) == linear
-    value = moved(mini.run / "rm", tmp_path / "value_model")
-    assert value == linear | {"score.weight", "score.bias"}
-
-
-def test_a_merged_policy_is_its_base_and_its_adapter(mini, tmp_path):
-    """By hand from the files: W + alpha / r * B A."""
-    mini.stage("ppo", mini.run, output_dir=tmp_path, **LORA)
+    assert moved(mini.run / "rm", tmp_path / "value_model") == linear | {"score.weight", "score.bias"}
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path, mini.run / "sft"))
-    for name in (name for name in base if name.endswith("_proj.weight")):
-        key = f"base_model.model.{name.removesuffix('.weight')}"
-        delta = 8 / 4 * adapter[f"{key}.lora_B.weight"].double() @ adapter[f"{key}.lora_A.weight"].double()
-        assert torch.allclose(merged[name].double(), base[name].double() + delta, atol=1e-6) and delta.abs().max() > 0
+    for name in linear:  # merged by hand: W + alpha / r * B A
+        a, b = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"].double() for x in "AB")
+        assert torch.allclose(tensors[name].double(), start[name].double() + 8 / 4 * b @ a, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
@@ -324,15 +314,9 @@ def test_checkpointed_layers_change_no_weight(mini, tmp_path, monkeypatch, stage
 
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
     mini.stage(stage, mini.run, output_dir=tmp_path, gradient_checkpointing="true")
+    assert calls
     expected, got = (load_file(folder / "model.safetensors") for folder in (mini.run / stage, tmp_path))
-    assert calls and max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
-
-
-@pytest.mark.parametrize("stage, optim", [("sft", "adafactor"), ("rm", "adamw_torch"), ("ppo", "adafactor")])
-def test_optim_is_the_stages_optimiser(mini, tmp_path, stage, optim):
-    changes = {} if stage == "ppo" else {"muon_learning_rate": "null"}
-    mini.stage(stage, mini.run, output_dir=tmp_path, optim=optim, **changes)
-    assert moved(mini.run / stage, tmp_path), "another optimiser, other weights"
+    assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
 
 
 def test_a_ppo_run_with_8_bit_reference_and_reward(mini, tmp_path):
