@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import workloads
+from benchmarks import memory, workloads
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
 FIELDS = {"workload", "ours", "peer", "unit", "ratio", "ratio_low", "ratio_high", "memory_ratio", "limit_fraction"}
@@ -51,3 +51,29 @@ def test_qa_rankings_and_pairs_hold_the_same_judgements(tmp_path):
     assert ranking["ranks"] == [1 - 1, 2 - 1, 0 - 3, 2 - 0]
     pairs = [(pair["chosen"], pair["rejected"]) for pair in workloads.pairs_of([ranking])]
     assert pairs == [("p1", "p2"), ("p3", "p1"), ("p3", "p2"), ("p2", "p4"), ("p3", "p4")]
+
+
+def test_bytes_of_each_memory_key_by_hand(tmp_path, monkeypatch):
+    """One layer of width 64 in float32: embeddings 8192 x 64, attention 4 x 64 x 64, feed-forward 3 x 64 x 170, three
+    norms; the head of 65. LoRA of rank 16 on the seven matrices."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    paths = memory.make_models(tmp_path, hidden=64, layers=1)
+    matrices = 4 * 64 * 64 + 3 * 64 * 170
+    trunk, adapter = 8192 * 64 + matrices + 3 * 64, 16 * (4 * 128 + 3 * 234)
+    plain = ("bf16=false", "total_episodes=2", "rollout_batch_size=2", "gradient_checkpointing=false")
+    monkeypatch.setattr(memory, "EPISODES", 2)
+    measured = {
+        keys: memory.measure(*paths, *plain, *keys)
+        for keys in ((), ("use_peft=true", "value_use_peft=true"), ("frozen_quantization=int8", "ema_decay=null"))
+    }
+    full, lora, rounded = measured.values()
+    buffers = full["weights"] - 4 * (4 * trunk + 2 * 65)  # rotary frequencies
+    assert 0 <= buffers < 4 * 4 * 100
+    assert full["gradients"] == 4 * (trunk + 65) and full["average"] == 4 * trunk
+    assert lora["gradients"] == 4 * (adapter + 65) and lora["average"] == 4 * adapter
+    assert lora["weights"] == 4 * (2 * trunk + 2 * 65 + 2 * adapter) + buffers // 2
+    steps = 4 * 2 * (20 + 14 + 14)  # at most: a step count a tensor
+    assert 0 <= full["optimiser"] - 4 * 2 * (2 * trunk + 65) < steps
+    assert 0 <= lora["optimiser"] - 4 * 2 * (2 * adapter + 65) < steps
+    scales = 4 * (4 * 64 + 2 * 170 + 64)
+    assert full["weights"] - rounded["weights"] == 2 * (3 * matrices - scales) and rounded["average"] == 0
