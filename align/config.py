@@ -105,6 +105,7 @@ class SFTConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
+        between("lora_r", self.lora_r, 1, 4096)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
@@ -166,6 +167,7 @@ class RMConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
+        between("lora_r", self.lora_r, 1, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +237,7 @@ class PPOConfig(StageConfig):
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
         choose_optimizer(self.optim)
+        between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not (self.reward_model_path or self.reward_function):
             raise UserError("reward_model_path: missing; give it, or reward_function: package.module:function")

@@ -14,6 +14,7 @@ from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights, s
 from torch import nn
 
 from align.config import PPOConfig
+from align.errors import UserError
 from align.models import (
     PackedModel,
     Policy,
@@ -68,6 +69,11 @@ def save_trained(model: Policy | ScalarModel, folder: Path, pad_id: int) -> None
 @torch.no_grad()
 def load_trained(model: Policy | ScalarModel, folder: Path) -> None:
     """Put back what `save_trained` wrote."""
+    if model.adapted != (folder / "adapter_config.json").exists():
+        key = "value_use_peft" if isinstance(model, ScalarModel) else "use_peft"
+        raise UserError(
+            f"resume_from_checkpoint: {folder}: written with another {key}; set {key} to {not model.adapted}"
+        )
     if model.adapted:
         set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
     elif isinstance(model, ScalarModel):

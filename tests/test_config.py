@@ -259,6 +259,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--reward_model_path", "null", "--reward_function", "a:b"], ["value_model_path", "missing"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
         (["--optim", "adam"], ["optim", "'adam'", "adamw_torch_fused", "muon"]),
+        (["--lora_r", "0"], ["lora_r", "outside"]),
         (["--frozen_quantization", "int4"], ["frozen_quantization", "'int4'", "int8"]),
         (
             ["--frozen_quantization", "int8", "--use_peft", "true", "--value_use_peft", "true"],
@@ -285,6 +286,7 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--pretraining_fraction", "1.5"], ["pretraining_fraction", "outside"]),
         (SFTConfig, ["--residual_dropout", "-0.1"], ["residual_dropout", "outside"]),
         (SFTConfig, ["--optim", "adamw"], ["optim", "'adamw'", "adafactor"]),
+        (RMConfig, ["--lora_r", "-1"], ["lora_r", "outside"]),
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from align.config import PPOConfig
+from align.errors import UserError
 from align.generate import GenerateSampler, TorchSampler, make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
 from align.lora import WithoutAdapter, add_adapter, load_trained, save_policy_folder, save_trained, save_value_folder
@@ -392,3 +393,15 @@ def test_the_average_is_of_what_is_trained(folder):
     for name, value in ema.shadow.items():
         assert torch.allclose(value, 0.9 * start[name] + 0.1 * policy.get_parameter(name).detach(), atol=1e-6)
     assert set(start) == {name for name, p in policy.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("name, load, key", [
+    ("policy", load_packed_policy, "use_peft"), ("reward", load_scalar_model, "value_use_peft")
+])  # fmt: skip
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_checkpoint_of_the_other_kind_is_refused(folder, tmp_path, name, load, key, adapted):
+    models = [load(str(folder / name)) for _ in range(2)]
+    add_adapter(models[adapted], config_of(folder))
+    save_trained(models[0], tmp_path / "out", PAD)
+    with pytest.raises(UserError, match=f"another {key}; set {key} to {not adapted}"):
+        load_trained(models[1], tmp_path / "out")
