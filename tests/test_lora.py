@@ -1,6 +1,7 @@
 """align/lora.py and LoRA in stage 3: one trunk for two models, dense arithmetic, merging, saving."""
 
 import copy
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -338,6 +339,30 @@ def test_P2_P3_P4_step_zero_and_training_under_lora(folder, runtime, value_use_p
     reward = load_scalar_model(str(folder / "reward"))
     assert torch.equal(logprobs_of(actors.ref_policy), logprobs_of(fresh))
     assert torch.equal(scores_of(actors.reward.model), scores_of(reward))
+
+
+def test_P17_toy_bandit_with_adapters(tiny_llama, folder, runtime):
+    """'Write tokens below 32' is learned by adapters alone, policy and value model."""
+    tiny_llama.lm_head.weight.data.div_(4)  # wide, and within reach of layers that are trained below a frozen head
+    tiny_llama.save_pretrained(folder / "policy")
+    config = config_of(
+        folder, value_use_peft=True, rollout_batch_size=64, total_episodes=64, num_mini_batches=4,
+        per_device_train_batch_size=64, missing_eos_penalty=None, lora_r=8, lora_alpha=32,
+    )  # fmt: skip
+    learner = build_learner(config, runtime)
+    actors = dataclasses.replace(build_actors(config, CODEC, learner, runtime), reward=share_of_low_tokens)
+    shares, kls = [], []
+    for iteration in range(12):
+        rollout = collect_rollout(make_queries(64), actors, config, runtime, 0.0, iteration)
+        shares.append(float(rollout.raw_scores.mean()))
+        kls.append(float((rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask].mean()))
+        update(rollout, learner, lambda count: [], config, runtime, iteration)
+    assert abs(shares[0] - 0.5) < 0.1 and shares[-1] > shares[0] + 0.15
+    assert kls[0] == 0 and kls[-1] > 0.02
+
+
+def share_of_low_tokens(prompts, episodes) -> list[float]:
+    return [sum(token < 32 for token in e.response) / len(e.response) for e in episodes]
 
 
 def test_a_finished_policy_is_merged_and_its_adapter_lies_beside_it(folder, tmp_path):
