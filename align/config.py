@@ -181,6 +181,9 @@ class PPOConfig(StageConfig):
     per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
     microbatch_tokens: int | None = None  # a forward holds at most so many tokens, if it has more than one row
     old_logprobs: str = "recompute"  # by the training forward, or "sampler": as the sampler's engine computed them
+    importance_weight_cap: float | None = None  # given: a token's loss times trainer's / sampler's probability, capped
+    importance_weight_band: float | None = None  # given: that weight, and 0 outside [1 / band, band]
+    importance_weight_level: str = "token"  # or "sequence": the product over a response weighs each of its tokens
     max_prompt_length: int = 1024  # longer prompts are dropped and counted
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -216,6 +219,7 @@ class PPOConfig(StageConfig):
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
+        self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
         if not (self.reward_model_path or self.reward_function):
@@ -224,6 +228,21 @@ class PPOConfig(StageConfig):
             raise UserError("value_model_path: missing; without a reward model say where the value model starts")
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.importance_weight_cap is not None or self.importance_weight_band is not None
+
+    def _check_weights(self) -> None:
+        choose("importance_weight_level", self.importance_weight_level, ("token", "sequence"))
+        for key in ("importance_weight_cap", "importance_weight_band"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}: {value} is under 1, the weight where both engines agree; give 1 or more")
+            if value is not None and self.old_logprobs == "sampler":
+                raise UserError(f"{key}: needs log-probabilities of both; set old_logprobs: recompute, or unset it")
+        if self.importance_weight_level == "sequence" and not self.weighs_tokens:
+            raise UserError("importance_weight_level: no weights; give importance_weight_cap or importance_weight_band")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Prompts -> Rollout: sample, score, and shape the rewards of one PPO iteration (paper section 3.5)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from align.config import PPOConfig
 from align.errors import UserError
 from align.generate import Sampler, uniform_numbers
+from align.maths.importance import importance_weights, logprob_mismatch
 from align.maths.kl import kl_estimate
 from align.maths.masks import last_index, length_mask
 from align.maths.reduce import whiten
@@ -17,6 +19,7 @@ from align.models import response_logprobs, response_values
 from align.packing import token_batches
 from align.rewards import Reward, require_finite
 from align.runtime import Runtime
+from align.track import announce
 from align.types import Episode, Prompt, Rollout, pad_rows
 
 
@@ -91,11 +94,9 @@ def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, r
         return response_logprobs(model, *rows, config.temperature)[0]
 
     with runtime.timed("logprobs"):
-        if config.old_logprobs == "sampler":
-            drawn = [list(require_logprobs(episode)) for episode in episodes]
-            batch["logprobs"] = pad_rows(drawn, 0.0, torch.float32).to(runtime.device)
-        else:
-            batch["logprobs"] = collect(logprobs, actors.policy)
+        batch |= sampler_logprobs(episodes, config, runtime.device)
+        reuse = config.old_logprobs == "sampler"
+        batch["logprobs"] = batch["sampler_logprobs"] if reuse else collect(logprobs, actors.policy)
     with runtime.timed("reference"):
         batch["ref_logprobs"] = collect(logprobs, actors.ref_policy)
     with runtime.timed("value"):
@@ -103,10 +104,16 @@ def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, r
     return batch
 
 
-def require_logprobs(episode: Episode) -> tuple[float, ...]:
-    if episode.logprobs is None:
+def sampler_logprobs(episodes: list[Episode], config: PPOConfig, device: torch.device) -> dict[str, Tensor]:
+    """{"sampler_logprobs": (B, R)}, or nothing from a sampler that gives none, where none are needed."""
+    if all(episode.logprobs is not None for episode in episodes):
+        rows = [list(episode.logprobs) for episode in episodes]
+        return {"sampler_logprobs": pad_rows(rows, 0.0, torch.float32).to(device)}
+    if config.old_logprobs == "sampler":
         raise UserError("old_logprobs: sampler, but this sampler gives none; set old_logprobs: recompute")
-    return episode.logprobs
+    if config.weighs_tokens:
+        raise UserError("importance_weight_cap, importance_weight_band: this sampler gives no log-probabilities; unset")
+    return {}
 
 
 def episode_tensors(episodes: list[Episode], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -132,8 +139,16 @@ def shape_rewards(tensors: dict[str, Tensor], raw_scores: Tensor, config: PPOCon
         advantages = whiten(advantages, mask)
     return Rollout(
         **tensors, response_mask=mask, scores=scores, raw_scores=raw_scores, rewards=rewards,
-        advantages=advantages, returns=returns,
+        advantages=advantages, returns=returns, importance_weights=token_weights(tensors, mask, config),
     )  # fmt: skip
+
+
+def token_weights(tensors: dict[str, Tensor], mask: Tensor, config: PPOConfig) -> Tensor | None:
+    """What each token's policy loss is multiplied with, for tokens that another engine drew. (B, R)"""
+    if not config.weighs_tokens:
+        return None
+    cap, band, level = config.importance_weight_cap, config.importance_weight_band, config.importance_weight_level
+    return importance_weights(tensors["logprobs"], tensors["sampler_logprobs"], mask, cap, band, level)
 
 
 def apply_eos_rule(scores: Tensor, finished: Tensor, penalty: float | None, mode: str) -> Tensor:
@@ -161,18 +176,44 @@ def check_step_zero(
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
     numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
     numbers["value_minus_score"] = float((values - head.raw_scores).abs().max()) if value_is_reward else 0.0
+    compare_engines(rollout, head, new, config, runtime)
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
     tolerance = 0.1 if runtime.half else 1e-3
+    # Two engines that round to bfloat16 differ by more than that on some token: compare_engines bounds their mean.
+    ratio_tolerance = math.inf if runtime.half and config.old_logprobs == "sampler" else tolerance
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
-    for name, cause in (
+    for name, limit, cause in (
         (
             "ratio_max_deviation",
+            ratio_tolerance,
             "sampling and training see different log-probabilities: dropout, temperature, precision",
         ),
-        ("kl", "the policy is not its reference: other weights or a stale checkpoint"),
-        ("value_minus_score", "the value model is not the reward model: other weights, head or token"),
+        ("kl", tolerance, "the policy is not its reference: other weights or a stale checkpoint"),
+        ("value_minus_score", tolerance, "the value model is not the reward model: other weights, head or token"),
     ):
-        if not numbers[name] <= tolerance:
-            raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {tolerance:g}: {cause}")
+        if not numbers[name] <= limit:
+            raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {limit:g}: {cause}")
     return numbers
+
+
+def compare_engines(rollout: Rollout, head: Rollout, new: Tensor, config: PPOConfig, runtime: Runtime) -> None:
+    """The sampler's log-probabilities against the trainer's: `new` (B, R) of the first microbatch `head` where the
+    sampler's stand for them, else those of the rollout. Over ENGINE_TOLERANCE the first stops the run, the second
+    warns, unless weights make up for it."""
+    if rollout.sampler_logprobs is None:
+        return
+    reuse = config.old_logprobs == "sampler"
+    logprobs, part = (new, head) if reuse else (rollout.logprobs, rollout)
+    numbers = logprob_mismatch(logprobs, part.sampler_logprobs, part.response_mask)
+    mean, limit = float(numbers["mismatch"] / part.response_mask.sum()), ENGINE_TOLERANCE[runtime.half]
+    if mean <= limit:
+        return
+    found = f"the sampler's log-probabilities are {mean:.4g} nats a token from the trainer's, over {limit:g}"
+    if reuse:
+        raise UserError(f"step-zero check: {found}: other numerics or temperature; set old_logprobs: recompute")
+    if not config.weighs_tokens:
+        announce(f"warning: {found}: other numerics or temperature; mend it, or set importance_weight_cap: 2")
+
+
+ENGINE_TOLERANCE = {False: 1e-3, True: 0.05}  # mean |difference| of a token; half precision: True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from align.config import PPOConfig, exact_div
 from align.errors import UserError
+from align.maths.importance import logprob_mismatch
 from align.maths.losses import policy_loss, value_loss
 from align.models import EMA, document_nll, response_logprobs, response_values
 from align.packing import token_batches
@@ -80,7 +81,21 @@ def update(
         for rows in order.split(algebra.minibatch):
             documents = next_documents(algebra.ptx)
             parts.append(optimiser_step(rollout.index(rows.to(runtime.device)), documents, learner, config, runtime))
-    return UpdateStats.total(parts)
+    return UpdateStats({**UpdateStats.total(parts).sums, **sampling_mismatch(rollout, parts[0], config)})
+
+
+def sampling_mismatch(rollout: Rollout, first: UpdateStats, config: PPOConfig) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's under the weights that sampled: over the rollout
+    where the latter were recomputed, else over the first minibatch, whose forward passes come before any step."""
+    if config.old_logprobs == "sampler":
+        return {"mismatch_tokens": first.sums["tokens"], **{name: first.sums[name] for name in MISMATCH}}
+    if rollout.sampler_logprobs is None:
+        return {}
+    numbers = logprob_mismatch(rollout.logprobs, rollout.sampler_logprobs, rollout.response_mask)
+    return {"mismatch_tokens": float(rollout.response_mask.sum()), **{name: float(numbers[name]) for name in MISMATCH}}
+
+
+MISMATCH = ("mismatch", "mismatch_kl", "max_mismatch")
 
 
 def optimiser_step(
@@ -111,7 +126,9 @@ def optimiser_step(
 
 def require_finite_numbers(minibatch: Rollout) -> None:
     """Stops before either model has changed."""
-    for name in ("logprobs", "values", "advantages", "returns"):
+    for name in ("logprobs", "values", "advantages", "returns", "importance_weights"):
+        if getattr(minibatch, name) is None:
+            continue
         numbers = getattr(minibatch, name)[minibatch.response_mask]
         wrong = numbers[~numbers.isfinite()].tolist()
         if wrong:
@@ -143,7 +160,10 @@ def microbatches(rollout: Rollout, config: PPOConfig, runtime: Runtime) -> list[
 def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
     rows = micro.input_ids, micro.query_lengths, micro.response_lengths
     logprobs, entropies = response_logprobs(policy, *rows, config.temperature)
-    loss, stats = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
+    old, mask = micro.logprobs, micro.response_mask
+    loss, stats = policy_loss(logprobs, old, micro.advantages, mask, config.cliprange, micro.importance_weights)
+    if config.old_logprobs == "sampler":
+        stats |= logprob_mismatch(logprobs, old, mask)
     return loss, stats | {"entropy": entropies.sum()}
 
 

@@ -48,7 +48,8 @@ FIELDS = {
         model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
-        per_device_rollout_batch_size microbatch_tokens old_logprobs max_prompt_length max_new_tokens temperature
+        per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
+        importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
         max_grad_norm kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
@@ -242,6 +243,11 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
+        (["--importance_weight_cap", "0.9"], ["importance_weight_cap", "0.9", "under 1"]),
+        (["--importance_weight_band", "0.5"], ["importance_weight_band", "under 1"]),
+        (["--importance_weight_level", "word"], ["importance_weight_level", "token, sequence"]),
+        (["--importance_weight_level", "sequence"], ["importance_weight_level", "importance_weight_cap"]),
+        (["--importance_weight_cap", "2", "--old_logprobs", "sampler"], ["importance_weight_cap", "recompute"]),
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 
 import pytest
@@ -278,11 +279,83 @@ def test_P4_logprobs_of_the_sampler_may_stand_for_those_of_the_training_forward(
     assert numbers["ratio_max_deviation"] < 1e-4 and numbers["kl"] < 1e-3
 
 
+class Engine:
+    """Another engine: it draws at a temperature of its own, or says that its numbers are off by `shift`."""
+
+    def __init__(self, sampler, temperature: float | None = None, shift: float = 0.0):
+        self.sampler, self.temperature, self.shift = sampler, temperature, shift
+
+    def __call__(self, queries, uniforms, temperature):
+        episodes = self.sampler(queries, uniforms, self.temperature or temperature)
+        return [dataclasses.replace(e, logprobs=tuple(x - self.shift for x in e.logprobs)) for e in episodes]
+
+
+def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime, capsys):
+    changed = dataclasses.replace(actors, sampler=Engine(actors.sampler, temperature=0.9))
+
+    def check(**changes):
+        config = config_of(**changes)
+        rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
+        check_step_zero(rollout, changed, config, runtime, EOS, value_is_reward=True)
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match="the sampler's log-probabilities are .* over 0.001: .*old_logprobs: recompute"):
+        check(old_logprobs="sampler")
+    assert check().startswith("warning: the sampler's log-probabilities are ")
+    assert check(importance_weight_cap=2.0) == ""
+
+
+def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
+    check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
+def test_two_engines_in_half_precision_are_compared_by_their_mean(actors, shift, passes, monkeypatch):
+    """One token in bfloat16 may be far off (0.36 nats with a model of 135M), so that no bound holds for the largest."""
+    half = Runtime(seed=0)
+    monkeypatch.setattr(type(half), "half", property(lambda self: True))
+    config = config_of(old_logprobs="sampler")
+    rollout = collect_rollout(make_queries(16), actors, config, half, BETA, 0)
+    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs - shift)  # the KL check is another matter
+    tokens = int(rollout.response_mask[:3].sum())
+    drawn = rollout.logprobs.clone()
+    drawn[0, 0] -= shift * tokens  # all on one token of the first microbatch
+    rollout = dataclasses.replace(rollout, logprobs=drawn, sampler_logprobs=drawn, ref_logprobs=drawn)
+    if passes:
+        check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
+    else:
+        with pytest.raises(UserError, match="the sampler's log-probabilities are 0.06 nats a token"):
+            check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
+
+
+def test_K4_weights_of_an_engine_that_says_other_numbers(actors, runtime):
+    changed = dataclasses.replace(actors, sampler=Engine(actors.sampler, shift=math.log(1.5)))
+    config = config_of(importance_weight_cap=4.0)
+    rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
+    expected = torch.where(rollout.response_mask, 1.5, 0.0)
+    assert torch.allclose(rollout.importance_weights, expected, atol=1e-3)
+    capped = collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=1.25), runtime, BETA, 0)
+    assert torch.equal(capped.importance_weights, torch.where(rollout.response_mask, 1.25, 0.0))
+    plain = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    assert plain.importance_weights is None
+    for name in ("logprobs", "rewards", "advantages", "returns", "sampler_logprobs"):
+        assert torch.equal(getattr(plain, name), getattr(rollout, name)), "weights change the policy loss alone"
+    part = rollout.index(torch.tensor([3, 1]))
+    width = int(part.response_lengths.max())
+    assert torch.equal(part.importance_weights, rollout.importance_weights[[3, 1], :width])
+    assert torch.equal(part.sampler_logprobs, rollout.sampler_logprobs[[3, 1], :width])
+
+
 def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors, runtime):
     def sampler(queries, uniforms, temperature):
         return [dataclasses.replace(e, logprobs=None) for e in actors.sampler(queries, uniforms, temperature)]
 
     changed = dataclasses.replace(actors, sampler=sampler)
-    collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    assert rollout.sampler_logprobs is None and rollout.index(torch.tensor([0])).sampler_logprobs is None
+    check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
+    with pytest.raises(UserError, match="importance_weight_cap.*this sampler gives no log-probabilities"):
+        collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=2.0), runtime, BETA, 0)
     with pytest.raises(UserError, match="old_logprobs: sampler, but this sampler gives none"):
         collect_rollout(make_queries(16), changed, config_of(old_logprobs="sampler"), runtime, BETA, 0)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import math
 import os
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from align.generate import make_sampler
 from align.learn import build_actors, build_learner, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
 from align.rewards import ModelReward
-from align.rollout import Actors, Query, collect_rollout
+from align.rollout import Actors, Query, collect_rollout, token_weights
 from align.runtime import Runtime
 from align.types import Episode, Prompt
 from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, update
@@ -136,6 +137,19 @@ def naive_ppo_loss(policy, rollout, config) -> torch.Tensor:
     return total / int(rollout.response_lengths.sum())
 
 
+def naive_weighted_gradient(policy, rollout, config) -> list[torch.Tensor]:
+    """Of tokens weighed by exp(logprobs - sampler_logprobs), at most the cap: one token's loss at a time."""
+    total = 0.0
+    for i in range(len(rollout)):
+        one, n = rollout.index(torch.tensor([i])), int(rollout.response_lengths[i])
+        for r in range(n):
+            ratio = math.exp(float(rollout.logprobs[i, r]) - float(rollout.sampler_logprobs[i, r]))
+            alone = torch.zeros_like(one.advantages)
+            alone[0, r] = one.advantages[0, r] * min(ratio, config.importance_weight_cap)
+            total = total + naive_ppo_loss(policy, dataclasses.replace(one, advantages=alone), config) * n
+    return grad_of(total / int(rollout.response_lengths.sum()), policy)
+
+
 def naive_value_loss(value_model, rollout, config) -> torch.Tensor:
     total, clip = 0.0, config.cliprange_value
     for i in range(len(rollout)):
@@ -171,6 +185,76 @@ def test_ppo_gradient_is_that_of_a_loop_over_episodes(setup, runtime):
     )
     expected = grad_of(naive_value_loss(setup.actors.value_model, setup.moved, config_of()), setup.actors.value_model)
     close(value_grads, expected, 1e-5)
+
+
+def other_engine(rollout, config, scale: float = 0.6):
+    """The rollout as if another engine had drawn its tokens, and what follows from it."""
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(9)) * scale
+    changed = dataclasses.replace(rollout, sampler_logprobs=rollout.logprobs + noise)
+    return dataclasses.replace(changed, importance_weights=token_weights(vars(changed), changed.response_mask, config))
+
+
+def test_K4_weights_multiply_the_policy_loss_of_their_tokens_and_no_other(setup, runtime):
+    changes = {"importance_weight_cap": 1.3, "per_device_train_batch_size": 5}
+    weighed = other_engine(setup.moved, config_of(**changes))
+    plain = gradients(setup, setup.moved, runtime, DOCUMENTS[:2], ptx_coef=0.0, per_device_train_batch_size=5)
+    ours = gradients(setup, weighed, runtime, DOCUMENTS[:2], ptx_coef=0.0, **changes)
+    expected = naive_weighted_gradient(setup.actors.policy, weighed, config_of(**changes))
+    close(ours[0], expected, 1e-5)
+    assert float((flat(ours[0]) - flat(plain[0])).abs().max()) > 1e-3
+    assert torch.equal(flat(ours[1]), flat(plain[1])), "the value loss has no weights"
+    for name in ("ratio", "approxkl", "policy_clipped", "entropy", "ptx_loss", "value_loss"):
+        assert ours[2].sums[name] == plain[2].sums[name], name
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_K4_an_engine_that_agrees_changes_no_bit(setup, runtime, level):
+    config = config_of(importance_weight_cap=2.0, importance_weight_band=3.0, importance_weight_level=level)
+    same = other_engine(setup.moved, config, scale=0.0)
+    assert torch.equal(same.importance_weights, same.response_mask.float())
+    for a, b in zip(gradients(setup, setup.moved, runtime), gradients(setup, same, runtime), strict=True):
+        assert a == b if hasattr(a, "sums") else torch.equal(flat(a), flat(b))
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_P16_microbatch_size_changes_no_weighted_gradient(setup, runtime, size):
+    changes = {"importance_weight_cap": 2.0, "importance_weight_band": 3.0, "importance_weight_level": "sequence"}
+    weighed = other_engine(setup.moved, config_of(**changes))
+    assert 0 < int((weighed.importance_weights == 0).sum()) < weighed.importance_weights.numel()
+    whole = gradients(setup, weighed, runtime, per_device_train_batch_size=12, **changes)
+    cut = gradients(setup, weighed, runtime, per_device_train_batch_size=size, **changes)
+    close(cut[0], whole[0], 1e-5)
+
+
+def test_the_mismatch_is_that_of_the_rollout_where_logprobs_were_recomputed(setup, runtime):
+    rollout = other_engine(setup.rollout, config_of())
+    stats = update(rollout, recorder(setup.actors), lambda count: [], config_of(num_mini_batches=3), runtime, 0)
+    differences = [
+        abs(float(a) - float(b))
+        for mask, *rows in zip(rollout.response_mask, rollout.logprobs, rollout.sampler_logprobs, strict=True)
+        for a, b in zip(*(row[mask] for row in rows), strict=True)
+    ]
+    assert stats.sums["mismatch_tokens"] == len(differences) == int(rollout.response_lengths.sum())
+    assert stats.mean("mismatch", "mismatch_tokens") == pytest.approx(sum(differences) / len(differences), rel=1e-5)
+    assert stats.sums["max_mismatch"] == pytest.approx(max(differences), rel=1e-5)
+    assert stats.sums["mismatch_kl"] > 0
+
+
+def test_the_mismatch_is_that_of_the_first_minibatch_where_the_samplers_stand(setup, runtime):
+    """Later minibatches are seen by a policy that has moved: their ratios hold more than the engines' difference."""
+    config = config_of(old_logprobs="sampler", num_mini_batches=3, max_grad_norm=1.0)
+    shift = 0.25
+    logprobs = setup.rollout.logprobs - shift  # the sampler drew each token with less probability
+    rollout = dataclasses.replace(setup.rollout, logprobs=logprobs, sampler_logprobs=logprobs)
+    actors = dataclasses.replace(setup.actors, policy=copy.deepcopy(setup.actors.policy))
+    learner = Learner(actors.policy, actors.value_model, *adams(actors.policy, actors.value_model, rate=1e-2), None)
+    stats = update(rollout, learner, lambda count: [], config, runtime, 0)
+    assert 0 < stats.sums["mismatch_tokens"] < stats.sums["tokens"]
+    assert stats.mean("mismatch", "mismatch_tokens") == pytest.approx(shift, abs=1e-4)
+    assert stats.sums["max_mismatch"] == pytest.approx(shift, abs=1e-4)
+    k3 = math.exp(shift) - 1 - shift
+    assert stats.mean("mismatch_kl", "mismatch_tokens") == pytest.approx(k3, abs=1e-4)
+    assert stats.mean("ratio") != pytest.approx(math.exp(shift), abs=1e-3), "the policy moved after the first"
 
 
 def test_X1_gradient_is_ppo_plus_coefficient_times_lm(setup, runtime):
