@@ -477,12 +477,16 @@ def adams(policy, value_model, rate: float = 3e-3):
 
 def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
     config = dataclasses.replace(
-        config_of(num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3),
+        config_of(
+            num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3,
+            microbatch_tokens=40,
+        ),
         model_name_or_path=str(folder / "policy"), reward_model_path=str(folder / "reward"),
     )  # fmt: skip
     learner = build_learner(config, runtime)
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
     actors = build_actors(config, codec, learner, runtime)
+    assert (actors.reward.batch_size, actors.reward.max_tokens) == (16, 40)
     names = {"reference": actors.ref_policy, "reward": actors.reward.model}
     before = {name: digest(model) for name, model in names.items()}
     trained = {"policy": learner.policy, "value": learner.value_model}
