@@ -17,6 +17,7 @@ from align.maths.reduce import whiten
 from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
 from align.packing import token_batches
+from align.postmortem import kept_for_inspection
 from align.rewards import Reward, require_finite
 from align.runtime import Runtime
 from align.track import announce
@@ -59,9 +60,13 @@ def collect_rollout(
         tensors = score_episodes(episodes, actors, config, runtime)
 
     # 3. Score: one scalar an episode, read at EOS.
-    with runtime.timed("reward"), torch.no_grad(), runtime.autocast():
-        raw = actors.reward([q.prompt for q in mine], episodes)
-    raw_scores = torch.tensor(require_finite(raw, [q.prompt for q in mine]), device=runtime.device)
+    about, prompts = {"iteration": iteration, "config": config}, [q.prompt for q in mine]
+    with (
+        kept_for_inspection(config.output_dir, tensors, about, runtime, everywhere=True),
+        runtime.timed("reward"), torch.no_grad(), runtime.autocast(),
+    ):  # fmt: skip
+        raw = require_finite(actors.reward(prompts, episodes), prompts)
+    raw_scores = torch.tensor(raw, device=runtime.device)
 
     # 4. Exchange: from here on every process holds all episodes, in global order.
     tensors = {name: runtime.gather_rows(value, actors.pad_id) for name, value in tensors.items()}

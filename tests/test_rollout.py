@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.config import PPOConfig
 from align.errors import UserError
@@ -243,16 +245,25 @@ def test_the_iteration_and_the_seed_change_what_is_sampled(actors, runtime):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_names_the_prompt(actors, runtime, bad):
+def test_a_reward_that_is_not_finite_names_the_prompt_and_keeps_the_batch(actors, runtime, bad, tmp_path):
     before = copy.deepcopy(actors.policy.state_dict())
 
     def broken(prompts, episodes):
         return [bad if prompt.columns["id"] == "row-5" else 0.0 for prompt in prompts]
 
     changed = dataclasses.replace(actors, reward=broken)
-    with pytest.raises(UserError, match="'row-5'") as error:
-        collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    config = dataclasses.replace(config_of(), output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"'row-5'.*; its batch is in {tmp_path / 'stopped-0'}") as error:
+        collect_rollout(make_queries(16), changed, config, runtime, BETA, 3)
     assert "\n" not in str(error.value)
+    about = json.loads((tmp_path / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert "'row-5'" in about["why"] and about["iteration"] == 3
+    kept, expected = (
+        load_file(tmp_path / "stopped-0" / "batch.safetensors"),
+        collect_rollout(make_queries(16), actors, config, runtime, BETA, 3),
+    )
+    for name in ("input_ids", "query_lengths", "response_lengths", "finished", "logprobs", "ref_logprobs", "values"):
+        assert torch.equal(kept[name], getattr(expected, name)), name
     assert all(torch.equal(before[name], value) for name, value in actors.policy.state_dict().items())
 
 

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import align.update
 from align.config import PPOConfig
@@ -536,9 +538,66 @@ def test_a_number_that_is_not_finite_stops_before_any_weight_changes(setup, runt
     ema = EMA(policy, 0.9)
     learner = Learner(policy, value_model, *adams(policy, value_model), ema)
     before = digest(policy), digest(value_model)
-    with pytest.raises(UserError, match=r" is nan; .*(model is unchanged|no weight was changed)"):
+    with pytest.raises(UserError, match=r" is nan; .*(are as before this minibatch|no weight was changed)"):
         optimiser_step(wrong, [], learner, config_of(), runtime)
     assert before == (digest(policy), digest(value_model))
+
+
+def poison(actors, where: str):
+    """A fault that the rollout does not hold, and what it shows in."""
+    model = actors.policy if where.startswith("policy") else actors.value_model
+    if where == "policy loss":
+        model.inner.lm_head.weight.data[0, 0] = float("nan")
+        return "approxkl is nan"
+    if where == "value loss":
+        model.head.bias.data.fill_(1e30)  # its square is over float32
+        return "value_loss is inf"
+    next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    return f"{where.split()[0]}_grad_norm is nan"
+
+
+@pytest.mark.parametrize("where", ["policy loss", "policy gradient", "value loss", "value gradient"])
+def test_what_is_not_finite_in_an_update_stops_it_and_its_batch_is_kept(setup, runtime, tmp_path, where):
+    actors = dataclasses.replace(
+        setup.actors, policy=copy.deepcopy(setup.actors.policy), value_model=copy.deepcopy(setup.actors.value_model)
+    )
+    policy, value_model = actors.policy, actors.value_model
+    learner = Learner(policy, value_model, *adams(policy, value_model), EMA(policy, 0.9))
+    config = dataclasses.replace(config_of(num_mini_batches=3, ptx_coef=0.5), output_dir=str(tmp_path / "run"))
+    what = poison(actors, where)
+    before = digest(policy), digest(value_model)
+    with pytest.raises(UserError, match=what) as error:
+        update(setup.moved, learner, lambda count: DOCUMENTS[:2], config, runtime, 7)
+    assert len(str(error.value).splitlines()) == 1 and f"its batch is in {tmp_path / 'run' / 'stopped-0'}" in str(
+        error.value
+    )
+
+    # In the policy's part nothing has changed; in the value model's, which comes after, the policy has stepped.
+    if where.startswith("policy"):
+        assert before == (digest(policy), digest(value_model)) and "policy and the value model are as before" in str(
+            error.value
+        )
+    else:
+        assert before[1] == digest(value_model) and before[0] != digest(policy)
+        assert "the value model is as before this minibatch, the policy has taken its step" in str(error.value)
+
+    about = json.loads((tmp_path / "run" / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert about["why"].startswith(what) and (about["iteration"], about["epoch"]) == (7, 0)
+    assert about["config"]["num_mini_batches"] == 3 and about["documents"] == DOCUMENTS[:2] and len(about["rows"]) == 4
+    expected = setup.moved.index(torch.tensor(about["rows"]))
+    kept = load_file(tmp_path / "run" / "stopped-0" / "batch.safetensors")
+    named = {name: value for name, value in vars(expected).items() if value is not None}
+    assert kept.keys() == named.keys() and {"input_ids", "logprobs", "advantages", "sampler_logprobs"} <= kept.keys()
+    assert all(torch.equal(kept[name], value) for name, value in named.items())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stopped-0"], "nothing half written beside it"
+
+
+def test_a_batch_that_cannot_be_written_hides_no_error(setup, runtime, tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    config = dataclasses.replace(config_of(), output_dir=str(tmp_path / "run"))
+    wrong = dataclasses.replace(setup.rollout, advantages=setup.rollout.advantages.fill_(float("inf")))
+    with pytest.raises(UserError, match="advantages is inf; .*no weight was changed; its batch could not be written: "):
+        update(wrong, recorder(setup.actors), lambda count: [], config, runtime, 0)
 
 
 def share_of_low_tokens(prompts, episodes: list[Episode]) -> list[float]:

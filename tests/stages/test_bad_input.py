@@ -34,10 +34,10 @@ def refused(mini, capsys):
 
 
 def empty(folder) -> bool:
-    """Absent, or holding nothing that looks like a model or a run."""
+    """Absent, or holding nothing that looks like a model or a run; a batch kept for inspection is neither."""
     if not folder.exists():
         return True
-    left = {path.name for path in folder.rglob("*") if path.is_file()}
+    left = {path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "stopped-0"}
     return not {n for n in left if n.endswith((".safetensors", ".partial")) or n in ("manifest.json", "config.json")}
 
 
@@ -129,7 +129,11 @@ def rewards_module(monkeypatch):
 
 
 def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
-    refused("ppo", "reward", "nan", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
+    refused("ppo", "reward", "nan", "stopped-0", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
+    kept = sorted(path.name for path in (tmp_path / "out" / "stopped-0").iterdir())
+    assert kept == ["batch.json", "batch.safetensors"]
+    # What is kept is no run: the folder may be used again as it is.
+    refused("ppo", "reward", "nan", "stopped-0", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
 
 
