@@ -21,27 +21,42 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What every stage that trains has."""
+    """What every stage has."""
 
     output_dir: str
     seed: int = 0
     bf16: bool = False  # autocast to bfloat16; master weights stay float32
     attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
-    report_to: str = "none"  # or "wandb" (works offline)
-    logging_steps: int = 10
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
-    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
 
     def __post_init__(self) -> None:
         choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
-        choose("report_to", self.report_to, ("none", "wandb"))
         if not self.output_dir:
             raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseConfig(StageConfig):
+class TrainingConfig(StageConfig):
+    """What every stage that trains has besides."""
+
+    report_to: str = "none"  # or "wandb" (works offline)
+    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("report_to", self.report_to, ("none", "wandb"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig(TrainingConfig):
+    """What the stages that a Trainer drives have besides. PPO logs every iteration."""
+
+    logging_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(TrainerConfig):
     """Stage 0: a small Llama and its tokenizer from text. The embedded stand-in for a pretrained model."""
 
     train_file: str = ""
@@ -71,7 +86,7 @@ class BaseConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainerConfig):
     """Stage 1: demonstrations -> policy (paper section 3.5, App. C.1 and C.3)."""
 
     model_name_or_path: str = ""
@@ -133,7 +148,7 @@ class CollectConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RMConfig(StageConfig):
+class RMConfig(TrainerConfig):
     """Stage 2: rankings -> reward model (paper section 3.5, App. C.2)."""
 
     model_name_or_path: str = ""
@@ -160,7 +175,7 @@ class RMConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig(StageConfig):
+class PPOConfig(TrainingConfig):
     """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
 
     model_name_or_path: str = ""

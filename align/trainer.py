@@ -11,15 +11,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.config import StageConfig
+from align.config import TrainerConfig
 from align.maths.logprobs import token_logprobs
 from align.ranking import batch_ranking_loss
 from align.runtime import on_cpu
 from align.track import Metrics, MetricsCallback
 
 
-def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
+def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
     if config.report_to == "wandb":
         os.environ.setdefault("WANDB_DIR", str(output))  # the Trainer's callback has no argument for it
     return {

@@ -148,14 +148,15 @@ def test_reward_that_cannot_be_imported(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage, folder", [("base", "base"), ("sft", "sft"), ("collect", "rankings"), ("rm", "rm"), ("ppo", "ppo")]
+    "stage, folder",
+    [("base", "base"), ("sft", "sft"), ("collect", "rankings"), ("rm", "rm"), ("ppo", "ppo"), ("evaluate", "ppo")],
 )
 def test_output_folder_that_holds_another_run(refused, mini, stage, folder):
     def content():
         return {p: p.read_bytes() for p in (mini.run / folder).rglob("*") if p.is_file() and p.name != "run.lock"}
 
     before = content()
-    refused(stage, "already holds another run", "overwrite_output_dir")
+    refused(stage, "already holds another run", "overwrite_output_dir", output_dir=mini.run / folder)
     assert before == content()
 
 
