@@ -17,14 +17,15 @@ HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised (Jordan et al. 2024), in the weights' own precision, a batch a shape.
+    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape.
 
     torch.optim.Muon does this one matrix at a time and always in bfloat16, which is slow on a CPU that has no
     instructions for it.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float):
+    def __init__(self, params: list[nn.Parameter], lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -34,7 +35,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                directions = orthogonal(torch.stack([self._nesterov(p) for p in params]))  # (N, rows, columns)
+                momenta = torch.stack([self._nesterov(p) for p in params])  # (N, rows, columns)
+                directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
                 scale = -group["lr"] * RMS * max(shape) ** 0.5
                 torch._foreach_add_(params, list(directions), alpha=scale)
 
@@ -46,12 +48,15 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(momentum, MOMENTUM)
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, about: singular values between 0.7 and 1.2. (N, rows, columns)"""
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrices, about: singular values between 0.7 and 1.2, in `dtype`. (N, rows, columns)
+
+    The iteration pulls singular values back from wherever rounding leaves them, so bfloat16 will do.
+    """
     a, b, c = QUINTIC
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT  # (N, rows, rows), rows <= columns
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -74,14 +79,17 @@ class MuonAdamW(torch.optim.Optimizer):
     For small models trained in few steps: lower losses than AdamW alone reached in the same time (docs/LOG.md).
     """
 
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, betas: tuple[float, float], eps: float = 1e-8):
+    def __init__(
+        self, model: nn.Module, muon_lr: float, adam_lr: float, betas: tuple[float, float], eps: float = 1e-8,
+        bf16: bool = False,
+    ):  # fmt: skip
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         hidden = hidden_matrices(model)
         rest = [p for name, p in named if name not in hidden]
         super().__init__([p for _, p in named], {})
         parts = []
         if hidden:
-            parts.append(Muon(list(hidden.values()), lr=muon_lr))
+            parts.append(Muon(list(hidden.values()), muon_lr, torch.bfloat16 if bf16 else torch.float32))
         if rest:  # none when only adapters are trained
             parts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=eps, weight_decay=0.0))
         self.parts = tuple(parts)
@@ -112,4 +120,5 @@ def trainer_optimizers(
     if config.muon_learning_rate is None:
         return None, None
     betas = (config.adam_beta1, config.adam_beta2)
-    return MuonAdamW(model, config.muon_learning_rate, config.learning_rate, betas, config.adam_epsilon), None
+    rates = config.muon_learning_rate, config.learning_rate
+    return MuonAdamW(model, *rates, betas, config.adam_epsilon, config.bf16), None

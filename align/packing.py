@@ -217,6 +217,24 @@ def rows_of(pack: Pack) -> tuple[Tensor, Tensor]:
     return pad(ids, batch_first=True), pad(places, batch_first=True, padding_value=-1)
 
 
+class PackCollator:
+    """{"input_ids"[, "labels"]} rows -> one pack, as a language model that reads packs is called. N tokens in one row."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, Pack | Tensor]:
+        pack = pack_rows([row["input_ids"] for row in rows], self.pad_id)
+        labels = torch.full_like(pack.input_ids, -100)
+        for row, place in zip(rows, pack.rows, strict=True):
+            learned = row.get("labels", row["input_ids"])[1:]  # the token before a row's first is another row's
+            labels[place.start + 1 : place.start + place.length] = torch.tensor(learned, dtype=torch.long)
+        inputs = layout_inputs(pack.input_ids, pack.position_ids, pack)
+        tokens = sum(row.length for row in pack.rows)
+        # TRL counts the tokens it has seen by the sum of this mask, which nothing else reads.
+        return inputs | {"attention_mask": torch.full((1, 1, 1, 1), tokens), "labels": labels[None]}
+
+
 def set_packed(model: PreTrainedModel) -> bool:
     """Let `model` (a language model or classifier) read packs; False, and nothing changed, where it cannot.
 

@@ -37,6 +37,7 @@ from align.track import announce
 from align.trainer import (
     DemonstrationTrainer,
     SaveEachEpoch,
+    causal_collator,
     common_arguments,
     cosine_to_tenth,
     metrics_callback,
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
 
     # 2. The policy, with dropout on the residual stream in training mode only.
     policy = load_policy(config.model_name_or_path, config.attn_implementation)
+    collator = causal_collator(policy, config.attn_implementation, codec.pad_id)
     if config.residual_dropout > 0:
         add_residual_dropout(policy, config.residual_dropout)
     if config.use_peft:
@@ -72,6 +74,7 @@ def main(argv: list[str]) -> None:
         args=training_arguments(config, output),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),
+        data_collator=collator,
         processing_class=codec.tokenizer,
         callbacks=[metrics_callback(output, checkpoint), SaveEachEpoch()],
     )
