@@ -62,7 +62,7 @@ def collect_rollout(
     # 3. Score: one scalar an episode, read at EOS.
     about, prompts = {"iteration": iteration, "config": config}, [q.prompt for q in mine]
     with (
-        kept_for_inspection(config.output_dir, tensors, about, runtime, everywhere=True),
+        kept_for_inspection(config.output_dir, tensors, about, everywhere=True),
         runtime.timed("reward"), torch.no_grad(), runtime.autocast(),
     ):  # fmt: skip
         raw = require_finite(actors.reward(prompts, episodes), prompts)

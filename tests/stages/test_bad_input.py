@@ -128,6 +128,16 @@ def rewards_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "bad_rewards", module)
 
 
+@pytest.mark.parametrize("stage", ["base", "sft", "rm"])
+def test_a_training_that_overflows_stops_and_keeps_its_batch(refused, mini, tmp_path, stage):
+    out = tmp_path / "out"
+    line = refused(stage, "grad_norm is", "at step ", "stopped-0", learning_rate=1e30, output_dir=out)
+    kept = load_file(out / "stopped-0" / "batch.safetensors")
+    assert any(name.endswith("input_ids") for name in kept)
+    assert json.loads((out / "stopped-0" / "batch.json").read_text())["why"] in line
+    assert not (out / "manifest.json").exists()
+
+
 def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
     refused("ppo", "reward", "nan", "stopped-0", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out" / "stopped-0").iterdir())
