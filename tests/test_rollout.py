@@ -310,7 +310,7 @@ def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime
         check_step_zero(rollout, changed, config, runtime, EOS, value_is_reward=True)
         return capsys.readouterr().out
 
-    with pytest.raises(UserError, match="the sampler's log-probabilities are .* over 0.001: .*old_logprobs: recompute"):
+    with pytest.raises(UserError, match="ratio_max_deviation is .*, over 0.001: .*temperature.*old_logprobs: sampler"):
         check(old_logprobs="sampler")
     assert check().startswith("warning: the sampler's log-probabilities are ")
     assert check(importance_weight_cap=2.0) == ""
@@ -321,23 +321,38 @@ def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
     assert capsys.readouterr().out == ""
 
 
+class Half(Runtime):
+    """A process whose forward passes are said to run in half precision."""
+
+    half = True
+
+
+@pytest.mark.parametrize("old_logprobs", ["recompute", "sampler"])
 @pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
-def test_two_engines_in_half_precision_are_compared_by_their_mean(actors, shift, passes, monkeypatch):
+def test_P4_in_half_precision_the_mean_is_bounded(actors, old_logprobs, shift, passes):
     """One token in bfloat16 may be far off (0.36 nats with a model of 135M), so that no bound holds for the largest."""
-    half = Runtime(seed=0)
-    monkeypatch.setattr(type(half), "half", property(lambda self: True))
-    config = config_of(old_logprobs="sampler")
+    config, half = config_of(old_logprobs=old_logprobs), Half(seed=0)
     rollout = collect_rollout(make_queries(16), actors, config, half, BETA, 0)
-    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs - shift)  # the KL check is another matter
-    tokens = int(rollout.response_mask[:3].sum())
     drawn = rollout.logprobs.clone()
-    drawn[0, 0] -= shift * tokens  # all on one token of the first microbatch
-    rollout = dataclasses.replace(rollout, logprobs=drawn, sampler_logprobs=drawn, ref_logprobs=drawn)
+    drawn[0, 0] -= shift * int(rollout.response_mask[:3].sum())  # all on one token of the first microbatch
+    rollout = dataclasses.replace(rollout, logprobs=drawn, ref_logprobs=drawn, sampler_logprobs=drawn)
     if passes:
         check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
     else:
-        with pytest.raises(UserError, match="the sampler's log-probabilities are 0.06 nats a token"):
+        with pytest.raises(UserError, match=r"mean \|log ratio\| is 0.06, over 0.05"):
             check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
+
+
+@pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
+def test_P3_in_half_precision_the_mean_is_bounded(actors, shift, passes):
+    half = Half(seed=0)
+    rollout = collect_rollout(make_queries(16), actors, config_of(), half, BETA, 0)
+    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs - shift)
+    if passes:
+        check_step_zero(rollout, actors, config_of(), half, EOS, value_is_reward=True)
+    else:
+        with pytest.raises(UserError, match=r"mean \|log policy - log ref_policy\| is 0.06, over 0.05: .*reference"):
+            check_step_zero(rollout, actors, config_of(), half, EOS, value_is_reward=True)
 
 
 def test_K4_weights_of_an_engine_that_says_other_numbers(actors, runtime):
