@@ -21,27 +21,42 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What every stage that trains has."""
+    """What every stage has."""
 
     output_dir: str
     seed: int = 0
     bf16: bool = False  # autocast to bfloat16; master weights stay float32
     attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
-    report_to: str = "none"  # or "wandb" (works offline)
-    logging_steps: int = 10
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
-    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
 
     def __post_init__(self) -> None:
         choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
-        choose("report_to", self.report_to, ("none", "wandb"))
         if not self.output_dir:
             raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseConfig(StageConfig):
+class TrainingConfig(StageConfig):
+    """What every stage that trains has besides."""
+
+    report_to: str = "none"  # or "wandb" (works offline)
+    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("report_to", self.report_to, ("none", "wandb"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig(TrainingConfig):
+    """What the stages that a Trainer drives have besides. PPO logs every iteration."""
+
+    logging_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(TrainerConfig):
     """Stage 0: a small Llama and its tokenizer from text. The embedded stand-in for a pretrained model."""
 
     train_file: str = ""
@@ -71,7 +86,7 @@ class BaseConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainerConfig):
     """Stage 1: demonstrations -> policy (paper section 3.5, App. C.1 and C.3)."""
 
     model_name_or_path: str = ""
@@ -137,7 +152,7 @@ class CollectConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RMConfig(StageConfig):
+class RMConfig(TrainerConfig):
     """Stage 2: rankings -> reward model (paper section 3.5, App. C.2)."""
 
     model_name_or_path: str = ""
@@ -171,7 +186,7 @@ class RMConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig(StageConfig):
+class PPOConfig(TrainingConfig):
     """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
 
     model_name_or_path: str = ""
@@ -192,6 +207,9 @@ class PPOConfig(StageConfig):
     per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
     microbatch_tokens: int | None = None  # a forward holds at most so many tokens, if it has more than one row
     old_logprobs: str = "recompute"  # by the training forward, or "sampler": as the sampler's engine computed them
+    importance_weight_cap: float | None = None  # given: a token's loss times trainer's / sampler's probability, capped
+    importance_weight_band: float | None = None  # given: that weight, and 0 outside [1 / band, band]
+    importance_weight_level: str = "token"  # or "sequence": the product over a response weighs each of its tokens
     max_prompt_length: int = 1024  # longer prompts are dropped and counted
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -234,6 +252,7 @@ class PPOConfig(StageConfig):
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
+        self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
         choose_optimizer(self.optim)
@@ -257,6 +276,21 @@ class PPOConfig(StageConfig):
     def shares_reward_trunk(self) -> bool:
         """The value model is an adapter on the reward model's weights."""
         return self.value_use_peft and self.value_start == self.reward_model_path
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.importance_weight_cap is not None or self.importance_weight_band is not None
+
+    def _check_weights(self) -> None:
+        choose("importance_weight_level", self.importance_weight_level, ("token", "sequence"))
+        for key in ("importance_weight_cap", "importance_weight_band"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}: {value} is under 1, the weight where both engines agree; give 1 or more")
+            if value is not None and self.old_logprobs == "sampler":
+                raise UserError(f"{key}: needs log-probabilities of both; set old_logprobs: recompute, or unset it")
+        if self.importance_weight_level == "sequence" and not self.weighs_tokens:
+            raise UserError("importance_weight_level: no weights; give importance_weight_cap or importance_weight_band")
 
 
 @dataclasses.dataclass(frozen=True)

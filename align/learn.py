@@ -117,7 +117,8 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
         else:
             reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
             reward_model = frozen(reward_model, config, runtime)
-        parts.append((ModelReward(reward_model, codec.pad_id, config.per_device_rollout_batch_size), 1.0))
+        sizes = config.per_device_rollout_batch_size, config.microbatch_tokens
+        parts.append((ModelReward(reward_model, codec.pad_id, *sizes), 1.0))
     if config.reward_function:
         parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
     reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)

@@ -21,12 +21,15 @@ class Reward(Protocol):
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
-    def __init__(self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int):
-        self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
+    def __init__(
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None
+    ):
+        self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        rows = [[*e.query, *e.response] for e in episodes]
         with self.model.hold():
-            return score_rows(self.model, [[*e.query, *e.response] for e in episodes], self.pad_id, self.batch_size)
+            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
 
 
 class FunctionReward:

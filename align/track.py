@@ -82,6 +82,27 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
         "val/grad_norm": stats.mean("value_grad_norm", "steps"),
         "kl_coef": kl_coef,
         "lr": lr,
+    } | sampling_metrics(rollout, stats)
+
+
+def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
+    """The sampler's log-probabilities against the trainer's, and the weights of another engine's tokens, where there
+    are any. Names are TRL's."""
+    row = {}
+    if "mismatch" in stats.sums:
+        row = {
+            "sampling/sampling_logp_difference/mean": stats.mean("mismatch", "mismatch_tokens"),
+            "sampling/sampling_logp_difference/max": stats.sums["max_mismatch"],
+            "sampling/kl": stats.mean("mismatch_kl", "mismatch_tokens"),
+        }
+    if rollout.importance_weights is None:
+        return row
+    weights = rollout.importance_weights[rollout.response_mask]
+    return row | {
+        "sampling/importance_sampling_ratio/min": float(weights.min()),
+        "sampling/importance_sampling_ratio/mean": float(weights.mean()),
+        "sampling/importance_sampling_ratio/max": float(weights.max()),
+        "sampling/masked_tokens": float((weights == 0).sum()),
     }
 
 

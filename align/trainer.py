@@ -11,17 +11,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.config import StageConfig
+from align.config import TrainerConfig
 from align.maths.logprobs import token_logprobs
 from align.packing import PackCollator, set_packed
+from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss
 from align.runtime import on_cpu
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback
 
 
-def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
+def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
     if config.report_to == "wandb":
         os.environ.setdefault("WANDB_DIR", str(output))  # the Trainer's callback has no argument for it
     return {
@@ -129,7 +130,7 @@ def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
     return totals[starts + lengths - 1] - totals[starts]
 
 
-class LanguageModelTrainer(LossPerToken, GroupedByLength, Trainer):
+class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -139,7 +140,7 @@ class LanguageModelTrainer(LossPerToken, GroupedByLength, Trainer):
         return token_logprobs(logits, targets.clamp(min=0)).masked_fill(targets == -100, 0.0)
 
 
-class DemonstrationTrainer(LossPerToken, GroupedByLength, SFTTrainer):
+class DemonstrationTrainer(StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -155,7 +156,7 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(GroupedByLength, Trainer):
+class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -69,10 +69,13 @@ class Rollout:
     rewards: Tensor  # (B, R) per token: KL penalty, plus the score on the last token
     advantages: Tensor  # (B, R) whitened
     returns: Tensor  # (B, R)
+    sampler_logprobs: Tensor | None = None  # (B, R) as the sampler's engine computed them; None where it gives none
+    importance_weights: Tensor | None = None  # (B, R) of the policy loss; None: all 1
 
     def index(self, rows: Tensor) -> "Rollout":
         """The same rollout with only `rows`, cut to their longest query + response."""
-        cut = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        cut = {name: value[rows] for name, value in given.items()}
         width = int((cut["query_lengths"] + cut["response_lengths"]).max())
         longest = int(cut["response_lengths"].max())
         cut["input_ids"] = cut["input_ids"][:, :width]

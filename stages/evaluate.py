@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
     prompts = prompts[: config.num_prompts] if config.num_prompts else prompts
     documents = codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])
-    output = start_output(config.output_dir, overwrite=True)
+    output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
     reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation).to(runtime.device)

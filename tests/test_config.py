@@ -18,9 +18,10 @@ PPO = ["--output_dir", "out", "--reward_model_path", "rm", "--ptx_coef", "0"]
 # A new knob must delete or justify one: change the list together with docs and presets.
 FIELDS = {
     "StageConfig": """
-        output_dir seed bf16 attn_implementation report_to logging_steps on_bad_rows
-        overwrite_output_dir resume_from_checkpoint
+        output_dir seed bf16 attn_implementation on_bad_rows overwrite_output_dir
     """,
+    "TrainingConfig": "report_to resume_from_checkpoint",
+    "TrainerConfig": "logging_steps",
     "BaseConfig": """
         train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
         num_attention_heads max_position_embeddings per_device_train_batch_size max_steps
@@ -48,7 +49,8 @@ FIELDS = {
         model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
-        per_device_rollout_batch_size microbatch_tokens old_logprobs max_prompt_length max_new_tokens temperature
+        per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
+        importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
         max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
@@ -95,8 +97,8 @@ def fails(*argv: str, cls=PPOConfig, start=PPO) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_are_frozen(name):
     cls = getattr(configs, name)
-    inherited = FIELDS["StageConfig"].split() if name != "StageConfig" else []
-    assert [f.name for f in dataclasses.fields(cls)] == inherited + FIELDS[name].split()
+    lines = [FIELDS[parent.__name__] for parent in reversed(cls.__mro__) if parent.__name__ in FIELDS]
+    assert [f.name for f in dataclasses.fields(cls)] == " ".join(lines).split()
     assert cls.__dataclass_params__.frozen
 
 
@@ -252,6 +254,11 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
+        (["--importance_weight_cap", "0.9"], ["importance_weight_cap", "0.9", "under 1"]),
+        (["--importance_weight_band", "0.5"], ["importance_weight_band", "under 1"]),
+        (["--importance_weight_level", "word"], ["importance_weight_level", "token, sequence"]),
+        (["--importance_weight_level", "sequence"], ["importance_weight_level", "importance_weight_cap"]),
+        (["--importance_weight_cap", "2", "--old_logprobs", "sampler"], ["importance_weight_cap", "recompute"]),
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),
@@ -291,6 +298,9 @@ def test_a_number_is_finite(value):
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
+        (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
+        (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),
+        (PPOConfig, ["--logging_steps", "5"], ["logging_steps", "unknown key"]),
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 FLOORS = (
     {"maths", "types", "config", "errors", "runtime"},
     {"attention"},
-    {"text", "checkpoint", "packing", "track"},
+    {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
     {"generate", "ranking", "update"},
     {"rewards"},

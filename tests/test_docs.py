@@ -16,7 +16,7 @@ READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
 SLACK = 3  # lines a function may have moved
 COUNTS = {"D": 3, "S": 6, "R": 11, "P": 18, "X": 4, "K": 2}
-IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"O3"}
+IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O3"}
 NOT_KEYS = {"num_labels", "mixed_precision"}  # code in the READMEs that looks like a config key
 
 
@@ -195,8 +195,10 @@ def test_every_file_named_exists():
 def test_every_logged_metric_is_defined():
     documented = set(re.findall(r"`([\w/]+)`", read(ROOT / "docs" / "metrics.md")))
     tree = ast.parse(read(ROOT / "align" / "track.py"))
-    function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "ppo_metrics")
-    keys = [key for node in ast.walk(function) if isinstance(node, ast.Dict) for key in node.keys]
+    rows = ("ppo_metrics", "sampling_metrics")
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in rows]
+    assert len(functions) == len(rows)
+    keys = [key for f in functions for node in ast.walk(f) if isinstance(node, ast.Dict) for key in node.keys]
     logged = {key.value for key in keys if isinstance(key, ast.Constant)}
     logged |= set(re.findall(r'"(eval/\w+)":', read(ROOT / "align" / "rewards.py")))
     assert len(logged) > 10 and logged <= documented, f"docs/metrics.md lacks {sorted(logged - documented)}"

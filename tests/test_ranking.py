@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import json
 import math
 import random
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from align import packing
+from align.errors import UserError
 from align.models import load_scalar_model
 from align.ranking import (
     RankedTokens,
@@ -163,6 +166,39 @@ def test_R3_each_prompt_weighs_the_same_whatever_its_k(scalar, tmp_path):
     assert float((weights - expected).abs().max()) < 1e-5
     assert float((weights - before).abs().max()) > 1e-3
     assert losses == pytest.approx([float((each[0] + each[1]).detach()) / 2], abs=1e-4)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_keeps_its_batches(scalar, tmp_path, max_grad_norm):
+    """transformers' Trainer goes on with weights of NaN, as the second half shows."""
+    elements = [element(k, k) for k in (4, 3, 2, 5)]
+    model = copy.deepcopy(scalar)
+    model.head.weight.data[0, 0] = float("nan")
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
+    trainer = trainer_of(model, elements, tmp_path, **changes)
+    with pytest.raises(UserError, match="grad_norm is nan at step 1; .* its batch is in ") as error:
+        trainer.train()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(before.nan_to_num(7.0), after.nan_to_num(7.0)) and len(str(error.value).splitlines()) == 1
+    kept = load_file(tmp_path / "stopped-0" / "batch.safetensors")
+    about = json.loads((tmp_path / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert about["step"] == 1 and about["why"].startswith("grad_norm is nan")
+    for number, batch in enumerate(trainer.step_batches):
+        assert torch.equal(kept[f"{number}.ranks"], batch["ranks"])
+        assert torch.equal(kept[f"{number}.pack.input_ids"], batch["pack"].input_ids)
+    assert number == 1, "both batches of the step"
+
+    plain = trainer_of(model, elements, tmp_path, cls=Unguarded, **changes)
+    plain.train()
+    assert all(p.isnan().any() for p in model.parameters() if p.requires_grad)
+
+
+class Unguarded(RankingTrainer):
+    """Without the check."""
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return Trainer._get_grad_norm(self, model, grad_norm=grad_norm)
 
 
 def test_R3_gradient_accumulation_is_the_bigger_batch(scalar, tmp_path):

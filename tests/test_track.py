@@ -1,5 +1,6 @@
 """align/track.py: the metrics file, its resume, and every PPO metric by a loop over tokens."""
 
+import dataclasses
 import json
 import math
 
@@ -89,6 +90,19 @@ def test_ppo_metrics_goldens(rollout):
     }  # fmt: skip
     assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-6)
     assert all(math.isfinite(value) for value in row.values()), "junk in the padding reached a metric"
+
+
+def test_sampling_metrics_goldens(rollout):
+    assert not [key for key in ppo_metrics(rollout, UpdateStats(SUMS), 0.5, 1e-4) if key.startswith("sampling/")]
+    sums = SUMS | {"mismatch": 0.5, "mismatch_kl": 0.25, "max_mismatch": 0.375, "mismatch_tokens": 5.0}
+    weighed = dataclasses.replace(rollout, importance_weights=torch.tensor([[0.5, 1.0, JUNK], [2.0, 0.0, 1.5]]))
+    row = ppo_metrics(weighed, UpdateStats(sums), kl_coef=0.5, lr=1e-4)
+    assert {key: value for key, value in row.items() if key.startswith("sampling/")} == pytest.approx({
+        "sampling/sampling_logp_difference/mean": 0.1, "sampling/sampling_logp_difference/max": 0.375,
+        "sampling/kl": 0.05, "sampling/importance_sampling_ratio/min": 0.0,
+        "sampling/importance_sampling_ratio/mean": 1.0, "sampling/importance_sampling_ratio/max": 2.0,
+        "sampling/masked_tokens": 1.0,
+    })  # fmt: skip
 
 
 def test_stats_add_up_and_maxima_do_not():

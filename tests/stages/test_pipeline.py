@@ -130,6 +130,12 @@ def test_step_zero_numbers_are_kept(mini):
     assert all(abs(value) < 1e-3 for value in numbers.values())
 
 
+def test_engine_and_trainer_agree_in_every_iteration(mini):
+    for row in rows(mini.run / "ppo" / "metrics.jsonl"):
+        assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert abs(row["sampling/kl"]) < 1e-6
+
+
 def test_losses_fall(mini):
     losses = [row["loss"] for row in rows(mini.run / "base" / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0]
