@@ -3,7 +3,7 @@
 Finds each file's kind from its columns, prints a line a bad row (`file:line: what is wrong: how to mend it`), then a
 summary a file. Never prints a row's text. The same prompt in two files of one kind is bad (`in_two_splits`: they are
 taken for splits); in files of different kinds it is only reported, since demonstrations, rankings and prompts may
-share prompts.
+share prompts. A file in another public format is named as such: `align convert` reads it.
 """
 
 import itertools
@@ -15,6 +15,8 @@ from typing import Any
 
 from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
 from align.errors import UserError
+from align.readers import FORMATS, detect_format
+from align.readers.files import TABLES, suffix
 from align.types import Ranking
 
 USAGE = "usage: align validate FILE..."
@@ -64,12 +66,17 @@ def detect_kind(rows: Iterable[Any]) -> str | None:
 
 def check_file(path: str) -> FileCheck:
     """Read and parse every row. Raises UserError when the file cannot be read or is of no known kind."""
+    if suffix(path) in (*TABLES, ".txt"):
+        raise UserError(f"{path}: is a table or prose: `align convert {path} --output FILE` makes rows of it")
     rows = read_rows(path)
     head = list(itertools.islice(rows, SAMPLE))
     kind = detect_kind(row for _, row in head)
     unreadable = [row for _, row in head if isinstance(row, Problem)]
     if kind is None and unreadable:
         kind = "unknown"
+    foreign = detect_format(row for _, row in head)
+    if foreign is not None and FORMATS[foreign].foreign:
+        raise UserError(f"{path}: is in the format {foreign}: `align convert {path} --output FILE` makes rows of it")
     if kind is None:
         wanted = "name its fields prompt, completion, messages, completions, chosen and rejected, or text"
         raise UserError(f"{path}: {'no row is of a known kind' if head else 'has no rows'}: {wanted}")
@@ -97,7 +104,8 @@ def _compare(first: FileCheck, second: FileCheck) -> list[str]:
     """Find prompts of `second` that are in `first`: bad rows of `second`, or a line when their kinds differ."""
     shared = [(place, first.prompts[key]) for key, place in second.prompts.items() if key in first.prompts]
     if FAMILY.get(first.kind, first.kind) != FAMILY.get(second.kind, second.kind):
-        return [f"{second.path}: {len(shared)} prompts are also in {first.path}"] if shared else []
+        count = f"{len(shared)} of its {len(second.prompts)} prompts are also in {first.path}"
+        return [f"{second.path}: {count}, such as {shared[0][0]} and {shared[0][1]}"] if shared else []
     for place, other in shared:
         what, remedy = f"its prompt is also at {other}", "split by prompt, each in one file"
         second.problems.append(Problem(place, "in_two_splits", what, remedy))

@@ -76,7 +76,9 @@ def test_a_prompt_in_files_of_two_kinds_is_reported_only(tmp_path):
     demos = lines(tmp_path / "d.jsonl", {"prompt": "a", "completion": "x"})
     ranks = lines(tmp_path / "r.jsonl", ranked("a", 1, 2))
     code, text = validate([demos, ranks])
-    assert code == 0 and text.splitlines()[-1] == f"{ranks}: 1 prompts are also in {demos}"
+    assert code == 0 and text.splitlines()[-1] == (
+        f"{ranks}: 1 of its 1 prompts are also in {demos}, such as {ranks}:1 and {demos}:1"
+    )
     pairs = lines(tmp_path / "p.jsonl", {"prompt": "a", "chosen": "1", "rejected": "2"})
     assert validate([ranks, pairs])[0] == 1  # preferences are rankings
 

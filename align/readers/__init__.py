@@ -26,8 +26,6 @@ SAMPLE = 100  # rows that decide a file's format
 KINDS = ("demonstration", "ranking", "prompt", "text")
 # field -> kind; the first that a row has decides
 OURS = dict.fromkeys(("completions", "chosen", "rejected"), "ranking")
-    ("completions", "chosen", "rejected"), "ranking"
-)  # field -> kind; the first that a row has decides
 OURS |= dict.fromkeys(("messages", "completion"), "demonstration") | {"prompt": "prompt", "text": "text"}
 NAMES_A_MODEL = re.compile(r"language model|OpenAI|ChatGPT|语言模型", re.IGNORECASE)
 
@@ -39,6 +37,7 @@ class Format:
     matches: Callable[[Any], bool]
     readers: Mapping[str, Reader]
     partner: str | None = None  # a format whose files this one joins to its own
+    foreign: bool = True  # the stages cannot read its rows as they are
 
 
 def _has(*names: str) -> Callable[[Any], bool]:
@@ -125,9 +124,11 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(_has("conversations"), {"demonstration": chat.sharegpt_rows}),
     "scores": Format(_is_scored, {"ranking": ranked.scored_rows}),
     "unpaired": Format(
-        _is_unpaired, {"ranking": chat.unpaired_rankings, "demonstration": chat.unpaired_demonstrations}
+        _is_unpaired,
+        {"ranking": chat.unpaired_rankings, "demonstration": chat.unpaired_demonstrations},
+        foreign=False,
     ),
-    "hh": Format(_is_hh, {"ranking": chat.hh_rows}),
+    "hh": Format(_is_hh, {"ranking": chat.hh_rows}, foreign=False),
     "ranked_list": Format(_is_ranked_list, {"ranking": ranked.ranked_lists}),
     "alpaca": Format(
         lambda row: _has("instruction", "output")(row) or _has("instruction", "response")(row),
@@ -148,10 +149,12 @@ FORMATS: dict[str, Format] = {
         _has("id", "options", "question"), {"prompt": benchmarks.safetybench}, partner="safetybench_answers"
     ),
     "safetybench_answers": _prompts(benchmarks.safetybench, _is_answers),
-    "xstest": _prompts(benchmarks.asked, _has("prompt", "focus", "type")),
-    "humaneval": _prompts(benchmarks.asked, _has("prompt", "canonical_solution")),
-    "ifeval": _prompts(benchmarks.asked, _has("prompt", "instruction_id_list")),
-    "trl": Format(lambda row: isinstance(row, Mapping) and any(row.get(n) is not None for n in OURS), {}),
+    "xstest": Format(_has("prompt", "focus", "type"), {"prompt": benchmarks.asked}, foreign=False),
+    "humaneval": Format(_has("prompt", "canonical_solution"), {"prompt": benchmarks.asked}, foreign=False),
+    "ifeval": Format(_has("prompt", "instruction_id_list"), {"prompt": benchmarks.asked}, foreign=False),
+    "trl": Format(
+        lambda row: isinstance(row, Mapping) and any(row.get(n) is not None for n in OURS), {}, foreign=False
+    ),
     "strings": _prompts(chat.strings, lambda row: isinstance(row, str)),
     "prose": Format(lambda row: False, {"text": passages.prose}),  # known by .txt
 }

@@ -6,6 +6,8 @@ from typing import Any
 
 from align.data import BadRow, Problem
 from align.readers.base import (
+    SHAPE_ERRORS,
+    WRONG_SHAPE,
     Converted,
     Notes,
     Options,
@@ -20,6 +22,7 @@ from align.readers.base import (
     items,
     message,
     nested,
+    problem,
     ranking_row,
     with_context,
 )
@@ -142,13 +145,15 @@ def _oasst_best(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
 
 # SQuALITY's human evaluation
 
+Stories = dict[Any, tuple[str, Mapping[str, Any]]]  # passage -> place and row
+
 
 def squality_reviews(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """One ranking a question and reviewer; the stories' file gives the questions' text (join on the passage).
 
     A unit is one reviewer's order of the three answers; a story that nobody judged is a unit too.
     """
-    stories: dict[Any, tuple[str, Mapping[str, Any]]] = {}
+    stories: Stories = {}
     judged: list[Record] = []
     for place, row in records:
         if isinstance(row, Mapping) and "document" in row:
@@ -157,19 +162,28 @@ def squality_reviews(records: Iterable[Record], options: Options) -> Iterator[Ou
             judged.append((place, row))
     used = set()
     for place, row in judged:
-        if not isinstance(row, Mapping) or not isinstance(row.get("questions"), Mapping):
-            yield Problem(place, "missing_field", "holds no questions", "give SQuALITY's human evaluation")
-            continue
-        story_place, story = stories.get(row.get("passage-id"), ("", {}))
-        for key, answers in row["questions"].items():
-            for output in _reviews(f"{place}, question {key}", key, answers, story, options):
-                if isinstance(output, Converted):
-                    used.add(row["passage-id"])
-                    output = replace(output, partners=(story_place,))
-                yield output
+        for output in _judged(place, row, stories, options):
+            if isinstance(output, Converted):
+                used.add(row["passage-id"])
+            yield output
     for passage, (place, _) in stories.items():
         if passage not in used:
             yield Problem(place, "no_partner", "nobody judged its questions", "use it for SFT and as text")
+
+
+def _judged(place: str, row: Any, stories: Stories, options: Options) -> Iterator[Output]:
+    """The rankings of one story's questions."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("questions"), Mapping):
+        yield Problem(place, "missing_field", "holds no questions", "give SQuALITY's human evaluation")
+        return
+    story_place, story = stories.get(row.get("passage-id"), ("", {}))
+    for key, answers in row["questions"].items():
+        try:
+            outputs = list(_reviews(f"{place}, question {key}", key, answers, story, options))
+        except SHAPE_ERRORS:
+            outputs = [problem(f"{place}, question {key}", WRONG_SHAPE)]
+        for output in outputs:
+            yield replace(output, partners=(story_place,)) if isinstance(output, Converted) else output
 
 
 def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], options: Options) -> Iterator[Output]:
