@@ -11,13 +11,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from align.checkpoint import read_manifest
 from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
 from align.errors import UserError
 from align.readers import FORMATS, detect_format
 from align.readers.files import TABLES, suffix
-from align.types import Ranking
+from align.types import Ranking, Text
 
 USAGE = "usage: align validate FILE..."
 SHOWN = 50  # bad rows printed a file
@@ -110,6 +112,25 @@ def _compare(first: FileCheck, second: FileCheck) -> list[str]:
         what, remedy = f"its prompt is also at {other}", "split by prompt, each in one file"
         second.problems.append(Problem(place, "in_two_splits", what, remedy))
     return []
+
+
+def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> list[str]:
+    """A line for each file that these checkpoints were trained on and that holds some of `prompts`, with a place.
+
+    Training files are those that the manifests name; one that is no longer there cannot be looked at and is left out.
+    """
+    keys = {prompt_key(prompt) for prompt in prompts}
+    manifests = [read_manifest(folder) for folder in dict.fromkeys(folders) if folder]
+    reports = [manifest.data.get("train_file") or {} for manifest in manifests if manifest]
+    lines = []
+    for path in dict.fromkeys(path for report in reports for path in report.get("paths", [])):
+        if not Path(path).is_file():
+            continue
+        places = [place for key, place in check_file(path).prompts.items() if key in keys]
+        if places:
+            what = f"{len(places)} of the {len(keys)} prompts given for evaluation were trained on"
+            lines.append(f"{path}: {what}, such as at {places[0]}: split by prompt")
+    return lines
 
 
 def validate(paths: list[str]) -> tuple[int, str]:

@@ -7,6 +7,7 @@ judgements join across shards; some formats need a second file beside them (`par
 passed `align.data.parse_row`; a unit that nothing names would be reported as `unnamed`, so none is lost in silence.
 """
 
+import dataclasses
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from typing import Any
 from align.data import Problem, contents, count_kinds, parse_row, prompt_key
 from align.errors import UserError
 from align.readers import annotation, benchmarks, chat, pairwise, passages, ranked
-from align.readers.base import Converted, Note, Options, Output, Reader, Record, Row
+from align.readers.base import Converted, Note, Options, Output, Reader, Record
 from align.readers.files import read_records, suffix
 from align.types import Demonstration, Ranking
 
@@ -152,9 +153,7 @@ FORMATS: dict[str, Format] = {
     "xstest": Format(_has("prompt", "focus", "type"), {"prompt": benchmarks.asked}, foreign=False),
     "humaneval": Format(_has("prompt", "canonical_solution"), {"prompt": benchmarks.asked}, foreign=False),
     "ifeval": Format(_has("prompt", "instruction_id_list"), {"prompt": benchmarks.asked}, foreign=False),
-    "trl": Format(
-        lambda row: isinstance(row, Mapping) and any(row.get(n) is not None for n in OURS), {}, foreign=False
-    ),
+    "trl": Format(lambda row: our_kind([row]) is not None, {}, foreign=False),
     "strings": _prompts(chat.strings, lambda row: isinstance(row, str)),
     "prose": Format(lambda row: False, {"text": passages.prose}),  # known by .txt
 }
@@ -239,11 +238,13 @@ Source = list[tuple[str, Iterator[tuple[str, Any]]]]  # of each file its path an
 
 def _convert(name: str, source: Source, head: list[Any], to: str | None, options: Options) -> Conversion:
     paths = tuple(path for path, _ in source)
-    readers = FORMATS[name].readers or {our_kind(head) or "prompt": chat.trl_rows}
+    readers = dict(FORMATS[name].readers) or {our_kind(head) or "prompt": chat.trl_rows}
     kind = to or next(iter(readers))
-    if kind not in readers and kind != "prompt":
-        raise UserError(f"{paths[0]}: {name} gives no {kind}: choose --to from {', '.join({*readers, 'prompt'})}")
-    reader = readers.get(kind) or prompts_of(next(iter(readers.values())))
+    asking = next((own for own in readers if own != "text"), None)
+    if asking is not None:
+        readers.setdefault("prompt", prompts_of(asking, readers[asking]))
+    if kind not in readers:
+        raise UserError(f"{paths[0]}: {name} gives no {kind}: choose --to from {', '.join(sorted(readers))}")
     conversion = Conversion(paths, name, kind)
     read_places: list[str] = []
 
@@ -255,7 +256,7 @@ def _convert(name: str, source: Source, head: list[Any], to: str | None, options
                 read_places.append(place)
                 yield place, row
 
-    for output in reader(records(), options):
+    for output in readers[kind](records(), options):
         _sort(output, conversion)
     _name_the_rest(read_places, conversion)
     return conversion
@@ -272,7 +273,7 @@ def _sort(output: Output, conversion: Conversion) -> None:
     place, mended = output.places[0], Counter()
     record = parse_row(conversion.kind, place, output.row, mended)
     if isinstance(record, Problem):
-        conversion.problems += [Problem(p, record.kind, record.what, record.remedy) for p in output.places]
+        conversion.problems += _all_places(output, record)
         return
     conversion.notes += [Note(place, kind, "equal completions of one rank were merged") for kind in mended]
     answers = [record.completion] if isinstance(record, Demonstration) else []
@@ -292,8 +293,8 @@ def _name_the_rest(read_places: list[str], conversion: Conversion) -> None:
             conversion.problems.append(Problem(place, "unnamed", "was lost by its reader", "report it as a bug"))
 
 
-def prompts_of(reader: Reader) -> Reader:
-    """The prompts alone of what a reader gives, each once."""
+def prompts_of(kind: str, reader: Reader) -> Reader:
+    """The prompts alone of the rows of `kind` that a reader gives, each once."""
 
     def prompts(records: Iterable[Record], options: Options) -> Iterator[Output]:
         seen: dict[str, str] = {}
@@ -301,21 +302,24 @@ def prompts_of(reader: Reader) -> Reader:
             if not isinstance(output, Converted):
                 yield output
                 continue
-            row: Row = dict(output.row)
-            messages = row.pop("messages", None)
-            prompt = row.get("prompt") if messages is None else messages[:-1]
-            if prompt is None:
-                yield from (Problem(p, "missing_field", "has no prompt", "it is text") for p in output.places)
+            record = parse_row(kind, output.places[0], output.row, Counter())
+            if isinstance(record, Problem):
+                yield from _all_places(output, record)
                 continue
-            key = prompt_key(prompt)
-            if seen.setdefault(key, output.places[0]) == output.places[0]:
-                rest = {k: v for k, v in row.items() if k not in ("completion", "completions", "chosen", "rejected")}
-                yield Converted({**rest, "prompt": prompt}, output.places, output.partners)
-                continue
-            what = f"its prompt is also at {seen[key]}"
-            yield from (Problem(p, "repeated_prompt", what, "taken once") for p in output.places)
+            place = seen.setdefault(prompt_key(record.prompt), output.places[0])
+            if place == output.places[0]:
+                prompt = record.prompt if isinstance(record.prompt, str) else [dict(turn) for turn in record.prompt]
+                yield Converted({"prompt": prompt, **record.columns}, output.places, output.partners)
+            else:
+                again = Problem(place, "repeated_prompt", f"its prompt is also at {place}", "it is taken once")
+                yield from _all_places(output, again)
 
     return prompts
+
+
+def _all_places(converted: Converted, problem: Problem) -> list[Problem]:
+    """The same Problem for each unit of a row."""
+    return [dataclasses.replace(problem, place=place) for place in converted.places]
 
 
 def stem(path: str) -> str:
