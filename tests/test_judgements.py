@@ -88,7 +88,7 @@ def some_ranking_repeats(said: list[str]) -> bool:
     return any(all(holds[s[1]](level[s[0]], level[s[2]]) for s in said) for level in levels)
 
 
-@pytest.mark.parametrize("said", itertools.product("><=", repeat=3), ids="".join)
+@pytest.mark.parametrize("said", list(itertools.product("><=", repeat=3)), ids="".join)
 def test_three_texts_make_one_ranking_exactly_when_some_ranking_repeats_them(said):
     """All 27 ways to judge three pairs."""
     judgements = [f"{pair[0]}{verdict}{pair[1]}" for pair, verdict in zip(("ab", "ac", "bc"), said, strict=True)]

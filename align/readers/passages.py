@@ -69,7 +69,7 @@ def _paragraphs(row: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _questions(row: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
     for inner, paragraph in _paragraphs(row):
         for number, question in enumerate(items(paragraph, "qas"), start=1):
-            yield f"{inner}, question {number}", {**question, "context": field(paragraph, "context")}
+            yield f"{inner}, question {number}", {**question, "context": paragraph.get("context")}
 
 
 def _squad_answer(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
@@ -77,18 +77,17 @@ def _squad_answer(row: Mapping[str, Any], options: Options, notes: Notes) -> Row
 
     Offsets are not used: one that does not fit is noted, and an answer whose text is not in the passage is not taken.
     """
-    context, answers = row["context"], items(row, "answers")
+    answers, asked = items(row, "answers"), with_context(field(row, "context"), field(row, "question"), options)
+    context = row["context"]  # as it stands, white space and all: offsets count it
     texts = [field(answer, "text") for answer in answers]
-    starts = [answer.get("answer_start") for answer in answers]
-    wrong = sum(not _fits(context, text, start) for text, start in zip(texts, starts, strict=True))
+    wrong = sum(not _fits(context, answer["text"], answer.get("answer_start")) for answer in answers)
     if wrong:
         notes.append(("bad_offset", f"{wrong} of {len(texts)} offsets do not fit: texts were compared"))
     inside = [text for text in texts if text in context]
     if not inside:
         raise BadRow("answer_not_in_text", "none of its answers is in the passage", "mend the answer")
     best = max(inside, key=inside.count)
-    prompt = with_context(context, field(row, "question"), options)
-    return {"prompt": prompt, "completion": best, "answers": sorted(set(texts)), "id": row.get("id")}
+    return {"prompt": asked, "completion": best, "answers": sorted(set(texts)), "id": row.get("id")}
 
 
 def _fits(context: str, text: str, start: Any) -> bool:
