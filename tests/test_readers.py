@@ -613,3 +613,12 @@ def test_formats_do_not_shadow_each_other():
     for name, rows, _, _ in MINIATURES:
         matching = [other for other in order if FORMATS[other].matches(rows[0])]
         assert matching[0] == name == detect_format(rows)
+
+
+def test_every_format_and_every_reason_is_documented():
+    root = Path(__file__).parents[1]
+    documented = set(re.findall(r"`([\w]+)`", (root / "docs" / "formats.md").read_text(encoding="utf-8")))
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "align" / "readers").glob("*.py")))
+    reasons = set(re.findall(r'(?:BadRow|Problem|Note|Refused|append)\([^"]*?"([a-z]+(?:_[a-z]+)+)"', source))
+    assert len(reasons) > 30 and reasons <= documented, f"docs/formats.md lacks {sorted(reasons - documented)}"
+    assert set(FORMATS) <= documented, f"docs/formats.md lacks {sorted(set(FORMATS) - documented)}"
