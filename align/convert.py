@@ -36,6 +36,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.document_characters, (args.context_characters or 0) + 1) < 1:
         parser.error("lengths in characters are positive")
+    inputs = {Path(file).resolve() for file in args.files}
+    outputs = [Path(path).resolve() for path in (args.output, args.validation_output) if path]
+    if len({*outputs}) < len(outputs) or not inputs.isdisjoint(outputs):
+        parser.error("each output is a file of its own, and none of the inputs")
     if not 0 < args.validation_share < 1:
         parser.error("--validation_share lies between 0 and 1")
     return args

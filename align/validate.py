@@ -77,8 +77,9 @@ def check_file(path: str) -> FileCheck:
     if kind is None and unreadable:
         kind = "unknown"
     foreign = detect_format(row for _, row in head)
-    if foreign is not None and FORMATS[foreign].foreign:
-        raise UserError(f"{path}: is in the format {foreign}: `align convert {path} --output FILE` makes rows of it")
+    foreign = foreign if foreign is not None and FORMATS[foreign].foreign else None
+    if kind is None and foreign:
+        raise UserError(f"{path}: {_foreign(path, foreign)}")
     if kind is None:
         wanted = "name its fields prompt, completion, messages, completions, chosen and rejected, or text"
         raise UserError(f"{path}: {'no row is of a known kind' if head else 'has no rows'}: {wanted}")
@@ -86,7 +87,15 @@ def check_file(path: str) -> FileCheck:
     for place, row in itertools.chain(head, rows):
         check.rows += 1
         _check_row(check, place, row)
+    if (
+        foreign and len(check.problems) == check.rows
+    ):  # named by its fields, such as a tree's `prompt`, and yet not ours
+        raise UserError(f"{path}: {_foreign(path, foreign)}")
     return check
+
+
+def _foreign(path: str, name: str) -> str:
+    return f"is in the format {name}: `align convert {path} --output FILE` makes rows of it"
 
 
 def _check_row(check: FileCheck, place: str, row: Any) -> None:

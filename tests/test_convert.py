@@ -89,6 +89,10 @@ def test_nothing_is_written_when_nothing_can_be(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["convert", path, "--output", str(out), "--validation_share", "1"])
+    for outputs in ([path], [str(out), "--validation_output", str(out)]):
+        with pytest.raises(SystemExit):
+            main(["convert", path, "--output", *outputs])
+    assert "each output is a file of its own" in capsys.readouterr().err and Path(path).is_file()
     assert not list(tmp_path.glob("out*"))
 
 

@@ -15,6 +15,7 @@ from align.errors import UserError
 from align.readers import FORMATS, Conversion, detect_format, read
 from align.readers.base import Options
 from align.readers.passages import documents
+from align.validate import validate
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
 
@@ -141,6 +142,21 @@ def test_miniature(tmp_path, name, rows, to, wanted):
     conversion = one(tmp_path, rows, to)
     assert conversion.format == name
     assert rows_of(conversion) == wanted and conversion.problems == []
+
+
+@pytest.mark.parametrize(("name", "rows", "to", "wanted"), MINIATURES, ids=lambda x: x if isinstance(x, str) else "")
+def test_converted_rows_are_read_as_ours_and_unchanged(tmp_path, name, rows, to, wanted):
+    conversion = one(tmp_path, wanted)
+    assert rows_of(conversion) == wanted and conversion.problems == []
+    code, text = validate([str(tmp_path / "a.jsonl")])
+    assert code == 0 and "none bad" in text
+
+
+def test_our_rows_with_other_formats_columns_stay_ours(tmp_path):
+    scored = ranking("p", ("a", 1), ("b", 0))
+    scored["completions"][0]["score"] = 2
+    for row in (scored, {"prompt": "p", "winner": "x"}, {"prompt": "p", "scores": {"x": 1}}):
+        assert one(tmp_path, [row]).format == "trl"
 
 
 QA = {"question": "q", "gold": "g", "passages": [["title", "fact one.", "fact two."]]}
@@ -368,7 +384,7 @@ def task(value: Any, **extra: Any) -> dict[str, Any]:
 
 
 def test_label_studio_ranker_and_pairwise(tmp_path):
-    wanted = ranking("p", ("b", 0), ("a", 1), labeler="ann", id=1)
+    wanted = ranking("p", ("b", 0), ("a", 1), labeler="4", id=1)
     assert (
         rows_of(one(tmp_path, [task({"ranker": {"rank": ["y", "x"]}}), task({"ranker": ["y", "x"]})])) == [wanted] * 2
     )
@@ -377,14 +393,14 @@ def test_label_studio_ranker_and_pairwise(tmp_path):
         "prompt": "p",
         "items": ITEMS,
         "rank": {"rank": ["y", "x"]},
-        "annotator": "ann",
+        "annotator": 4,
         "annotation_id": 5,
     }
     assert rows_of(one(tmp_path, [small])) == [wanted]
     pair = task({"selected": "right"}) | {"data": {"prompt": "p", "text1": "a", "text2": "b"}}
     conversion = one(tmp_path, [pair])
     assert conversion.format == "label_studio"
-    assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="ann", id=1)]
+    assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="4", id=1)]
 
 
 def test_label_studio_names_what_holds_no_ranking(tmp_path):

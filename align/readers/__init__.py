@@ -58,9 +58,11 @@ def _is_hh(row: Any) -> bool:
 def _is_scored(row: Any) -> bool:
     if not isinstance(row, Mapping):
         return False
-    answers = row.get("completions") or row.get("responses") or []
-    objects = isinstance(answers, list) and bool(answers) and all(isinstance(one, Mapping) for one in answers)
-    return "scores" in row or (objects and any(name in answers[0] for name in ranked.SCORES))
+    answers = row.get("completions") or row.get("responses")
+    if not isinstance(answers, list) or not answers:
+        return False
+    objects = all(isinstance(one, Mapping) and "rank" not in one for one in answers)
+    return isinstance(row.get("scores"), list) or (objects and any(name in answers[0] for name in ranked.SCORES))
 
 
 def _is_ranked_list(row: Any) -> bool:
@@ -108,7 +110,10 @@ FORMATS: dict[str, Format] = {
         {"ranking": pairwise.qa_pairs, "demonstration": pairwise.qa_demonstrations},
     ),
     "pandalm": Format(_has("instruction", "response1", "response2", "annotator1"), {"ranking": pairwise.pandalm_pairs}),
-    "pairwise": Format(_has("winner"), {"ranking": pairwise.ab_pairs}),
+    "pairwise": Format(
+        lambda row: _has("winner")(row) and any(name in row for name in pairwise.ANSWERS),
+        {"ranking": pairwise.ab_pairs},
+    ),
     "squality_reviews": Format(
         _has("passage-id", "questions"), {"ranking": ranked.squality_reviews}, partner="squality"
     ),
@@ -193,6 +198,9 @@ def detect_format(rows: Iterable[Any]) -> str | None:
     """The format that most of `rows` have; None when none has any."""
     found: Counter[str] = Counter()
     for row in rows:
+        if _has("prompt", "eval_only")(row):  # a benchmark that was converted before, its columns kept
+            found["trl"] += 1
+            continue
         found.update([name for name, one in FORMATS.items() if one.matches(row)][:1])
     return found.most_common(1)[0][0] if found else None
 
@@ -287,7 +295,7 @@ def _name_the_rest(read_places: list[str], conversion: Conversion) -> None:
     """A row that no output names is a reader's fault; it is reported, not lost."""
     named = {problem.place for problem in conversion.problems}
     named |= {place for row in conversion.rows for place in (*row.places, *row.partners)}
-    named |= {place.split(", ")[0] for place in named}
+    named |= {place[: comma.start()] for place in named for comma in re.finditer(", ", place)}
     for place in read_places:
         if place not in named:
             conversion.problems.append(Problem(place, "unnamed", "was lost by its reader", "report it as a bug"))

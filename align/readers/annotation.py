@@ -124,9 +124,9 @@ def _studio_answers(row: Mapping[str, Any]) -> list[Answer]:
 
 
 def _user(value: Any) -> str:
-    """completed_by is a number, or an object with an id and a name."""
+    """completed_by is a number, or an object with one: an annotator's address does not go into training data."""
     if isinstance(value, Mapping):
-        value = value.get("email") or value.get("id")
+        value = value.get("id")
     return "" if value is None else str(value)
 
 

@@ -32,6 +32,7 @@ from align.readers.judgements import BETTER, TIE, WORSE, Joined, Judgement, Refu
 VERDICTS = {1: BETTER, 2: WORSE, 0: TIE}
 FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left", "A")
 SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right", "B")
+ANSWERS = ("response_a", "answer_a", "response1")
 WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
 WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
 REASONS = {
@@ -90,7 +91,7 @@ def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
 
     def read(row: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
         prompt = field(row, "prompt", "question", "instruction")
-        one = field(row, "response_a", "answer_a", "response1")
+        one = field(row, *ANSWERS)
         other = field(row, "response_b", "answer_b", "response2")
         labeler = next((str(row[n]) for n in ("labeler", "judge", "annotator") if row.get(n) is not None), "")
         return prompt, one, other, {labeler: str(row.get("winner"))}
