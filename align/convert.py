@@ -78,8 +78,13 @@ def lines(conversion: Conversion) -> list[str]:
 
 def decorated(conversion: Conversion, source: str | None, language: str | None) -> list[Row]:
     """The rows with `source` and `language` where they had none."""
-    extra = {"source": source or stem(conversion.paths[0]), **({"language": language} if language else {})}
-    return [converted.row | {k: v for k, v in extra.items() if k not in converted.row} for converted in conversion.rows]
+    stems = {path: stem(path) for path in sorted(conversion.paths, key=len, reverse=True)}
+    rows = []
+    for converted in conversion.rows:
+        own = next((name for path, name in stems.items() if converted.places[0].startswith(path)), None)
+        extra = {"source": source or own, "language": language}
+        rows.append(converted.row | {k: v for k, v in extra.items() if v and converted.row.get(k) is None})
+    return rows
 
 
 def split(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]]:

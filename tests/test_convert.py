@@ -75,6 +75,9 @@ def test_rows_keep_the_source_and_language_they_have(tmp_path):
     out = str(tmp_path / "out.jsonl")
     assert main(["convert", path, "--output", out, "--source", "mine", "--language", "en"]) == 0
     assert [(row["source"], row["language"]) for row in back(out)] == [("web", "zh"), ("mine", "en")]
+    shards = [lines(tmp_path / f"{name}.jsonl", alpaca(name)) for name in ("one", "one-more")]
+    assert main(["convert", *shards, "--output", out]) == 0
+    assert [(row["prompt"], row["source"]) for row in back(out)] == [("one", "one"), ("one-more", "one-more")]
 
 
 def test_nothing_is_written_when_nothing_can_be(tmp_path, capsys):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data import Problem
 from align.errors import UserError
 from align.readers import FORMATS, Conversion, detect_format, read
 from align.readers.base import Options
+from align.readers.files import read_records
 from align.readers.passages import documents
 from align.validate import validate
 
@@ -75,6 +76,9 @@ MINIATURES: list[tuple[str, list[Any], str | None, list[dict[str, Any]]]] = [
      [ranking("p", ("a", 0), ("b", 1), ("c", 0))]),
     ("unpaired", [{"prompt": "p", "completion": "a", "label": True, "id": 3}], "demonstration",
      [{"prompt": "p", "completion": "a", "id": 3}]),
+    ("unpaired", [{"prompt": [USER], "completion": [YES], "label": True},
+                  {"prompt": [USER], "completion": [NO], "label": False}], None,
+     [ranking([USER], ("yes", 0), ("no", 1))]),
     ("alpaca", [{"instruction": "add", "input": "1 2", "output": "3"}], None,
      [{"prompt": "add\n\n1 2", "completion": "3"}]),
     ("alpaca", [{"instruction": "add", "context": "", "response": "3", "category": "maths"}], None,
@@ -328,6 +332,10 @@ def test_safetybench_takes_its_answers_from_the_other_file(tmp_path):
     assert [(p.place, p.kind) for p in conversion.problems] == [(f"{answers}:row 1, id 9", "no_partner")]
     assert conversion.used == 3
     assert [p.kind for p in read([str(answers)])[0].problems] == ["no_partner"] * 2
+    again = tmp_path / "again.json"
+    again.write_text(answers.read_text())
+    (twice,) = read([asked, str(answers), str(again)])
+    assert [(p.place, p.kind) for p in twice.problems[:1]] == [(f"{again}:row 1, id 3", "repeated_id")]
 
 
 # Exports of labelling tools
@@ -611,16 +619,30 @@ FIELDS = re.findall(
 )
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=6), min_size=1, max_size=4), st.data())
-def test_fuzz_every_row_is_used_or_named(tmp_path_factory, rows, draw):
+@settings(max_examples=100)
+@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=6) | JUNK, min_size=1, max_size=4))
+def test_fuzz_every_row_is_used_or_named(tmp_path_factory, rows):
     path = lines(tmp_path_factory.mktemp("fuzz") / "a.jsonl", rows)
-    name = draw.draw(st.sampled_from(sorted(set(FORMATS) - {"prose"})))
-    for to in (None, "prompt"):
-        (conversion,) = read([path], name, to)
-        places = [p.place for p in conversion.problems]
-        places += [place for row in conversion.rows for place in (*row.places, *row.partners)]
-        assert all(isinstance(problem, Problem) and problem.kind != "unnamed" for problem in conversion.problems)
-        assert {place.split(",")[0] for place in places} >= {f"{path}:{n}" for n, _ in enumerate(rows, start=1)}
+    detect_format(rows)
+    for name, form in FORMATS.items():
+        for to in {None, *form.readers} if name != "prose" else ():
+            (conversion,) = read([path], name, to)
+            places = [p.place for p in conversion.problems]
+            places += [place for row in conversion.rows for place in (*row.places, *row.partners)]
+            assert all(isinstance(problem, Problem) and problem.kind != "unnamed" for problem in conversion.problems)
+            assert {place.split(",")[0] for place in places} >= {f"{path}:{n}" for n, _ in enumerate(rows, start=1)}
+
+
+@given(st.lists(st.sampled_from(["a", '"', ",", "\t", "\r", "\n", "\x00", "\ufeff", "\xe9", "😀", '""'])))
+def test_fuzz_a_table_is_read_or_refused_in_one_line(tmp_path_factory, parts):
+    path = tmp_path_factory.mktemp("fuzz") / "t.csv"
+    path.write_text("Question,Best Answer\r\n" + "".join(parts), encoding="utf-8", newline="")
+    try:
+        rows = list(read_records(str(path)))
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return
+    assert all(isinstance(row, Problem) or list(row) == ["Question", "Best Answer"] for _, row in rows)
 
 
 def test_formats_do_not_shadow_each_other():

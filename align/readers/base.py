@@ -92,6 +92,8 @@ def nested(expand: Expand, convert: Convert) -> Reader:
         for place, row in records:
             try:
                 units = list(expand(row)) if isinstance(row, Mapping) else [("", row)]
+                if not units:
+                    yield Problem(place, "empty_field", "holds nothing that this format counts", "take it out")
             except BadRow as bad:
                 units = []
                 yield problem(place, bad)

@@ -102,10 +102,13 @@ def safetybench(records: Iterable[Record], options: Options) -> Iterator[Output]
     questions: list[Record] = []
     answers: dict[str, tuple[str, Any]] = {}
     for place, row in records:
-        if isinstance(row, Mapping) and "question" not in row:
-            answers |= {str(key): (f"{place}, id {key}", value) for key, value in row.items()}
-        else:
+        if not isinstance(row, Mapping) or not row or "question" in row:
             questions.append((place, row))
+            continue
+        for key, value in row.items():
+            own = f"{place}, id {key}"
+            if answers.setdefault(str(key), (own, value))[0] != own:
+                yield Problem(own, "repeated_id", "this id was answered before", "keep one of the answers")
 
     def convert(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
         texts = items(row, "options", str)

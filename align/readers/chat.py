@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import BadRow, Problem, parse_preference, prompt_key
+from align.data import BadRow, Problem, parse_demonstration, parse_preference, prompt_key
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
     Converted,
+    Note,
     Notes,
     Options,
     Output,
@@ -49,10 +50,10 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for place, row in records:
         try:
-            field(row, "prompt"), field(row, "completion")
+            record = parse_demonstration(row, Counter())
             if not isinstance(row.get("label"), bool):
                 raise BadRow("wrong_type", "'label' is neither true nor false", "write true or false")
-            groups.setdefault(prompt_key(row["prompt"]), []).append((place, row))
+            groups.setdefault(prompt_key(record.prompt), []).append((place, row))
         except BadRow as bad:
             yield problem(place, bad)
         except SHAPE_ERRORS:
@@ -63,19 +64,27 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
             what, remedy = "its prompt has completions of one label only", "nothing is compared; use it for SFT"
             yield from (Problem(place, "one_label", what, remedy) for place in places)
             continue
-        ranked = [(row["completion"], float(not row["label"])) for _, row in group]
-        notes: Notes = []
+        first, notes = group[0][1], []
+        ranked = [(_said(row["completion"]), float(not row["label"])) for _, row in group]
+        rest = columns(first, "prompt", "completion", "label")
         try:
-            yield Converted(ranking_row(group[0][1]["prompt"].strip(), ranked, notes), places)
+            converted = Converted(ranking_row(first["prompt"], ranked, notes, **rest), places)
         except BadRow as bad:
             yield from (problem(place, bad) for place in places)
+            continue
+        yield from (Note(places[0], kind, what) for kind, what in notes)
+        yield converted
+
+
+def _said(completion: Any) -> str:
+    """A completion's text: the assistant's messages are what a template would put around it."""
+    return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
 
 
 def unpaired_demonstration(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     if row.get("label") is not True:
         raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
-    rest = columns(row, "prompt", "completion", "label")
-    return {"prompt": field(row, "prompt"), "completion": field(row, "completion"), **rest}
+    return columns(row, "label")
 
 
 def alpaca(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:

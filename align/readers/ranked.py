@@ -1,5 +1,6 @@
 """Rankings that a row or a tree holds whole: ranked lists, scored answers, OpenAssistant trees, SQuALITY's reviews."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -145,38 +146,37 @@ def _oasst_best(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
 
 # SQuALITY's human evaluation
 
-Stories = dict[Any, tuple[str, Mapping[str, Any]]]  # passage -> place and row
-
 
 def squality_reviews(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """One ranking a question and reviewer; the stories' file gives the questions' text (join on the passage).
 
     A unit is one reviewer's order of the three answers; a story that nobody judged is a unit too.
     """
-    stories: Stories = {}
+    stories: dict[str, list[Record]] = {}
     judged: list[Record] = []
     for place, row in records:
         if isinstance(row, Mapping) and "document" in row:
-            stories[(row.get("metadata") or {}).get("passage_id")] = (place, row)
+            about = row.get("metadata")
+            passage = about.get("passage_id") if isinstance(about, Mapping) else None
+            stories.setdefault(str(passage), []).append((place, row))
         else:
             judged.append((place, row))
     used = set()
     for place, row in judged:
         for output in _judged(place, row, stories, options):
-            if isinstance(output, Converted):
-                used.add(row["passage-id"])
+            used |= set(output.partners) if isinstance(output, Converted) else set()
             yield output
-    for passage, (place, _) in stories.items():
-        if passage not in used:
+    for place, _ in itertools.chain.from_iterable(stories.values()):
+        if place not in used:
             yield Problem(place, "no_partner", "nobody judged its questions", "use it for SFT and as text")
 
 
-def _judged(place: str, row: Any, stories: Stories, options: Options) -> Iterator[Output]:
+def _judged(place: str, row: Any, stories: Mapping[str, list[Record]], options: Options) -> Iterator[Output]:
     """The rankings of one story's questions."""
-    if not isinstance(row, Mapping) or not isinstance(row.get("questions"), Mapping):
+    if not isinstance(row, Mapping) or not isinstance(row.get("questions"), Mapping) or not row["questions"]:
         yield Problem(place, "missing_field", "holds no questions", "give SQuALITY's human evaluation")
         return
-    story_place, story = stories.get(row.get("passage-id"), ("", {}))
+    story_place, story = stories.get(str(row.get("passage-id")), [("", {})])[0]
     for key, answers in row["questions"].items():
         try:
             outputs = list(_reviews(f"{place}, question {key}", key, answers, story, options))
@@ -190,7 +190,7 @@ def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], optio
     """The rankings of one question, one a reviewer."""
     asked = [q for q in story.get("questions", []) if str(q.get("question_number")) == str(int(key) + 1)]
     if not asked or not isinstance(answers, Mapping):
-        yield Problem(place, "no_partner", "its story is in no file given", "give the stories' file too")
+        yield Problem(place, "no_partner", "its question is in no file given", "give the stories' file too")
         return
     prompt = with_context(story["document"], field(asked[0], "question_text"), options)
 
@@ -201,7 +201,10 @@ def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], optio
         ranked = [(field(answers[name], "response"), float(review["overall-rank"])) for name, review in reviews.items()]
         return ranking_row(prompt, ranked, notes, labeler=str(next(iter(reviews.values()))["worker_id"]))
 
-    for number in range(min(len(answer["reviews"]) for answer in answers.values())):
+    reviewed = min(len(answer["reviews"]) for answer in answers.values())
+    if not reviewed:
+        yield Problem(place, "no_answer", "nobody ranked it", "take it out, or have it ranked")
+    for number in range(reviewed):
         yield from attempt(f"{place}, review {number + 1}", {"number": number}, order, options)
 
 
