@@ -19,7 +19,7 @@ from align.checkpoint import (
     write_manifest,
 )
 from align.config import PPOConfig
-from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
+from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts, refuse_eval_only
 from align.generate import make_sampler
 from align.lora import (
     WithoutAdapter,
@@ -68,6 +68,7 @@ def load_inputs(config: PPOConfig) -> Inputs:
     codec = Codec.load(config.model_name_or_path)
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
+    refuse_eval_only(prompts, report)
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
     tokens = codec.prompts([prompt.prompt for prompt in prompts])
     queries = [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]

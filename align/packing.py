@@ -218,7 +218,7 @@ def rows_of(pack: Pack) -> tuple[Tensor, Tensor]:
 
 
 class PackCollator:
-    """{"input_ids"[, "labels"]} rows -> one pack, as a language model that reads packs is called. N tokens in one row."""
+    """{"input_ids"[, "labels"]} rows -> one pack, as a language model that reads packs is called: (1, N)."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id

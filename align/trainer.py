@@ -50,7 +50,7 @@ def metrics_callback(output: Path, checkpoint: Path | None) -> MetricsCallback:
 
 
 def causal_collator(model: torch.nn.Module, attn_implementation: str | None, pad_id: int) -> Callable:
-    """Packs, which `model` is set to read; padded rows where it cannot or `attn_implementation` names another attention."""
+    """Packs, which `model` is set to read; padded rows where it cannot, or another attention is named."""
     packed = attn_implementation is None and set_packed(model)
     return PackCollator(pad_id) if packed else CausalCollator(pad_id)
 

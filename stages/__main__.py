@@ -18,7 +18,11 @@ STAGES = {
     "ppo": "prompts, policy, reward model -> policy",
     "evaluate": "checkpoints -> numbers with intervals, plots, a report",
 }
-TOOLS = {"validate": "FILE...: report every bad row of data files"}
+TOOLS = {
+    "convert": "FILE... --output FILE: public formats -> ours, every dropped row named",
+    "validate": "FILE...: report every bad row of data files",
+    "stats": "FILE...: counts, K, lengths, ties, agreement, duplicates, shared prompts",
+}
 
 
 def usage() -> str:
@@ -32,10 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     name, rest = words[0], words[1:]
-    if name == "validate":
-        from align.validate import main as validate
-
-        return validate(rest)
+    if name in TOOLS:
+        return run_tool(name, rest)
     if name not in STAGES:
         print(f"align: unknown stage {name!r}\n{usage()}", file=sys.stderr)
         return 2
@@ -64,6 +66,16 @@ def run(stage, argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def run_tool(name: str, argv: list[str]) -> int:
+    try:
+        return importlib.import_module(f"align.{name}").main(argv)
+    except UserError as error:
+        return fail(error)
+    except BrokenPipeError:  # `align stats FILE | head`
+        sys.stderr.close()
+        return 1
 
 
 def fail(error: UserError) -> int:

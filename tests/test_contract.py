@@ -25,9 +25,10 @@ FLOORS = (
     {"attention"},
     {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
-    {"generate", "ranking", "update"},
+    {"generate", "ranking", "update", "readers"},
     {"rewards"},
     {"rollout", "evaluate"},
+    {"validate", "convert", "stats"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -187,6 +187,22 @@ def test_bad_rows_are_named_by_line(refused, mini, tmp_path, stage, key):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("stage", "key"), [("ppo", "train_file"), ("collect", "prompts_file")])
+def test_prompts_marked_for_evaluation_alone(refused, tmp_path, stage, key):
+    path = tmp_path / "benchmark.jsonl"
+    path.write_text('{"prompt": "where is rome ?", "eval_only": true}\n', encoding="utf-8")
+    refused(stage, str(path), "eval_only", **{key: path, "output_dir": tmp_path / "out"})
+    assert empty(tmp_path / "out")
+
+
+def test_evaluate_says_which_of_its_prompts_were_trained_on(mini, tmp_path, capsys):
+    trained = mini.run / "data" / "prompts_ppo.jsonl"
+    changes = {"prompts_file": trained, "text_file": tmp_path / "none.jsonl", "output_dir": tmp_path / "out"}
+    assert main(["evaluate", *mini.arguments("evaluate", mini.run, **changes)]) == 2  # stopped by the missing text
+    leaks = [line for line in capsys.readouterr().out.splitlines() if "were trained on" in line]
+    assert len(leaks) == 1 and leaks[0].startswith(f"{trained}: 64 of the ") and f"such as at {trained}:1" in leaks[0]
+
+
 def test_missing_data_file(refused, tmp_path):
     refused("ppo", "gone.jsonl", "no such file", train_file=tmp_path / "gone.jsonl", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
