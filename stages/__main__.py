@@ -17,12 +17,13 @@ STAGES = {
     "rm": "rankings -> reward model",
     "ppo": "prompts, policy, reward model -> policy",
     "evaluate": "checkpoints -> numbers with intervals, plots, a report",
+    "evaluate rm": "reward model, held-out rankings -> accuracy beside baselines, peer and labelers",
 }
 TOOLS = {"validate": "FILE...: report every bad row of data files"}
 
 
 def usage() -> str:
-    lines = [f"  {name:9} {what}" for name, what in (STAGES | TOOLS).items()]
+    lines = [f"  {name:11} {what}" for name, what in (STAGES | TOOLS).items()]
     return "usage: align STAGE --config FILE [--run DIR] [--key value ...]\n" + "\n".join(lines)
 
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    name, rest = words[0], words[1:]
+    parts = 2 if words[:2] == ["evaluate", "rm"] else 1
+    name, rest = " ".join(words[:parts]), words[parts:]
     if name == "validate":
         from align.validate import main as validate
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in STAGES:
         print(f"align: unknown stage {name!r}\n{usage()}", file=sys.stderr)
         return 2
-    return run(importlib.import_module(f"stages.{name}").main, rest)
+    return run(importlib.import_module(f"stages.{name.replace(' ', '_')}").main, rest)
 
 
 def run(stage, argv: list[str]) -> int:

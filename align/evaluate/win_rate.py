@@ -204,7 +204,7 @@ def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, see
 
 
 def judged_pairs(rankings: Iterable[Ranking]) -> dict[tuple[str, str, str], list[tuple[str | None, Verdict]]]:
-    """(prompt, completion, completion) -> who judged that pair, and how: 1 the first is better, 0.5 a tie, 0 the second.
+    """(prompt, completion, completion) -> who judged the pair, and how: 1 the first is better, 0.5 tie, 0 second.
 
     Completions may come in any order and among any others.
     """
@@ -218,9 +218,9 @@ def judged_pairs(rankings: Iterable[Ranking]) -> dict[tuple[str, str, str], list
 
 
 def two_labelers(judged: Mapping[tuple[str, str, str], list[tuple[str | None, Verdict]]]) -> Iterator[tuple]:
-    """(prompt, (labeler, verdict), (labeler, verdict)) for every two labelers of a pair; without a name each is another.
+    """(prompt, (labeler, verdict), (labeler, verdict)) for every two labelers of a pair.
 
-    A labeler who judged the same pair twice agrees with nobody else.
+    Labelers without a name are different ones; a labeler who judged the same pair twice agrees with nobody else.
     """
     for (prompt, _, _), verdicts in judged.items():
         for one, other in combinations(verdicts, 2):

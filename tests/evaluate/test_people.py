@@ -1,4 +1,4 @@
-"""Agreement of labelers, what it allows a predictor, and Bradley-Terry with ties; against closed forms and simulation."""
+"""Agreement of labelers, what it allows a predictor, Bradley-Terry with ties: closed forms and simulated crowds."""
 
 import math
 

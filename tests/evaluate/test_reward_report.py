@@ -86,13 +86,8 @@ def test_the_fitted_baseline_is_not_tested_on_what_it_was_fitted_on():
     rng = np.random.default_rng(3)
     means = []
     for seed in range(40):
-        rows = [
-            (
-                Ranking(f"p{i}", ("x" * int(rng.integers(1, 99)), "y" * int(rng.integers(1, 99)) + "z"), (0, 1)),
-                [0.0, 0.0],
-            )
-            for i in range(12)
-        ]
+        sizes = rng.integers(1, 99, (12, 2))
+        rows = [(Ranking(f"p{i}", ("x" * a, "y" * b), (0, 1)), [0.0, 0.0]) for i, (a, b) in enumerate(sizes)]
         means.append(ranking_accuracy(rows, seed)["baselines"]["length_fitted"].mean)
     assert np.mean(means) == pytest.approx(0.5, abs=0.08)
 
