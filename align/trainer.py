@@ -164,6 +164,7 @@ class RankingTrainer(GroupedByLength, Trainer):
             found = held_out_loss(self.model, self.eval_dataset, pad_id, size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
