@@ -63,7 +63,7 @@ def labelers_report(scored: Sequence[tuple[Ranking, list[float]]], seed: int) ->
     if agreed:
         interval = agreed.interval
         report["ceiling"] = Interval(*(ceiling(a) for a in (interval.mean, interval.low, interval.high)))
-        report["ceiling_bounds"] = list(ceiling_bounds(interval.mean))
+        report["ceiling_bounds"] = [float(c) for c in ceiling_bounds(interval.mean)]
     return report
 
 

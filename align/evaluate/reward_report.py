@@ -23,7 +23,7 @@ from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, 
 from align.types import Ranking
 
 Scored = tuple[Ranking, list[float]]  # a ranking and the reward model's score of each of its K completions
-RATIOS = {"up to 1/2": 0.5, "1/2 to 4/5": 0.8, "4/5 to 5/4": 1.25, "5/4 to 2": 2.0, "over 2": np.inf}  # upper ends
+RATIOS = {"up to 1/2": 0.5, "1/2 to 4/5": 0.8, "4/5 to 5/4": 1.25, "5/4 to 2": 2.0, "over 2": 1e12}  # upper ends
 LENGTH_FOLDS = 5  # prompts that the fitted length baseline is tested on were not fitted on
 RANDOM_SCORERS = 1000
 
@@ -235,7 +235,7 @@ def _calibration(pairs: list[Pair], prompts: NDArray[np.int64], bins: int, seed:
 
 
 def _ratio(better: int, worse: int) -> str:
-    return next(name for name, top in RATIOS.items() if better <= top * worse)
+    return next(name for name, top in RATIOS.items() if better <= top * max(worse, 1))
 
 
 def _natural(label: str) -> tuple[float, str]:

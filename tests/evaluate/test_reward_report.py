@@ -37,6 +37,11 @@ def test_breakdowns_by_hand():
     assert found == {"up to 1/2": (0.5, 1), "5/4 to 2": (0.5, 2)}
 
 
+def test_a_completion_of_no_length_is_no_crash():
+    report = ranking_accuracy([(Ranking("p", ("", "a long one"), (1, 0)), [0.0, 1.0])], seed=0)
+    assert list(report["by_length"]) == ["over 2"] and report["accuracy"].mean == 1.0
+
+
 def test_calibration_by_hand():
     # Favourites: sigmoid(1) = .7311 and wrong; .5 and a tie, half; sigmoid(2) = .8808 and right.
     report = ranking_accuracy(SCORED, seed=0)
