@@ -97,8 +97,9 @@ def load(path: str, role: str, device: torch.device, config: EvaluateRMConfig) -
 
 
 def score(scorer: Scorer, rankings: list, role: str, config: EvaluateRMConfig) -> list[list[float] | None]:
-    """K scores of each ranking, None where it is over max_length."""
-    fits = [scorer.tokens(ranking) <= config.max_length for ranking in rankings]
+    """K scores of each ranking, None where it is over max_length or what the model can read."""
+    longest = min(config.max_length, scorer.context or config.max_length)
+    fits = [scorer.tokens(ranking) <= longest for ranking in rankings]
     found = scorer.score([r for r, ok in zip(rankings, fits, strict=True) if ok], config.per_device_batch_size)
     require_scores(found, role)
     rows = iter(found)

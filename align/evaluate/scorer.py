@@ -9,19 +9,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from align.checkpoint import read_manifest
 from align.data import contents, ranking_length
 from align.errors import UserError
 from align.models import ScalarModel, load_scalar_model
 from align.packing import pack_rows, token_batches
 from align.ranking import score_rankings, score_rows
 from align.text import Codec
-from align.types import Ranking
+from align.types import Ranking, Text
 
 
 class Scorer(Protocol):
     """A reward model that reads text."""
+
+    context: int | None  # tokens that it can read
 
     def tokens(self, ranking: Ranking) -> int:
         """Of the prompt and its longest completion."""
@@ -32,12 +35,33 @@ class Scorer(Protocol):
         ...
 
 
+class ClosedCodec(Codec):
+    """Responses closed by given tokens: those that another's reward model learned to be read at."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: list[int]):
+        super().__init__(tokenizer)
+        self.closing = closing
+
+    def responses(self, completions: list[Text]) -> list[list[int]]:
+        return [[*row[:-1], *self.closing] for row in super().responses(completions)]
+
+
+def closing_tokens(codec: Codec) -> list[int]:
+    """What the chat template writes after an answer, which may be more than EOS; EOS without a template."""
+    if codec.tokenizer.chat_template is None:
+        return [codec.eos_id]
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text = codec.tokenizer.apply_chat_template(messages, tokenize=False).rpartition("answer")[2]
+    return codec.tokenizer(text, add_special_tokens=False)["input_ids"] or [codec.eos_id]
+
+
 @dataclass(frozen=True)
 class ScalarScorer:
-    """A decoder with the head `score`, ours or another's: read at EOS after prompt and completion (`align.text`)."""
+    """A decoder with the head `score`, read at the last token of prompt and completion (`align.text`): EOS in ours."""
 
     model: ScalarModel
     codec: Codec
+    context: int | None = None
 
     def tokens(self, ranking: Ranking) -> int:
         return ranking_length(ranking, self.codec)
@@ -52,6 +76,7 @@ class ClassifierScorer:
 
     model: nn.Module
     tokenizer: Any
+    context: int | None = None
 
     def tokens(self, ranking: Ranking) -> int:
         return max(len(self.tokenizer(*pair)["input_ids"]) for pair in _texts(ranking))
@@ -91,11 +116,16 @@ def load_scorer(
     if named != type(bare).__name__ or config.num_labels != 1:
         what = f"is a {named}" if named != type(bare).__name__ else f"has {config.num_labels} labels"
         raise UserError(f"{role}: {path}: {what}, not a sequence classifier with 1 label; give a reward model's folder")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(getattr(bare, "score", None), nn.Linear):
-        model = load_scalar_model(path, attn_implementation, dtype=dtype)
-        return ScalarScorer(model.to(device).eval(), Codec.load(path))
+        model, codec = load_scalar_model(path, attn_implementation, dtype=dtype).to(device).eval(), Codec.load(path)
+        if read_manifest(path) is None:  # not of this pipeline
+            codec = ClosedCodec(codec.tokenizer, closing_tokens(codec))
+        return ScalarScorer(model, codec, context)
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    return ClassifierScorer(model.to(device).eval(), AutoTokenizer.from_pretrained(path))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    limits = [limit for limit in (context, tokenizer.model_max_length) if limit and limit < 1e9]
+    return ClassifierScorer(model.to(device).eval(), tokenizer, min(limits, default=None))
 
 
 def score_spread(scorer: Scorer, rankings: list[Ranking], batch_size: int, seed: int) -> dict[str, Any]:

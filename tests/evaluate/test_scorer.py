@@ -1,5 +1,7 @@
 """Scores by any sequence classifier, and the check that batching and padding do not move them."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -10,9 +12,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from align.checkpoint import write_manifest
 from align.errors import UserError
 from align.evaluate.scorer import ClassifierScorer, ScalarScorer, load_scorer, score_spread
 from align.models import load_scalar_model, save_scalar_model
+from align.text import Codec
 from align.types import Ranking
 
 CPU = torch.device("cpu")
@@ -42,6 +46,7 @@ def ours(tiny_codec, tmp_path):
     model.head.bias.data.fill_(0.5)
     save_scalar_model(model, tmp_path / "rm", tiny_codec.pad_id)
     tiny_codec.save(tmp_path / "rm")
+    write_manifest(tmp_path / "rm", "rm", {}, seed=0)
     return str(tmp_path / "rm")
 
 
@@ -69,12 +74,30 @@ def test_a_stock_decoder_classifier(tiny_codec, tmp_path):
         assert scorer.score(RANKINGS, 3)[0][1] == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-5)
 
 
+def test_anothers_model_is_read_where_its_chat_template_ends(tiny_codec, tmp_path):
+    """A newline after EOS, as ChatML writes it: TRL tokenizes whole chats, so its models learned to end there."""
+    tokenizer = copy.deepcopy(tiny_codec.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "{{ eos_token + '\n' }}")
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(llama(tiny_codec, num_labels=1)).eval()
+    scorer = load_scorer(saved(model, Codec(tokenizer), tmp_path), "peer_model_path", CPU)
+    chat = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "用中文"}]
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+    assert ids[0, -2] == tokenizer.eos_token_id != ids[0, -1]
+    with torch.no_grad():
+        assert scorer.score(RANKINGS, 3)[0][1] == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-5)
+    write_manifest(tmp_path, "rm", {}, seed=0)  # one of ours is read at EOS
+    with torch.no_grad():
+        expected = float(model(ids[:, :-1]).logits[0, 0])
+    assert load_scorer(str(tmp_path), "x", CPU).score(RANKINGS, 3)[0][1] == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_encoder_scores_prompt_and_completion_as_a_pair(tiny_codec, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=400, num_labels=1, **sizes)).eval()
     scorer = load_scorer(saved(model, tiny_codec, tmp_path), "reward_model_path", CPU)
-    assert isinstance(scorer, ClassifierScorer)
+    assert isinstance(scorer, ClassifierScorer) and scorer.context == 512
     scores = scorer.score(RANKINGS, 2)
     row = scorer.tokenizer("hot?", "cold", return_tensors="pt")
     with torch.no_grad():
