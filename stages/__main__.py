@@ -85,7 +85,8 @@ def record_seconds(argv: list[str], stage: str) -> None:
 
     flags = dict(zip(argv, argv[1:], strict=False))
     if "--run" in flags:
-        name = Path(flags["--output_dir"]).name if "--output_dir" in flags else stage
+        own_folder = "--output_dir" in flags and stage != "evaluate_rm"  # its output may lie in the model's
+        name = Path(flags["--output_dir"]).name if own_folder else stage
         if is_main_process():
             write_json(Path(flags["--run"]) / "seconds.json", seconds_so_far(flags["--run"], name))
 

@@ -104,7 +104,7 @@ def bradley_terry(
 
     Judgement t compares items first[t] and second[t]: 1 the first won, 0.5 a tie, 0 the second won. Each strength has a
     normal prior of mean 0, which also holds together items that no chain of judgements connects. Convex, by L-BFGS.
-    Without any tie nu is 0.
+    Without any tie nu is 0, and with ties alone, where no finite nu is best, a large number.
     """
     i, j = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
     outcome = np.asarray(verdicts, dtype=np.float64)
@@ -134,7 +134,7 @@ def _consensus(scored: Sequence[tuple[Ranking, list[float]]], seed: int) -> dict
     """The scores against the order that Bradley-Terry gives the completions of prompts with several labelers."""
     score = {(text_key(r.prompt), text_key(r.completions[k])): s for r, scores in scored for k, s in enumerate(scores)}
     judged = judged_pairs(ranking for ranking, _ in scored)
-    several = {(prompt, a, b): verdicts for (prompt, a, b), verdicts in judged.items() if len(verdicts) > 1}
+    several = {key: verdicts for key, verdicts in judged.items() if any(two_labelers({key: verdicts}))}
     if not several:
         return None
     items: dict[tuple[str, str], int] = {}

@@ -111,8 +111,15 @@ def test_consensus_by_hand():
     assert consensus["tie_parameter"] > 0
 
 
-def test_one_labeler_alone_has_no_ceiling():
-    report = labelers_report(RANKINGS[:1], seed=0)
+def test_all_ties_leave_every_strength_at_0():
+    strength, nu = bradley_terry([0, 0, 1], [1, 1, 2], [0.5, 0.5, 0.5], 3)
+    np.testing.assert_allclose(strength, 0, atol=1e-6)
+    assert math.isfinite(nu) and nu > 100
+
+
+@pytest.mark.parametrize("rankings", [RANKINGS[:1], RANKINGS[:1] * 2], ids=["once", "twice"])
+def test_one_labeler_alone_has_no_ceiling(rankings):
+    report = labelers_report(rankings, seed=0)
     assert report["agreement"] is None and report["ceiling"] is None and report["consensus"] is None
     assert report["by_labeler"] == {} and report["ties"] == pytest.approx(1 / 3)
 
