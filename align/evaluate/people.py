@@ -7,7 +7,7 @@ depends on how q is spread, which two labelers a pair do not show, but lies betw
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from align.evaluate.win_rate import (
 )
 from align.types import Ranking
 
+PairKey = tuple[str, str, str]  # prompt, completion, completion, as in `judged_pairs`
 NODES = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)  # a standard normal as equally likely points
 PRIOR_STD = 3.0  # of a completion's strength, nats: keeps what nobody ever rejected finite
 SAME = 1e-3  # strengths nearer than this are one
@@ -38,13 +39,16 @@ def labelers_report(scored: Sequence[tuple[Ranking, list[float]]], seed: int) ->
 
     Keys: agreement (pairs untied by both), pairs, prompts, agreement_with_ties (the same of better, tie, worse), ties
     (share of judgements), by_labeler (each against the others), ceiling (accuracy of a perfect predictor of the mean
-    labeler, see `ceiling`), ceiling_bounds, consensus (accuracy against the joint order of two or more labelers, which
-    noise blurs less). Null where no two labelers judged a pair.
+    labeler, see `ceiling`), ceiling_bounds, accuracy (of the scores on the pairs that two or more labelers judged, the
+    pairs that the ceiling is for), consensus (there, against the labelers' joint order, which noise blurs less). Null
+    where no two labelers judged a pair.
     """
     rankings = [ranking for ranking, _ in scored]
     judged = judged_pairs(rankings)
     verdicts = [verdict for pair in judged.values() for _, verdict in pair]
-    both = [(prompt, *one, *other) for prompt, one, other in two_labelers(judged)]
+    several = {key: verdicts for key, verdicts in judged.items() if any(two_labelers({key: verdicts}))}
+    ahead = _ahead(scored, list(several))
+    both = [(prompt, *one, *other) for prompt, one, other in two_labelers(several)]
     agreed = agreement(rankings, seed)
     report = {
         "agreement": agreed.interval if agreed else None,
@@ -55,7 +59,8 @@ def labelers_report(scored: Sequence[tuple[Ranking, list[float]]], seed: int) ->
         "by_labeler": _by_labeler(both, seed),
         "ceiling": None,
         "ceiling_bounds": None,
-        "consensus": _consensus(scored, seed),
+        "accuracy": _accuracy(several, ahead, seed),
+        "consensus": _consensus(several, ahead, seed),
     }
     if both:
         same = [verdict == other for _, _, verdict, _, other in both]
@@ -130,29 +135,43 @@ def bradley_terry(
     return found[:size], float(np.exp(found[size])) if ties else 0.0
 
 
-def _consensus(scored: Sequence[tuple[Ranking, list[float]]], seed: int) -> dict[str, Any] | None:
-    """The scores against the order that Bradley-Terry gives the completions of prompts with several labelers."""
+def _ahead(scored: Sequence[tuple[Ranking, list[float]]], pairs: list[PairKey]) -> NDArray[np.float64]:
+    """(P,) 1 where the scores put the first completion of a pair ahead, 0.5 where they tie, 0 where the second."""
     score = {(text_key(r.prompt), text_key(r.completions[k])): s for r, scores in scored for k, s in enumerate(scores)}
-    judged = judged_pairs(ranking for ranking, _ in scored)
-    several = {key: verdicts for key, verdicts in judged.items() if any(two_labelers({key: verdicts}))}
+    return preferences([score[p, a] for p, a, _ in pairs], [score[p, b] for p, _, b in pairs])
+
+
+def _accuracy(several: Mapping[PairKey, list], ahead: NDArray[np.float64], seed: int) -> Interval | None:
+    """The scores against each labeler's untied judgements."""
+    trials = [
+        (key[0], first if verdict == 1.0 else 1 - first)
+        for (key, verdicts), first in zip(several.items(), ahead, strict=True)
+        for _, verdict in verdicts
+        if verdict != 0.5
+    ]
+    if not trials:
+        return None
+    prompts, correct = zip(*trials, strict=True)
+    return accuracy_interval(correct, numbered(prompts), seed)
+
+
+def _consensus(several: Mapping[PairKey, list], ahead: NDArray[np.float64], seed: int) -> dict[str, Any] | None:
+    """The scores against the order that Bradley-Terry gives the completions from all judgements together."""
     if not several:
         return None
     items: dict[tuple[str, str], int] = {}
-    first, second, outcomes = [], [], []
-    for (prompt, a, b), verdicts in several.items():
-        one, other = (items.setdefault((prompt, c), len(items)) for c in (a, b))
-        first += [one] * len(verdicts)
-        second += [other] * len(verdicts)
-        outcomes += [verdict for _, verdict in verdicts]
+    ends = np.array([[items.setdefault((p, c), len(items)) for c in (a, b)] for p, a, b in several])
+    counts = [len(verdicts) for verdicts in several.values()]
+    outcomes = [verdict for verdicts in several.values() for _, verdict in verdicts]
+    first, second = np.repeat(ends, counts, axis=0).T
     strength, nu = bradley_terry(first, second, outcomes, len(items))
-    gaps = {(p, a, b): strength[items[p, a]] - strength[items[p, b]] for p, a, b in several}
-    ordered = [key for key, gap in gaps.items() if abs(gap) > SAME]
-    if not ordered:
+    gaps = strength[ends[:, 0]] - strength[ends[:, 1]]
+    ordered = np.abs(gaps) > SAME
+    if not ordered.any():
         return None
-    ahead = preferences([score[p, a] for p, a, _ in ordered], [score[p, b] for p, _, b in ordered])
-    correct = np.where([gaps[key] > 0 for key in ordered], ahead, 1 - ahead)
-    accuracy = accuracy_interval(correct, numbered([key[0] for key in ordered]), seed)
-    return {"accuracy": accuracy, "pairs": len(ordered), "tie_parameter": nu}
+    correct = np.where(gaps > 0, ahead, 1 - ahead)[ordered]
+    prompts = numbered([prompt for prompt, _, _ in several])[ordered]
+    return {"accuracy": accuracy_interval(correct, prompts, seed), "pairs": int(ordered.sum()), "tie_parameter": nu}
 
 
 def _by_labeler(both: Sequence[tuple], seed: int) -> dict[str, dict[str, Any]]:

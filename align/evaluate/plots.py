@@ -208,7 +208,7 @@ def plot_reward_accuracy(report: Mapping[str, Any], path: Path) -> Path:
         axes.axvspan(ceiling["low"], ceiling["high"], color=GOLD, alpha=0.15, linewidth=0)
         axes.axvline(ceiling["mean"], color=GOLD, linewidth=1.2)
         place = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": GOLD, "ha": "center"}
-        axes.text(ceiling["mean"], 1.005, "ceiling: labelers' own agreement", **place)
+        axes.text(ceiling["mean"], 1.005, "ceiling where two labelers judged", **place)
     axes.set_xlabel("share of untied pairs in the labeler's order (number of pairs in brackets)")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
@@ -217,8 +217,9 @@ def plot_reward_accuracy(report: Mapping[str, Any], path: Path) -> Path:
 
 def _scorers(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float], str]]:
     """Label, accuracy and colour of the model and of what it is compared with."""
-    bases, peer = report["baselines"], report["peer"]
+    bases, peer, people = report["baselines"], report["peer"], report["labelers"]
     rows = [("this model", report["accuracy"], COLOURS["sft"])]
+    rows += [("where two labelers judged", people["accuracy"], COLOURS["sft"])] if people["ceiling"] else []
     rows += [("peer", peer["accuracy"], COLOURS["ppo"])] if peer else []
     rows += [("the longer is better", bases["length_only"], INK), ("length, fitted", bases["length_fitted"], INK)]
     return [*rows, ("random (95% of such scorers)", bases["random"], FAINT)]

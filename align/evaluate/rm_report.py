@@ -180,7 +180,8 @@ def _overview(report: Mapping[str, Any]) -> Table:
     if peer:
         rows.append([f"peer: {peer['name']}", _show(peer["accuracy"]), _show(peer["difference"])])
     if report["labelers"]["ceiling"]:
-        rows.append(["ceiling: perfect predictor of the mean labeler", _show(report["labelers"]["ceiling"]), ""])
+        rows.append(["this model, pairs that two labelers judged", _show(report["labelers"]["accuracy"]), ""])
+        rows.append(["ceiling there: perfect predictor of the mean labeler", _show(report["labelers"]["ceiling"]), ""])
     note = (
         f"{report['pairs']} untied pairs of {report['prompts']} prompts; {report['ties']} tied pairs are left out. "
         "Brackets: 95% intervals, clustered by prompt; differences are paired. "
@@ -202,8 +203,9 @@ def _people(report: Mapping[str, Any]) -> Table | None:
         ["ceiling, gaps in quality normal", _show(people["ceiling"])],
         ["ceiling, whatever the gaps", f"{low:.2f} to {high:.2f}"],
     ]
+    rows.append(["this model on those pairs", _show(people["accuracy"])])
     if people["consensus"]:
-        rows.append(["this model against the labelers' joint order", _show(people["consensus"]["accuracy"])])
+        rows.append(["this model against the labelers' joint order there", _show(people["consensus"]["accuracy"])])
     rows += [[f"labeler {name} with the others", _show(row["agreement"])] for name, row in people["by_labeler"].items()]
     note = f"{people['pairs']} pairs of judgements on {people['prompts']} prompts, neither a tie unless stated."
     return Table("Labelers", note, ["measure", "value"], rows)

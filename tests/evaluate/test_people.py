@@ -111,6 +111,13 @@ def test_consensus_by_hand():
     assert consensus["tie_parameter"] > 0
 
 
+def test_accuracy_beside_the_ceiling_is_on_the_pairs_that_it_is_for():
+    """Untied judgements of pairs with two labelers: (x, y) right, right, wrong; (x, z) right twice; (y, z) right twice;
+    (u, v) wrong twice. What one labeler alone judged does not count."""
+    alone = (Ranking("r", ("m", "n"), (0, 1), "ann"), [0.0, 1.0])
+    assert labelers_report([*RANKINGS, alone], seed=0)["accuracy"].mean == pytest.approx(6 / 9)
+
+
 def test_all_ties_leave_every_strength_at_0():
     strength, nu = bradley_terry([0, 0, 1], [1, 1, 2], [0.5, 0.5, 0.5], 3)
     np.testing.assert_allclose(strength, 0, atol=1e-6)
@@ -121,6 +128,7 @@ def test_all_ties_leave_every_strength_at_0():
 def test_one_labeler_alone_has_no_ceiling(rankings):
     report = labelers_report(rankings, seed=0)
     assert report["agreement"] is None and report["ceiling"] is None and report["consensus"] is None
+    assert report["accuracy"] is None
     assert report["by_labeler"] == {} and report["ties"] == pytest.approx(1 / 3)
 
 

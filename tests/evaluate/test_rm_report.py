@@ -162,7 +162,14 @@ def test_tables_hold_the_reports_numbers(report, tmp_path):
 
 def test_a_bare_report_has_its_tables_too(report):
     bare = report | dict.fromkeys(("peer", "transfer", "score_spread", "held_out_labelers"))
-    alone = {"agreement": None, "ceiling": None, "ceiling_bounds": None, "consensus": None, "by_labeler": {}}
+    alone = {
+        "agreement": None,
+        "ceiling": None,
+        "accuracy": None,
+        "ceiling_bounds": None,
+        "consensus": None,
+        "by_labeler": {},
+    }
     titles = [table.title for table in tables(bare | {"labelers": alone, "folds": {"labeler": None, "source": None}})]
     assert titles[:2] == ["Accuracy", "Accuracy: Completions ranked (K)"]
     assert not {"Labelers", "Cross-validation", "Score under batching and padding"} & set(titles)
