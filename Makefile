@@ -23,6 +23,8 @@ BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json)
 SFT := $(RUN)/sft/manifest.json
 RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
 RM := $(RUN)/rm/manifest.json
+FOLDS := $(RUN)/rm-folds/manifest.json
+RM_REPORT := $(RUN)/rm/report.md
 PPO := $(RUN)/ppo/manifest.json
 PLAIN := $(RUN)/ppo-plain/manifest.json
 OVEROPTIMISE := $(RUN)/overoptimise/manifest.json
@@ -30,7 +32,7 @@ SUMMARY := $(RUN)/summary.json
 
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test test-slow bench,$(MAKECMDGOALS)),)
+ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
@@ -51,7 +53,7 @@ endef
 stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
-.PHONY: help align data base sft collect rm ppo ppo-plain overoptimise evaluate \
+.PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
 	test test-slow bench lint format install clean FORCE
 
 help: ## list the targets
@@ -64,6 +66,8 @@ base: $(READY) $(BASE) ## stage 0: a small language model from text
 sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
 collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
 rm: $(READY) $(RM) ## stage 2: rankings -> reward model
+rm-folds: $(READY) $(FOLDS) ## reward models without one group of labelers each (section 4.1)
+rm-report: $(READY) $(RM_REPORT) ## the reward model beside its baselines, a peer, its labelers
 ppo: $(READY) $(PPO) ## stage 3: PPO-ptx against the reward model
 ppo-plain: $(READY) $(PLAIN) ## stage 3 without pretraining gradients
 overoptimise: $(READY) $(OVEROPTIMISE) ## stage 3 pushed too far: proxy up, gold down
@@ -83,6 +87,13 @@ $(RUN)/rankings/manifest.json: $(CONFIGS)/collect.yaml $(WORLD) $(SFT) $(call fo
 
 $(RM): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm) | $(READY)
 	$(call stage,rm,rm,rm)
+
+$(FOLDS): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm-folds) | $(READY)
+	$(call stage,rm-folds,rm,rm,--folds_by labeler --output_dir $(RUN)/rm-folds)
+
+# Folds that exist are in the report.
+$(RM_REPORT): $(CONFIGS)/evaluate_rm.yaml $(RM) $(wildcard $(FOLDS)) $(call force,rm-report) | $(READY)
+	$(call stage,rm-report,evaluate rm,evaluate_rm)
 
 $(PPO): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo) | $(READY)
 	$(call stage,ppo,ppo,ppo)

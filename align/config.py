@@ -161,12 +161,15 @@ class RMConfig(TrainerConfig):
     held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
     demonstrations_file: str = ""  # they score 0 on average once the bias is set
     max_length: int = 2048
+    batch_element: str = "ranking"  # or "pair": every pair apart and shuffled, which overfits (paper section 3.5)
+    folds_by: str | None = None  # "labeler" (section 4.1) or "source": cross-validate instead of writing a model
+    num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2)
     learning_rate: float = 9e-6
     optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     gradient_checkpointing: bool = False
-    per_device_train_batch_size: int = 64  # prompts, each with its K completions
+    per_device_train_batch_size: int = 64  # batch elements: prompts, each with its K completions
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 256  # rows
     adam_beta1: float = 0.9
@@ -174,6 +177,7 @@ class RMConfig(TrainerConfig):
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
+    eval_steps: int = 0  # held-out loss and accuracy every so many steps and at the last; 0: never
     save_steps: int = 0
     use_peft: bool = False
     lora_r: int = 16
@@ -183,6 +187,11 @@ class RMConfig(TrainerConfig):
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
         between("lora_r", self.lora_r, 1, 4096)
+        choose("batch_element", self.batch_element, ("ranking", "pair"))
+        if self.folds_by is not None:
+            choose("folds_by", self.folds_by, ("labeler", "source"))
+        if self.num_folds < 2:
+            raise UserError(f"num_folds: {self.num_folds}; one group is held out at a time, so 2 or more are needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +322,31 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: int = 256
     per_device_batch_size: int = 256
     num_transcripts: int = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateRMConfig(StageConfig):
+    """A reward model on held-out rankings, beside its baselines, a peer and the labelers' agreement."""
+
+    reward_model_path: str = ""  # ours, or any sequence classifier with one label
+    rankings_file: str = ""  # held out; several labelers a prompt also give their agreement
+    held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
+    train_file: str | None = None  # what the model learned from: sources that are not in it count as held out
+    peer_model_path: str | None = None  # a second reward model on the same rankings
+    peer_scores_file: str | None = None  # or its scores: {"scores": [K numbers]} a line for each of rankings_file
+    labeler_folds_file: str | None = None  # folds.json of `rm` with folds_by: labeler
+    source_folds_file: str | None = None  # and with folds_by: source
+    ranking_metrics_file: str | None = None  # metrics.jsonl of `rm` with eval_steps, to draw how it overfits
+    pair_metrics_file: str | None = None  # the same with batch_element: pair
+    max_length: int = 2048  # rankings over it are dropped and counted, never cut
+    per_device_batch_size: int = 64  # prompts
+    num_mistakes: int = 20
+    num_spread_prompts: int = 64  # scored in several batchings, to see whether it moves them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peer_model_path and self.peer_scores_file:
+            raise UserError("peer_scores_file: given beside peer_model_path; one peer at a time, drop one of the two")
 
 
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:

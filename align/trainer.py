@@ -15,7 +15,7 @@ from align.config import TrainerConfig
 from align.maths.logprobs import token_logprobs
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
-from align.ranking import batch_ranking_loss
+from align.ranking import batch_ranking_loss, held_out_loss
 from align.runtime import on_cpu
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback
@@ -184,9 +184,27 @@ class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
             self.totals[name] = self.totals.get(name, 0.0) + float(self.accelerator.gather(value).sum())
         return (loss, None) if return_outputs else loss
 
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Held-out loss and accuracy by prompt, whatever an element of training is."""
+        size, pad_id = self.args.per_device_eval_batch_size, self.data_collator.pad_id
+        with self.compute_loss_context_manager():
+            found = held_out_loss(self.model, self.eval_dataset, pad_id, size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.totals.get("pairs"):
+        if "loss" in logs and self.totals.get("pairs"):
             logs["accuracy"] = self.totals["correct"] / self.totals["pairs"]
             logs["margin"] = self.totals["margin"] / self.totals["pairs"]
             self.totals = {}
         super().log(logs, start_time)
+
+
+class PairTrainer(RankingTrainer):
+    """A RankingTrainer whose elements are shuffled: grouped by length, a prompt's pairs would meet again."""
+
+    @staticmethod
+    def lengths(rows: list[dict]) -> list[int]:
+        return [1] * len(rows)

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align import config as configs
-from align.config import BaseConfig, EvaluateConfig, PPOConfig, RMConfig, SFTConfig, StageConfig, exact_div, parse
+from align.config import (
+    BaseConfig,
+    EvaluateConfig,
+    EvaluateRMConfig,
+    PPOConfig,
+    RMConfig,
+    SFTConfig,
+    StageConfig,
+    exact_div,
+    parse,
+)
 from align.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +51,10 @@ FIELDS = {
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
+        batch_element folds_by num_folds
         num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
         per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm warmup_steps save_steps use_peft lora_r lora_alpha
+        adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
         model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
@@ -62,6 +73,11 @@ FIELDS = {
         few_shot_file text_file rankings_file num_prompts max_new_tokens per_device_batch_size
         num_transcripts
     """,
+    "EvaluateRMConfig": """
+        reward_model_path rankings_file held_out_file train_file peer_model_path peer_scores_file labeler_folds_file
+        source_folds_file ranking_metrics_file pair_metrics_file max_length per_device_batch_size num_mistakes
+        num_spread_prompts
+    """,
 }
 
 STAGES = {
@@ -72,6 +88,7 @@ STAGES = {
     "ppo": "PPOConfig",
     "overoptimise": "PPOConfig",
     "evaluate": "EvaluateConfig",
+    "evaluate_rm": "EvaluateRMConfig",
 }
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "accelerate")
 
@@ -301,6 +318,10 @@ def test_a_number_is_finite(value):
         (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
         (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),
         (PPOConfig, ["--logging_steps", "5"], ["logging_steps", "unknown key"]),
+        (RMConfig, ["--batch_element", "x"], ["batch_element", "ranking, pair"]),
+        (RMConfig, ["--folds_by", "x"], ["folds_by", "labeler, source"]),
+        (RMConfig, ["--num_folds", "1"], ["num_folds", "2 or more"]),
+        (EvaluateRMConfig, ["--peer_model_path", "x", "--peer_scores_file", "y"], ["peer_scores_file", "one peer"]),
     ],
     ids=str,
 )

@@ -189,10 +189,10 @@ def test_P16_rm_in_two_processes(world):
         "model_name_or_path": world / "policy", "train_file": world / "rankings.jsonl",
         "validation_file": world / "rankings_held_out.jsonl", "demonstrations_file": world / "demonstrations.jsonl",
         "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3, "logging_steps": 1,
-        "muon_learning_rate": 1e-4,
+        "muon_learning_rate": 1e-4, "eval_steps": 2,
     }  # fmt: skip
     one, two = both("rm", world, flags, {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2})
-    check_metrics(one, two, ("loss", "grad_norm", "accuracy", "margin", "learning_rate"))
+    check_metrics(one, two, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
     check_weights(one, two, world / "policy")
 
 

@@ -15,7 +15,7 @@ DETAILS = ROOT / "docs" / "details.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
 SLACK = 3  # lines a function may have moved
-COUNTS = {"D": 3, "S": 6, "R": 11, "P": 18, "X": 4, "K": 2}
+COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2}
 IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O3"}
 NOT_KEYS = {"num_labels", "mixed_precision"}  # code in the READMEs that looks like a config key
 
@@ -70,6 +70,7 @@ def code_lines(text: str) -> list[str]:
 
 def stage_and_flags(line: str) -> tuple[str, str]:
     """The stage that a line of code runs and what it gets; "" when any stage may be meant."""
+    line = line.replace("evaluate rm ", "evaluate_rm ")
     for pattern in (r"-m stages[. ](\w+)(.*)", r"\bmake ([a-z-]+) .*ARGS=(.*)"):
         if match := re.search(pattern, line):
             return match[1], match[2]
@@ -81,8 +82,10 @@ def fields_of_stages() -> dict[str, set[str]]:
     from align import config
 
     classes = {"base": "Base", "sft": "SFT", "collect": "Collect", "rm": "RM", "ppo": "PPO", "evaluate": "Evaluate"}
+    classes |= {"evaluate_rm": "EvaluateRM"}
     fields = {n: {f.name for f in dataclasses.fields(getattr(config, f"{c}Config"))} for n, c in classes.items()}
     fields |= {"ppo-plain": fields["ppo"], "overoptimise": fields["ppo"]}
+    fields |= {"rm-folds": fields["rm"], "rm-report": fields["evaluate_rm"]}
     return fields | {"": set().union(*fields.values())}
 
 
