@@ -126,7 +126,7 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         eval_strategy="epoch",
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,  # its name from transformers 6 on
     )
 
 
