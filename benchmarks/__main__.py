@@ -1,7 +1,7 @@
 """Ours against the peer: a table, and results.json beside this file (or with --growth: growth.json and plots).
 
-    python -m benchmarks --data FOLDER --peer PEER_PYTHON --model MODEL [--workloads 'ppo-*,toy-rm-qa'] [--repeats 3]
-    python -m benchmarks --growth --peer PEER_PYTHON --model MODEL [--point_seconds 60] [--minutes 10]
+python -m benchmarks --data FOLDER --peer PEER_PYTHON --model MODEL [--workloads 'ppo-*,toy-rm-qa'] [--repeats 3]
+python -m benchmarks --growth --peer PEER_PYTHON --model MODEL [--point_seconds 60] [--minutes 10]
 """
 
 import argparse
@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--workloads", default="*", help="names or patterns, with commas between")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
     parser.add_argument("--growth", action="store_true", help="measure growth instead")
-    parser.add_argument("--point_seconds", type=float, default=60, help="a point of growth that takes longer is left out")
+    parser.add_argument(
+        "--point_seconds", type=float, default=60, help="a point of growth that takes longer is left out"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="of all growth; the peer comes last")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of results.json, growth.json and the plots")
     options = parser.parse_args()
@@ -62,8 +64,11 @@ def prepare(options: argparse.Namespace, specs: dict[str, dict]) -> None:
     """Everything that the runs need, before the first of them."""
     if options.repeats < 1:
         raise UserError(f"--repeats: {options.repeats}; give 1 or more")
+    sources = dict.fromkeys(spec["source"] for spec in specs.values() if spec["source"] in workloads.FILES)
+    if sources and not options.data:
+        raise UserError("--data: missing; name the folder of real data that docs/benchmarks.md describes")
     options.model, options.data = os.path.abspath(options.model), os.path.abspath(options.data or "none")
-    for source in dict.fromkeys(spec["source"] for spec in specs.values() if spec["source"] in workloads.FILES):
+    for source in sources:
         file = Path(options.data, workloads.FILES[source])
         if not file.is_file():
             raise UserError(f"{file}: missing; DATA=folder (--data) must be laid out as docs/benchmarks.md says")

@@ -1,7 +1,8 @@
 """How the rate and the memory grow with response length, batch, K and model: growth.json and a plot for each.
 
 An axis is one process a side, its points from small to large, so that a process's peak memory is its last point's. The
-first point is done twice and counted once. A point over its time ends the axis: those behind it are larger.
+first point is done twice and counted once. A point over its time (or killed for its memory) ends the axis: those
+behind it are larger.
 """
 
 import subprocess
@@ -20,7 +21,7 @@ import matplotlib.pyplot as plt
 from align.checkpoint import write_json
 from align.errors import UserError
 from benchmarks import workloads
-from benchmarks.compare import command, environment, failure, machine, parse
+from benchmarks.compare import ROOT, command, environment, failure, machine, parse
 
 LABELS = {
     "length": "response length (tokens)",
@@ -32,7 +33,7 @@ COLOURS = {"ours": "#1f6fb4", "peer": "#c8601c"}
 
 
 def grow(model: str, peer: str, point_seconds: float, seconds: float, folder: Path) -> list[dict]:
-    """Every point of every axis, ours first, the peer in what is left of `seconds`. Writes growth.json and the plots."""
+    """Every point of every axis, ours first, the peer in what is left of `seconds`; growth.json and the plots."""
     end = time.monotonic() + seconds
     taken: dict[str, dict[str, dict]] = {"ours": {}, "peer": {}}
     for side in taken:
@@ -52,8 +53,9 @@ def grow(model: str, peer: str, point_seconds: float, seconds: float, folder: Pa
 def measure(line: list[str], names: list[str], point_seconds: float, end: float) -> Iterator[dict]:
     """The points that came in time: each within `point_seconds`, all before `end` on the monotonic clock."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(),
-                                   cwd=Path(__file__).parent.parent)  # fmt: skip
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(), cwd=ROOT
+        )  # fmt: skip
         for _ in names:
             point = next_point(process, min(point_seconds, end - time.monotonic()))
             if point is None:
@@ -122,7 +124,7 @@ def plot(axis: str, points: list[dict], path: Path) -> Path:
         panel.grid(alpha=0.3, which="both")
     rate.legend()
     over = [f"{'TRL' if side == 'peer' else side} at {p['size']:g}" for p in points for side in p["over_time"]]
-    note = f"; over {points[0]['point_seconds']:g} s: {', '.join(over)}" if over else ""
+    note = f"; not within {points[0]['point_seconds']:g} s: {', '.join(over)}" if over else ""
     figure.suptitle(f"{points[0]['machine']}, {points[0]['date']}{note}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -18,7 +18,7 @@ from align.checkpoint import write_jsonl
 from align.config import PPOConfig
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
-from align.models import disable_dropout, load_packed_policy, load_scalar_model
+from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
 from align.ranking import RankingCollator, encode_rankings
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime, tune_cpu
@@ -47,7 +47,10 @@ def main(smollm2: str, names: str, data: str, *settings: str) -> None:
 
 def operations(spec: dict, model: torch.nn.Module, tokens: int) -> dict:
     """What the work needs, whoever does it (docs/benchmarks.md)."""
-    return {"tokens": tokens, "flops": workloads.FLOPS[spec["kind"]] * sum(p.numel() for p in model.parameters()) * tokens}
+    return {
+        "tokens": tokens,
+        "flops": workloads.FLOPS[spec["kind"]] * sum(p.numel() for p in model.parameters()) * tokens,
+    }
 
 
 def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
@@ -135,7 +138,7 @@ def fine_tuning(spec: dict, model: Path, data: Path, output: str, changes: dict)
     state = json.loads(state.read_text(encoding="utf-8"))
     tokens = max(row.get("num_tokens", 0) for row in state["log_history"])
     work = {"tokens": int(tokens), "steps": state["global_step"]}
-    return measured(tokens, "tokens/s", seconds, work, **operations(spec, sft.load_policy(str(model)), int(tokens)))
+    return measured(tokens, "tokens/s", seconds, work, **operations(spec, load_policy(str(model)), int(tokens)))
 
 
 if __name__ == "__main__":

@@ -101,12 +101,10 @@ def fine_tuning(spec: dict, model: str, data: Path, output: str, precision: str,
     """SFTTrainer on the rows that our stage trains on, token for token, with one evaluation and one checkpoint too."""
     from trl import SFTConfig, SFTTrainer
 
-    def tokens(row: dict) -> dict:
-        query = workloads.chat_query(tokenizer, row["prompt"])
-        response = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return {"input_ids": query + response, "completion_mask": [0] * len(query) + [1] * len(response)}
-
-    train, held_out = workloads.demonstrations(data, spec)
+    train, held_out = (
+        Dataset.from_list([workloads.demonstration_tokens(tokenizer, row) for row in rows])
+        for rows in workloads.demonstrations(data, spec)
+    )
     args = SFTConfig(
         **common(output, precision), **workloads.SFT, per_device_train_batch_size=spec["batch"],
         per_device_eval_batch_size=spec["batch"], gradient_checkpointing=False, weight_decay=0.0,
@@ -115,8 +113,7 @@ def fine_tuning(spec: dict, model: str, data: Path, output: str, precision: str,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=args,
-        train_dataset=Dataset.from_list([tokens(row) for row in train]),
-        eval_dataset=Dataset.from_list([tokens(row) for row in held_out]), processing_class=tokenizer,
+        train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
     log = trainer.state.log_history

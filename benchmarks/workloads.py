@@ -1,4 +1,4 @@
-"""What is timed: prompts, pairs, demonstrations, sizes, the same for both sides. Imports nothing that only one side has.
+"""What is timed: texts and sizes, the same for both sides. Imports nothing that only one side has.
 
 Real text comes from the folder that `DATA` names (laid out as docs/benchmarks.md says).
 """
@@ -120,7 +120,7 @@ def chat_query(tokenizer, prompt: str) -> list[int]:
 
 
 def demonstrations(data: Path, spec: dict, longest: int = 2000) -> tuple[list[dict], list[dict]]:
-    """OpenAssistant's prompts with their best reply, no longer than `longest` characters: training and held-out rows."""
+    """OpenAssistant's prompts with their best reply, `longest` characters at most: training and held-out rows."""
     rows = []
     for line in (data / FILES[spec["source"]]).read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)["prompt"]
@@ -128,6 +128,13 @@ def demonstrations(data: Path, spec: dict, longest: int = 2000) -> tuple[list[di
         if best and len(prompt["text"]) + len(best[0]) <= longest:
             rows.append({"prompt": prompt["text"], "completion": best[0]})
     return rows[: spec["count"]], rows[spec["count"] : spec["count"] + spec["held_out"]]
+
+
+def demonstration_tokens(tokenizer, row: dict) -> dict[str, list[int]]:
+    """The tokens that our stage makes of a demonstration, for a trainer that takes tokens; 1 marks what is learned."""
+    query = chat_query(tokenizer, row["prompt"])
+    response = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": query + response, "completion_mask": [0] * len(query) + [1] * len(response)}
 
 
 def load_rankings(data: Path, spec: dict) -> list[dict]:
