@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from align.checkpoint import write_json
 from align.errors import UserError
@@ -41,13 +42,15 @@ def grow(model: str, peer: str, point_seconds: float, seconds: float, folder: Pa
             names = [f"{axis}-{size}" for size in specs]
             names = [names[0], *names]
             line = command(side, ",".join(names), next(iter(specs.values())), model, "none", peer)
-            for point in measure(line, names, point_seconds, end):
+            points = measure(line, names, point_seconds, end)
+            next(points, None)  # the first point for the first time: everything is touched, nothing counts
+            for point in points:
                 taken[side][point["workload"]] = point
                 print(f"{side} {point['workload']}: {point['rate']:.2f} {point['unit']}", flush=True)
-    points = [entry(axis, size, taken, point_seconds) for axis, specs in workloads.GROWTH.items() for size in specs]
-    write_json(folder / "growth.json", points)
-    plot_all(points, folder)
-    return points
+    entries = [entry(axis, size, taken, point_seconds) for axis, specs in workloads.GROWTH.items() for size in specs]
+    write_json(folder / "growth.json", entries)
+    plot_all(entries, folder)
+    return entries
 
 
 def measure(line: list[str], names: list[str], point_seconds: float, end: float) -> Iterator[dict]:
@@ -113,18 +116,21 @@ def plot(axis: str, points: list[dict], path: Path) -> Path:
             if known:
                 panel.plot(*zip(*known, strict=True), "o-", color=colour, label="TRL" if side == "peer" else side)
         panel.set_xscale("log")
-        panel.set_yscale("log")
         sizes = [p["size"] for p in points]
         panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
         panel.set_xticks([], minor=True)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
         panel.set_xlabel(LABELS[axis])
         panel.set_ylabel(label)
-        panel.grid(alpha=0.3, which="both")
-    rate.legend()
+        panel.grid(alpha=0.3)
+    rate.set_yscale("log")
+    rate.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    rate.yaxis.set_major_formatter("{x:g}")
+    rate.yaxis.set_minor_locator(NullLocator())
+    memory.set_ylim(bottom=0)
+    if rate.lines:
+        rate.legend()
     over = [f"{'TRL' if side == 'peer' else side} at {p['size']:g}" for p in points for side in p["over_time"]]
-    note = f"; not within {points[0]['point_seconds']:g} s: {', '.join(over)}" if over else ""
+    note = f"\nnot in time: {', '.join(over)}" if over else ""
     figure.suptitle(f"{points[0]['machine']}, {points[0]['date']}{note}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
