@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,11 @@ def real(*names: str, to: str | None = None) -> Conversion:
     missing = [name for name in names if not (ROOT / name).exists()]
     if missing:
         pytest.skip(f"real data file {missing[0]} is not here; set ALIGN_DATA to the folder that holds it")
+    return converted(names, to)
+
+
+@cache
+def converted(names: tuple[str, ...], to: str | None) -> Conversion:
     (conversion,) = read([str(ROOT / name) for name in names], to=to)
     return conversion
 
