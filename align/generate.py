@@ -26,6 +26,7 @@ from align.packing import Pack, pack_rows, token_batches
 from align.types import Episode
 
 PREFILL_TOKENS = 8192  # of queries read in one forward pass
+WIDTH_STEP = 32  # positions that the cache grows by
 IDLE_SLOTS = 1 / 8  # of all slots may wait before they are filled or dropped, so that queries are read several at once
 
 
@@ -118,6 +119,7 @@ class Slots:
         ended &= self.query >= 0
         self.counts[self.query[ended]] = self.count[ended]
         self.query[ended] = -1
+        self.length[ended] = 0  # what a free slot computes is not read, so let it be little
         return int(ended.sum())
 
     def refill(self) -> None:
@@ -143,6 +145,7 @@ class Slots:
         pack = pack_rows([self.queries[i] for i in picked], self.sampler.pad_id).to(slots.device)
         lengths = torch.tensor([len(self.queries[i]) for i in picked], device=slots.device)
         layout = Reading(self.cache, pack, slots[token_rows(pack)])
+        self.cache.widen(int(lengths.max()))
         self.query[slots] = torch.tensor(picked, device=slots.device)
         self.length[slots], self.count[slots] = lengths, 0
         self.draw(slots, pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1)
@@ -152,9 +155,10 @@ class Slots:
         busy = (self.query >= 0) & (self.last != self.sampler.eos_id) & (self.count < self.uniforms.shape[1])
         if not bool(busy.any()):
             return
-        layout = Writing(self.cache, self.length, int(self.length.max()) + 1)
+        self.cache.widen(int(self.length.max()) + 1)
+        layout = Writing(self.cache, self.length)
         positions = self.length.clone()
-        self.length = (self.length + 1).clamp(max=self.cache.width - 1)
+        self.length = (self.length + 1).clamp(max=self.cache.limit - 1)
         slots = busy.nonzero().squeeze(1)
         self.draw(slots, self.last, positions, layout, slots)
 
@@ -178,12 +182,22 @@ class Slots:
 class KeyValues:
     """Keys and values of every layer: S slots, J heads, W positions. Made at first use.
 
-    Keys lie as (S, J, D, W), values as (S, J, W, D), so that both products of a decoding step read along memory.
+    Keys lie as (S, J, D, W), values as (S, J, W, D), so that both products of a decoding step read along memory. They
+    are read whole, for a product over a part of their positions would copy it first; so W grows with the rows.
     """
 
-    def __init__(self, slots: int, width: int):
-        self.slots, self.width = slots, width
+    def __init__(self, slots: int, limit: int):
+        self.slots, self.limit, self.width = slots, limit, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def widen(self, width: int) -> None:
+        """Make room for `width` positions, of at most `limit`."""
+        if width <= self.width:
+            return
+        more = min(self.limit, -(-width // WIDTH_STEP) * WIDTH_STEP) - self.width
+        pad = torch.nn.functional.pad
+        self.layers = {i: (pad(k, (0, more)), pad(v, (0, 0, 0, more))) for i, (k, v) in self.layers.items()}
+        self.width += more
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """key, value (N, J, D) of tokens at (slots (N,), positions (N,)). Returns the layer's buffers."""
@@ -223,19 +237,20 @@ class Reading:
 class Writing:
     """One token a slot: it attends to all that its slot keeps, itself included."""
 
-    def __init__(self, cache: KeyValues, positions: Tensor, width: int):
-        self.cache, self.positions, self.width = cache, positions, width
+    def __init__(self, cache: KeyValues, positions: Tensor):
+        self.cache, self.positions = cache, positions
         self.slots = torch.arange(len(positions), device=positions.device)
-        self.ahead = (torch.arange(width, device=positions.device) > positions[:, None])[:, None, None]  # (S, 1, 1, W)
+        columns = torch.arange(cache.width, device=positions.device)
+        self.ahead = (columns > positions[:, None])[:, None, None]  # (S, 1, 1, W)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(S, H, D), (S, J, D) x 2 -> (S, H, D). Query heads that share a key head are its queries: no copy of keys."""
         keys, values = self.cache.write(layer, self.slots, self.positions, key, value)
         rows = len(query) * key.shape[1]  # S x J
         grouped = (query * scaling).reshape(rows, -1, query.shape[-1])  # (S x J, G, D)
-        scores = torch.bmm(grouped, keys.flatten(0, 1)[..., : self.width])  # (S x J, G, W)
+        scores = torch.bmm(grouped, keys.flatten(0, 1))  # (S x J, G, W)
         weights = scores.view(len(query), -1, *scores.shape[1:]).masked_fill_(self.ahead, float("-inf")).softmax(-1)
-        out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)[:, : self.width])  # (S x J, G, D)
+        out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1))  # (S x J, G, D)
         return out.view(*query.shape[:2], -1)
 
 
