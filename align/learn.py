@@ -30,10 +30,11 @@ from align.models import (
     require_context,
     save_scalar_model,
 )
-from align.rewards import FunctionReward, ModelReward, Reward, SumReward
+from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
 from align.text import Codec
+from align.track import announce
 from align.update import Learner
 
 
@@ -46,16 +47,19 @@ class Inputs:
     documents: list[list[int]]  # pretraining text as tokens; empty for plain PPO
     parents: list[dict[str, Any]]
     reports: dict[str, DataReport]
+    value_start: ValueStart
 
 
 def load_inputs(config: PPOConfig) -> Inputs:
     """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
-    for role in ("reward_model_path", "value_model_path"):
-        if getattr(config, role):
-            parents.append(check_parent(getattr(config, role), role, ("rm",)))
-    require_same_tokenizer(parents)
+    if config.value_model_path:
+        parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
+        require_same_tokenizer(parents)
+    parents += check_reward_models(config.reward)
     codec = Codec.load(config.model_name_or_path)
+    start = value_start(config, codec)
+    announce(str(start))
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
@@ -65,13 +69,13 @@ def load_inputs(config: PPOConfig) -> Inputs:
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
         documents = [ids[: config.ptx_max_length] for ids in codec.documents(texts)]
-    return Inputs(codec, queries, documents, parents, reports)
+    return Inputs(codec, queries, documents, parents, reports, start)
 
 
-def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
+def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an Adam each, and the average of the policy's weights."""
     policy = load_packed_policy(config.model_name_or_path, config.attn_implementation)
-    value_model = load_scalar_model(config.value_model_path or config.reward_model_path, config.attn_implementation)
+    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head)
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     for model in (policy, value_model):
         disable_dropout(model)
@@ -92,14 +96,7 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
     ref_policy = frozen(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype), runtime)
-    parts: list[tuple[Reward, float]] = []
-    if config.reward_model_path:
-        reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
-        reward_model = frozen(reward_model, runtime)
-        parts.append((ModelReward(reward_model, codec.pad_id, config.per_device_rollout_batch_size), 1.0))
-    if config.reward_function:
-        parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
-    reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)
+    reward = build_reward(config, codec, runtime)
     policy = runtime.unwrap(learner.policy)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
@@ -120,6 +117,15 @@ def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+
+def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:
+    """Says and returns why the run ends after `done` iterations: KL over the limit, where the reward means little."""
+    if config.kl_stop is None or kl <= config.kl_stop:
+        return None
+    reason = f"stopped after iteration {done}: KL {kl:.3g} nats an episode is over kl_stop {config.kl_stop:g}"
+    announce(f"{reason}; to go on, resume from checkpoint-{done} with a higher kl_stop")
+    return reason
 
 
 def save_state(

@@ -1,7 +1,7 @@
 """Prompts -> Rollout: sample, score, and shape the rewards of one PPO iteration (paper section 3.5)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from align.maths.reduce import whiten
 from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
 from align.packing import token_batches
-from align.rewards import Reward, require_finite
+from align.rewards import RewardSum
 from align.runtime import Runtime
 from align.types import Episode, Prompt, Rollout, pad_rows
 
@@ -35,7 +35,7 @@ class Actors:
     policy: nn.Module
     ref_policy: nn.Module
     value_model: nn.Module
-    reward: Reward
+    reward: RewardSum
     sampler: Sampler
     pad_id: int
 
@@ -57,15 +57,16 @@ def collect_rollout(
 
     # 3. Score: one scalar an episode, read at EOS.
     with runtime.timed("reward"), torch.no_grad(), runtime.autocast():
-        raw = actors.reward([q.prompt for q in mine], episodes)
-    raw_scores = torch.tensor(require_finite(raw, [q.prompt for q in mine]), device=runtime.device)
+        scored = actors.reward([q.prompt for q in mine], episodes)
+    columns = torch.tensor([scored.total, *scored.parts.values()], device=runtime.device).T  # (B, 1 + parts)
 
     # 4. Exchange: from here on every process holds all episodes, in global order.
     tensors = {name: runtime.gather_rows(value, actors.pad_id) for name, value in tensors.items()}
-    raw_scores = runtime.gather_rows(raw_scores)
+    raw_scores, *parts = runtime.gather_rows(columns.contiguous()).unbind(1)
 
     # 5. Shape: missing-EOS rule, KL penalty a token, score on the last token; then GAE and whitening.
-    return shape_rewards(tensors, raw_scores, config, kl_coef)
+    rollout = shape_rewards(tensors, raw_scores, config, kl_coef)
+    return replace(rollout, part_scores=dict(zip(scored.parts, parts, strict=True)))
 
 
 def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, runtime: Runtime) -> dict[str, Tensor]:
@@ -146,9 +147,11 @@ def apply_eos_rule(scores: Tensor, finished: Tensor, penalty: float | None, mode
 
 @torch.no_grad()
 def check_step_zero(
-    rollout: Rollout, actors: Actors, config: PPOConfig, runtime: Runtime, eos_id: int, value_is_reward: bool
-) -> dict[str, float]:
+    rollout: Rollout, actors: Actors, config: PPOConfig, runtime: Runtime, eos_id: int, value_term: str | None
+) -> dict[str, float | None]:
     """Before the first update: ratio 1, KL 0 to the reference, value = score at the last token, score read at EOS.
+
+    `value_term` is the term of the reward that the value model starts as; None: there is no score to compare with.
 
     Stops the run with what is off and why it may be. Looks at the first microbatch, through the training forward.
     """
@@ -159,8 +162,9 @@ def check_step_zero(
         values = response_values(actors.value_model, head.input_ids, rows[1] + rows[2], torch.ones_like(rows[2]))[:, 0]
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
-    numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
-    numbers["value_minus_score"] = float((values - head.raw_scores).abs().max()) if value_is_reward else 0.0
+    numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
+    score = head.part_scores[f"scores/{value_term}"] if value_term else None
+    numbers["value_minus_score"] = None if score is None else float((values - score).abs().max())
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
     tolerance = 0.1 if runtime.half else 1e-3
     if bool((at_last[rollout.finished] != eos_id).any()):
@@ -173,6 +177,6 @@ def check_step_zero(
         ("kl", "the policy is not its reference: other weights or a stale checkpoint"),
         ("value_minus_score", "the value model is not the reward model: other weights, head or token"),
     ):
-        if not numbers[name] <= tolerance:
+        if numbers[name] is not None and not numbers[name] <= tolerance:
             raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {tolerance:g}: {cause}")
     return numbers

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
+from align.maths.repetition import repeated_ngrams
 from align.runtime import is_main_process
 from align.text import Codec
 from align.types import Rollout, UpdateStats
@@ -59,6 +61,8 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
     residual = masked_var(rollout.returns - rollout.values, mask)
     non_score = -kl_coef * kl
+    responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
+    repeated = repeated_ngrams(responses, rollout.response_lengths)
     return {
         "objective/scores": float(rollout.scores.mean()),
         "objective/raw_scores": float(rollout.raw_scores.mean()),
@@ -68,6 +72,7 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
         "objective/entropy": stats.mean("entropy"),
         "objective/response_tokens": float(rollout.response_lengths.float().mean()),
         "objective/finished": float(rollout.finished.float().mean()),
+        "objective/repetition": float(repeated.mean()),
         "policy/approxkl_avg": stats.mean("approxkl"),
         "policy/clipfrac_avg": stats.mean("policy_clipped"),
         "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
@@ -82,6 +87,17 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
         "val/grad_norm": stats.mean("value_grad_norm", "steps"),
         "kl_coef": kl_coef,
         "lr": lr,
+        **part_metrics(rollout),
+    }
+
+
+def part_metrics(rollout: Rollout) -> dict[str, float]:
+    """Each part of the reward: its mean over episodes, and of a term's scores their spread over episodes too."""
+    row = {f"objective/{name}": float(scores.mean()) for name, scores in rollout.part_scores.items()}
+    spread = {name: scores for name, scores in rollout.part_scores.items() if name.startswith("scores/")}
+    return row | {
+        f"objective/scores_std/{name.removeprefix('scores/')}": float(scores.std(correction=0))
+        for name, scores in spread.items()
     }
 
 

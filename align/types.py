@@ -69,17 +69,18 @@ class Rollout:
     rewards: Tensor  # (B, R) per token: KL penalty, plus the score on the last token
     advantages: Tensor  # (B, R) whitened
     returns: Tensor  # (B, R)
+    part_scores: Mapping[str, Tensor] = field(default_factory=dict)  # (B,) each: the reward's parts, for the log
 
     def index(self, rows: Tensor) -> "Rollout":
         """The same rollout with only `rows`, cut to their longest query + response."""
-        cut = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        cut = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "part_scores"}
         width = int((cut["query_lengths"] + cut["response_lengths"]).max())
         longest = int(cut["response_lengths"].max())
         cut["input_ids"] = cut["input_ids"][:, :width]
         for name, value in cut.items():
             if name != "input_ids" and value.dim() == 2:
                 cut[name] = value[:, :longest]
-        return Rollout(**cut)
+        return Rollout(**cut, part_scores={name: scores[rows] for name, scores in self.part_scores.items()})
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -14,11 +14,12 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
 from align.models import disable_dropout, load_packed_policy, load_scalar_model, save_scalar_model
 from align.ranking import RankingCollator, encode_rankings
+from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.text import Codec
@@ -55,7 +56,7 @@ def ppo(model: str, workload: str, data: Path, changes: dict) -> dict:
     fixed = workload == "ppo-fixed"
     tokens = workloads.fixed_queries(count, 32) if fixed else workloads.chat_queries(data, codec.tokenizer, count)
     settings = {
-        "model_name_or_path": model, "reward_model_path": reward_folder(model, codec), "train_file": "none",
+        "model_name_or_path": model, "reward": (ModelTerm(reward_folder(model, codec)),), "train_file": "none",
         "output_dir": tempfile.mkdtemp(), "total_episodes": count, "rollout_batch_size": batch,
         "num_mini_batches": size["minibatches"], "per_device_train_batch_size": batch // size["minibatches"],
         "per_device_rollout_batch_size": batch, "microbatch_tokens": 1024, "max_new_tokens": size["new_tokens"],
@@ -63,7 +64,7 @@ def ppo(model: str, workload: str, data: Path, changes: dict) -> dict:
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
-    learner = build_learner(config, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
     queries = [Query(Prompt(""), tuple(ids)) for ids in tokens]
     start, drawn = time.perf_counter(), 0

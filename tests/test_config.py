@@ -13,7 +13,7 @@ from align.config import BaseConfig, EvaluateConfig, PPOConfig, RMConfig, SFTCon
 from align.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PPO = ["--output_dir", "out", "--reward_model_path", "rm", "--ptx_coef", "0"]
+PPO = ["--output_dir", "out", "--reward", "[{model: rm}]", "--ptx_coef", "0"]
 
 # A new knob must delete or justify one: change the list together with docs and presets.
 FIELDS = {
@@ -45,12 +45,12 @@ FIELDS = {
         save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
-        model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
+        model_name_or_path reward reward_timeout reward_retries value_model_path
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
+        max_grad_norm kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations save_total_limit transcript_iterations judge
     """,
@@ -245,8 +245,10 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),
-        (["--reward_model_path", "null"], ["reward_model_path", "reward_function"]),
-        (["--reward_model_path", "null", "--reward_function", "a:b"], ["value_model_path", "missing"]),
+        (["--reward", "null"], ["reward: missing", "{model: PATH}", "{function: package.module:name}"]),
+        (["--reward_timeout", "0"], ["reward_timeout", "more than 0"]),
+        (["--reward_retries", "-1"], ["reward_retries", "outside"]),
+        (["--kl_stop", "0"], ["kl_stop", "more than 0"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
     ],

@@ -26,7 +26,7 @@ FLOORS = (
     {"text", "checkpoint", "packing", "track"},
     {"models", "data"},
     {"generate", "ranking", "update"},
-    {"rewards"},
+    {"rewards", "reward_models"},
     {"rollout", "evaluate"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
