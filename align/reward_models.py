@@ -169,9 +169,7 @@ class ValueStart:
 
     def __str__(self) -> str:
         if self.fresh_head:
-            return (
-                f"value model: {self.path} with a fresh head, as no reward model reads its tokens; no step-zero score"
-            )
+            return f"value model: {self.path} with a fresh head, as no reward model reads its tokens; no score to check"
         compared = f"the score of {self.term}" if self.term else "no score"
         return f"value model: {self.path}, compared with {compared} at step zero"
 

@@ -57,24 +57,23 @@ def main(argv: list[str]) -> None:
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
     actors = build_actors(config, codec, learner, runtime)
-    prompt_cursor = Cursor(len(inputs.queries), config.seed)
-    document_cursor = Cursor(max(len(inputs.documents), 1), config.seed + 1)
+    prompts = Cursor(len(inputs.queries), config.seed)
+    documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
     first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
-        first, kl_coef, step_zero = load_state(checkpoint, learner, prompt_cursor, document_cursor, runtime)
+        first, kl_coef, step_zero = load_state(checkpoint, learner, prompts, documents, runtime)
     metrics = Metrics(output, first if checkpoint else None)
     transcripts = Transcripts(output, first if checkpoint else None)
     runtime.start_tracker("align", plain(config), output.name, str(output))
+    judge = GoldJudge(config.judge, codec)
 
     def next_documents(count: int) -> list[list[int]]:
-        return [inputs.documents[i] for i in document_cursor.take(count)]
-
-    judge = GoldJudge(config.judge, codec)
+        return [inputs.documents[i] for i in documents.take(count)]
 
     # 4. Iterate: rollout, update, log.
     for iteration in trange(first, algebra.iterations, desc="ppo", disable=not runtime.is_main):
         set_learning_rates(learner, config, iteration, algebra.iterations)
-        queries = [inputs.queries[i] for i in prompt_cursor.take(algebra.rollout)]
+        queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
         rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
         if iteration == 0:
             step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
@@ -90,9 +89,7 @@ def main(argv: list[str]) -> None:
             transcripts.write(iteration, rollout, codec)
         stopped = kl_stop_reason(row["objective/kl"], config, done)
         if stopped or (config.save_iterations and done % config.save_iterations == 0):
-            save_state(
-                output, done, learner, prompt_cursor, document_cursor, kl_coef, step_zero, config, codec, runtime
-            )
+            save_state(output, done, learner, prompts, documents, kl_coef, step_zero, config, codec, runtime)
         if stopped:
             break
 

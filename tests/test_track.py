@@ -1,5 +1,6 @@
 """align/track.py: the metrics file, its resume, and every PPO metric by a loop over tokens."""
 
+import dataclasses
 import json
 import math
 
@@ -89,6 +90,23 @@ def test_ppo_metrics_goldens(rollout):
     }  # fmt: skip
     assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-6)
     assert all(math.isfinite(value) for value in row.values()), "junk in the padding reached a metric"
+
+
+def test_parts_of_the_reward_in_the_metrics(rollout):
+    parts = {"scores/rm": torch.tensor([1.0, 5.0]), "failures/f": torch.tensor([0.0, 1.0])}
+    row = ppo_metrics(dataclasses.replace(rollout, part_scores=parts), UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
+    found = {key: row[key] for key in row if key.endswith(("/rm", "/f"))}
+    assert found == {"objective/scores/rm": 3.0, "objective/scores_std/rm": 2.0, "objective/failures/f": 0.5}
+
+
+def test_repetition_reads_responses_alone(rollout):
+    ids = torch.tensor([[7, 7, 7, 7, 7, 0, 0], [7, 4, 4, 4, 4, 0, 0]])  # a query of 3 and a response of 2; 1 and 4
+    lengths = {"query_lengths": torch.tensor([3, 1]), "response_lengths": torch.tensor([2, 4])}
+    wide = {name: torch.zeros(2, 4) for name in ("logprobs", "ref_logprobs", "values", "returns")}
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    changed = dataclasses.replace(rollout, input_ids=ids, response_mask=mask, **lengths, **wide)
+    row = ppo_metrics(changed, UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
+    assert row["objective/repetition"] == pytest.approx(0.25), "0 of no 3-gram, 1 of 2"
 
 
 def test_stats_add_up_and_maxima_do_not():
