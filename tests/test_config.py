@@ -9,7 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align import config as configs
-from align.config import BaseConfig, EvaluateConfig, PPOConfig, RMConfig, SFTConfig, StageConfig, exact_div, parse
+from align.config import (
+    BaseConfig,
+    EnsembleTerm,
+    EvaluateConfig,
+    FunctionTerm,
+    ModelTerm,
+    PPOConfig,
+    RMConfig,
+    SFTConfig,
+    StageConfig,
+    exact_div,
+    parse,
+    term_name,
+)
 from align.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +222,73 @@ def test_run_fills_in_paths(tmp_path):
     assert "ppo.yaml: train_file" in message and "--run" in message
 
 
+# The list `reward`
+
+TERMS = (
+    ModelTerm("runs/x/rm"),
+    EnsembleTerm(("a", "b/c"), "mean_minus_std", 0.5, 2.0, "crowd"),
+    FunctionTerm("mine:short", weight=0.5),
+)
+
+
+def test_reward_in_a_file(tmp_path):
+    text = """
+reward:
+  - model: "{run}/rm"
+  - {models: [a, b/c], combine: mean_minus_std, coef: 0.5, weight: 2, name: crowd}
+  - function: mine:short
+    weight: 5e-1
+"""
+    start = ["--output_dir", "o", "--ptx_coef", "0", "--config", yaml_file(tmp_path, text)]
+    config = parse(PPOConfig, [*start, "--run", "runs/x"])
+    assert config.reward == TERMS
+    assert [term_name(term) for term in TERMS] == ["rm", "crowd", "short"]
+    assert "ppo.yaml: reward[0].model: '{run}/rm' names a run" in fails(start=start)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{model: runs/x/rm}, {models: [a, b/c], combine: mean_minus_std, coef: .5, weight: 2, name: crowd}, "
+        "{function: mine:short, weight: 0.5}]",
+        '[{"model": "{run}/rm"}, {"models": ["a", "b/c"], "combine": "mean_minus_std", "coef": 0.5, "weight": 2.0, '
+        '"name": "crowd"}, {"function": "mine:short", "weight": 0.5}]',
+    ],
+    ids=["yaml", "json"],
+)
+def test_reward_on_the_command_line(text):
+    assert ppo("--reward", text, "--run", "runs/x").reward == TERMS
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("runs/tiny/rm", ["--reward", "'runs/tiny/rm' is no list", "{model: PATH}"]),
+        ("[", ["--reward", "neither YAML nor JSON"]),
+        ("[a]", ["--reward[0]: 'a' must have one of model, models and function"]),
+        ("[{weight: 1}]", ["--reward[0]", "must have one of"]),
+        ("[{model: a, function: b:c}]", ["--reward[0]", "must have one of"]),
+        ("[{model: a}, {function: b:c, weight: x}]", ["--reward[1].weight: 'x' is not a float"]),
+        ("[{model: a, weight: .nan}]", ["--reward[0].weight"]),
+        ("[{model: a, wieght: 1}]", ["--reward[0].wieght: unknown key; did you mean 'weight'?"]),
+        ("[{model: a, coef: 1}]", ["--reward[0].coef: unknown key", "ModelTerm"]),
+        ('[{model: a, "x\\ny": 1}]', ["--reward[0].'x\\ny': unknown key"]),
+        ("[{model: [a]}]", ["--reward[0].model", "not a str"]),
+        ("[{models: a}]", ["--reward[0].models: 'a' is no list"]),
+        ("[{models: [a, {b: c}]}]", ["--reward[0].models[1]", "not a str"]),
+        ("[{models: [a]}]", ["reward[0].models: 1 is no ensemble"]),
+        ("[{models: [a, b], combine: max}]", ["reward[0].combine: 'max'", "mean, min, mean_minus_std"]),
+        ("[{models: [a, b], coef: -1}]", ["reward[0].coef", "outside"]),
+        ("[{model: x/rm}, {model: y/rm/}]", ["reward[1].name: 'rm' is the name of reward[0] too"]),
+        ("[{model: a, name: b c}]", ["reward[0].name: 'b c' cannot stand in a metric"]),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_reward(text, parts):
+    message = fails("--reward", text)
+    assert all(part in message for part in parts), message
+
+
 # Mistakes: one line, the place, the remedy
 
 
@@ -250,6 +330,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--reward_retries", "-1"], ["reward_retries", "outside"]),
         (["--kl_stop", "0"], ["kl_stop", "more than 0"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
+        (["--reward", "[]"], ["reward: missing"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
     ],
     ids=str,
