@@ -23,6 +23,7 @@ from align.generate import make_sampler
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
+    ScalarModel,
     disable_dropout,
     load_packed_policy,
     load_policy,
@@ -96,7 +97,11 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
     ref_policy = frozen(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype), runtime)
-    reward = build_reward(config, codec, runtime)
+
+    def load_scalar(path: str) -> ScalarModel:
+        return frozen(load_scalar_model(path, config.attn_implementation, dtype=dtype), runtime)
+
+    reward = build_reward(config, codec, load_scalar, runtime)
     policy = runtime.unwrap(learner.policy)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)

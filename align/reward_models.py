@@ -6,6 +6,7 @@ same ones of the same text; otherwise it reads the text of prompt and response i
 model must read the policy's tokens, so it starts from a reward model that does, or else from the policy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
 from align.errors import UserError
-from align.models import load_scalar_model
+from align.models import ScalarModel
 from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
 from align.runtime import Runtime
 from align.text import Codec
 from align.track import announce
 
+LoadScalar = Callable[[str], ScalarModel]
 PROBES = ("Name three animals.", "用中文说出三种水果。", "def f(x):\n    return 2 * x  # twice")
 
 
@@ -39,40 +41,44 @@ def check_reward_models(terms: tuple[RewardTerm, ...]) -> list[dict[str, Any]]:
     return [check_parent(path, key, ("rm",)) for key, path in paths]
 
 
-def build_reward(config: PPOConfig, codec: Codec, runtime: Runtime) -> RewardSum:
+def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runtime: Runtime) -> RewardSum:
     """The weighted sum that `reward` asks for, and a line for the user on each term."""
+    sizes = config.per_device_rollout_batch_size, config.microbatch_tokens
     terms = []
     for i, term in enumerate(config.reward):
-        place, members = f"reward[{i}]", []
-        for key, path in model_paths(term, place).items():
-            # What is never trained needs no float32 weights when forward passes run in bfloat16.
-            options = (config.per_device_rollout_batch_size, config.attn_implementation, runtime.compute_dtype)
-            members.append(load_reward(path, key, codec, *options, runtime.device))
+        place, name = f"reward[{i}]", term_name(term)
         if isinstance(term, FunctionTerm):
-            limits = (config.reward_timeout, config.reward_retries)
-            members.append(FunctionReward(term.function, codec, f"{place}.function", *limits))
-            announce(f"reward {term_name(term)}, weight {term.weight:g}: function {term.function}")
+            limits = config.reward_timeout, config.reward_retries
+            members: list[Reward] = [FunctionReward(term.function, codec, f"{place}.function", *limits)]
+            what = [f"function {term.function}"]
         else:
-            announce(f"reward {term_name(term)}, weight {term.weight:g}: {'; '.join(map(describe, members))}")
+            paths = model_paths(term, place)
+            kind = runtime.compute_dtype, runtime.device
+            members = [load_reward(path, key, codec, load_scalar, *sizes, *kind) for key, path in paths.items()]
+            what = [describe(path, member) for path, member in zip(paths.values(), members, strict=True)]
+        announce(f"reward {name}, weight {term.weight:g}: {'; '.join(what)}")
         how = (term.combine, term.coef) if isinstance(term, EnsembleTerm) else ()
-        terms.append(Term(term_name(term), term.weight, members, *how))
+        terms.append(Term(name, term.weight, members, *how))
     return RewardSum(terms)
 
 
 def load_reward(
-    path: str, key: str, codec: Codec, batch_size: int, attn_implementation: str | None = None,
+    path: str, key: str, codec: Codec, load_scalar: LoadScalar, batch_size: int, max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> Reward:  # fmt: skip
-    """A frozen reward model, reading what it can: the policy's tokens (`codec`'s), its own, or pairs of texts."""
+    """A reward model, reading what it can: the policy's tokens (`codec`'s), its own, or pairs of texts.
+
+    `load_scalar` loads, and places and freezes as the caller likes, what has a linear head; the rest goes to `device`.
+    """
     config = reward_config(path, key)
     if not has_linear_score(config):
         return load_pair_reward(path, key, codec, batch_size, dtype, device)
-    model = load_scalar_model(path, attn_implementation, dtype=dtype).requires_grad_(False).eval().to(device)
     if shares_tokenizer(path, codec):
-        return ModelReward(model, codec.pad_id, batch_size)
+        return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens)
     own = Codec.load(path)
+    closing = closing_tokens(own, read_manifest(path) is not None)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return TextReward(model, own, codec, closing_tokens(own, read_manifest(path) is not None), context, batch_size)
+    return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens)
 
 
 def load_pair_reward(
@@ -145,10 +151,8 @@ def closing_tokens(codec: Codec, ours: bool) -> list[int]:
     return codec.tokenizer(text, add_special_tokens=False)["input_ids"] or [codec.eos_id]
 
 
-def describe(reward: Reward) -> str:
+def describe(path: str, reward: Reward) -> str:
     """What a reward model reads, and whether its zero means something."""
-    model = reward.model if isinstance(reward, PairReward) else reward.model.inner
-    path = model.name_or_path
     reads = {
         ModelReward: "reads the sampled tokens",
         TextReward: "has another tokenizer, so it reads text",

@@ -40,12 +40,13 @@ class Reward(Protocol):
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
-    def __init__(self, model: ScalarModel, pad_id: int, batch_size: int):
-        self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
+    def __init__(self, model: ScalarModel, pad_id: int, batch_size: int, max_tokens: int | None = None):
+        self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        return score_rows(self.model, [[*e.query, *e.response] for e in episodes], self.pad_id, self.batch_size)
+        rows = [[*e.query, *e.response] for e in episodes]
+        return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
 
 
 class TextReward:
@@ -57,10 +58,10 @@ class TextReward:
 
     def __init__(
         self, model: ScalarModel, codec: Codec, policy_codec: Codec, closing: list[int], context: int | None,
-        batch_size: int,
+        batch_size: int, max_tokens: int | None = None,
     ):  # fmt: skip
         self.model, self.codec, self.policy_codec = model, codec, policy_codec
-        self.closing, self.context, self.batch_size = closing, context, batch_size
+        self.closing, self.context, self.batch_size, self.max_tokens = closing, context, batch_size, max_tokens
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
@@ -68,7 +69,7 @@ class TextReward:
         if self.context is not None:
             self.notes = {"cut": sum(len(row) > self.context for row in rows) / len(rows)}
             rows = [row[-self.context :] for row in rows]
-        return score_rows(self.model, rows, self.codec.pad_id, self.batch_size)
+        return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens)
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
         """Query and response in this model's own tokens."""
