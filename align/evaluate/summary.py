@@ -9,8 +9,9 @@
     D = {"gold": I, "gain_vs_sft": I, "win_rate_vs_sft": I};  I = {"mean", "low", "high"}
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
-no two labelers make possible, for `step_zero` when no policy was trained with PPO, and for `value_minus_score` when
-the value model started from no reward model. All else is a finite number.
+no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
+policy was trained with PPO, and for its `value_minus_score` when the value model started from no term of the reward.
+All else is a finite number.
 """
 
 import math
@@ -146,7 +147,8 @@ def _check_rm(rm: Any) -> list[str]:
     problems += _interval(rm["accuracy"], "rm.accuracy", rate=True)
     if rm["gold_accuracy"] is not None:
         problems += _interval(rm["gold_accuracy"], "rm.gold_accuracy", rate=True)
-    problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
+    if rm["demonstration_mean"] is not None:
+        problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
     if type(rm["pairs"]) is not int or rm["pairs"] < 0:
         problems.append(f"rm.pairs is {rm['pairs']!r}, not a count")
     return problems

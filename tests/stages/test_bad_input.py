@@ -84,6 +84,28 @@ def test_a_reward_model_without_a_head_and_without_a_manifest(refused, mini, tmp
     assert empty(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        ("[{{model: {run}/gone}}]", ["reward[0].model", "no such checkpoint"]),
+        ("[{{model: {run}/rm}}, {{models: [{run}/rm, {run}/sft]}}]", ["reward[1].models[1]", "comes from stage sft"]),
+        ("[{{model: {run}/rm, weight: heavy}}]", ["--reward[0].weight", "'heavy' is not a float"]),
+        ("[{{model: {run}/rm}}, {{model: {run}/rm}}]", ["reward[1].name", "'rm' is the name of reward[0] too"]),
+    ],
+)
+def test_a_reward_that_cannot_be(refused, mini, tmp_path, reward, words):
+    refused("ppo", *words, reward=reward.format(run=mini.run), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_looks_at_its_reward_model_before_it_trains(refused, mini, tmp_path):
+    shutil.copytree(mini.run / "base", tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    words = ["reward_model_path", "LlamaForCausalLM without a head"]
+    refused("sft", *words, reward_model_path=tmp_path / "foreign", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tampered_weights(refused, mini, tmp_path):
     folder = tmp_path / "sft"
     shutil.copytree(mini.run / "sft", folder, ignore=shutil.ignore_patterns("checkpoint-*"))
