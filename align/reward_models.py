@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
@@ -72,7 +79,8 @@ def load_reward(
     """
     config = reward_config(path, key)
     if not has_linear_score(config):
-        return load_pair_reward(path, key, codec, batch_size, dtype, device)
+        model, tokenizer, context = load_classifier(path, key, dtype)
+        return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
     if shares_tokenizer(path, codec):
         return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens)
     own = Codec.load(path)
@@ -81,10 +89,10 @@ def load_reward(
     return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens)
 
 
-def load_pair_reward(
-    path: str, key: str, codec: Codec, batch_size: int, dtype: torch.dtype, device: torch.device | str
-) -> PairReward:
-    """A classifier that is no causal language model, with the head it was trained with."""
+def load_classifier(
+    path: str, key: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int | None]:
+    """A frozen classifier with the head it was trained with, its tokenizer, and how many tokens it can read."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -98,7 +106,7 @@ def load_pair_reward(
         raise UserError(f"{key}: {path}: has no trained head ({missing} is missing), so it is no reward model")
     limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
     context = min((limit for limit in limits if limit and limit < 1e9), default=None)
-    return PairReward(model.requires_grad_(False).eval().to(device), tokenizer, codec, context, batch_size)
+    return model.requires_grad_(False).eval(), tokenizer, context
 
 
 def reward_config(path: str, key: str) -> PreTrainedConfig:

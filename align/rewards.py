@@ -87,10 +87,10 @@ class PairReward:
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_codec: Codec, context: int | None,
-        batch_size: int,
+        batch_size: int, max_tokens: int | None = None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.policy_codec = model, tokenizer, policy_codec
-        self.context, self.batch_size = context, batch_size
+        self.context, self.batch_size, self.max_tokens = context, batch_size, max_tokens
         self.tokenizer.truncation_side = "left"
         self.notes: dict[str, float] = {}
 
@@ -102,7 +102,7 @@ class PairReward:
         if self.context is not None:
             self.notes = {"cut": sum(length > self.context for length in lengths) / len(lengths)}
         scores = [0.0] * len(episodes)
-        for rows in token_batches(lengths, self.batch_size):
+        for rows in token_batches(lengths, self.batch_size, self.max_tokens):
             batch = self.tokenizer(
                 [asked[i] for i in rows], [answers[i] for i in rows], padding=True, return_tensors="pt",
                 truncation=self.context is not None, max_length=self.context,
