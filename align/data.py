@@ -81,7 +81,7 @@ class DataReport:
 
 
 class BadRow(Exception):
-    """A row's fault before its place is known. Never leaves this module."""
+    """A row's fault before its place is known. It never leaves this module and `align.readers`."""
 
     def __init__(self, kind: str, what: str, remedy: str):
         super().__init__(what)
@@ -547,10 +547,18 @@ def keep_apart(
     name, shared = ", ".join(report.paths), len(rows) - len(kept)
     if shared and on_bad_rows == "stop":
         what = f"{name}: the prompts of {shared} of its {len(rows)} rows are also in another split"
-        raise UserError(f"{what}: split by prompt, or set on_bad_rows: drop")
+        raise UserError(f"{what} (`align validate FILE FILE` names them): split by prompt, or set on_bad_rows: drop")
     if rows and not kept:
         raise UserError(f"{name}: every prompt is also in another split: split by prompt")
     return kept, report.with_dropped("in_two_splits", shared)
+
+
+def refuse_eval_only(rows: Iterable[Any], report: DataReport) -> None:
+    """Raise UserError when training would read rows that `align convert` marked `eval_only`."""
+    marked = sum(bool(row.columns.get("eval_only")) for row in rows)
+    if marked:
+        what = f"{', '.join(report.paths)}: {marked} rows are marked eval_only"
+        raise UserError(f"{what}: they must not be trained on; give other prompts")
 
 
 # Filters of Appendix A.2: by user, at most 200 prompts a user, no long shared prefix, no personal data
@@ -563,8 +571,7 @@ def split_by(
 
     Keys are shuffled by `seed` and dealt by the share of rows that came before them. Row order is kept.
     """
-    if not shares or min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"shares: {dict(shares)} do not sum to 1: give each split a share of the rows")
+    _check_shares(shares)
     rows = list(rows)
     counts = Counter(key(row) for row in rows)
     names, ends = list(shares), list(itertools.accumulate(shares.values()))
@@ -576,6 +583,26 @@ def split_by(
         home[order[index]] = next((n for n, end in zip(names, ends, strict=True) if place < end - 1e-9), names[-1])
         before += counts[order[index]]
     return {name: [row for row in rows if home[key(row)] == name] for name in names}
+
+
+def _check_shares(shares: Mapping[str, float]) -> None:
+    if not shares or min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        raise UserError(f"shares: {dict(shares)} do not sum to 1: give each split a share of the rows")
+
+
+def split_of(prompt: Text, shares: Mapping[str, float], seed: int = 0) -> str:
+    """The split of a prompt by a hash of it: the same in every file, in every run, whatever else the files hold.
+
+    Only the first message of the user counts, so all prompts of one conversation tree share a split.
+    """
+    _check_shares(shares)
+    opening = prompt
+    if not isinstance(prompt, str):
+        opening = next((m["content"] for m in prompt if m["role"] == "user"), prompt)
+    digest = hashlib.sha256(f"{seed}\n{prompt_key(opening)}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64  # uniform on [0, 1)
+    ends = zip(shares, itertools.accumulate(shares.values()), strict=True)
+    return next((name for name, end in ends if place < end), list(shares)[-1])
 
 
 def cap_per(rows: Iterable[T], key: Callable[[T], Hashable], limit: int = 200) -> list[T]:

@@ -8,7 +8,9 @@ place, prompts are read without padding, logits exist only where a token is draw
 `generate`: the reference, and the engine of models that read no packs.
 """
 
+import functools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,10 +60,22 @@ class Engine:
     progress: str | None = None  # the progress bar's name; None: no bar
 
 
+def on_merged_weights(sample: Callable[..., list[Episode]]) -> Callable[..., list[Episode]]:
+    """An engine's call with the policy's LoRA merged once, not computed at each token."""
+
+    @functools.wraps(sample)
+    def merged(self: Engine, *args, **options) -> list[Episode]:
+        with self.policy.merged():
+            return sample(self, *args, **options)
+
+    return merged
+
+
 class TorchSampler(Engine):
     """Continuous batching over `batch_size` slots, longest queries first."""
 
     @torch.no_grad()
+    @on_merged_weights
     def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
         if not queries:
             return []
@@ -229,6 +243,7 @@ class GenerateSampler(Engine):
     """transformers' `generate`, told what to draw; left-padded batches of queries of like length."""
 
     @torch.no_grad()
+    @on_merged_weights
     def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
         was_training = self.policy.training
         self.policy.eval()

@@ -15,22 +15,33 @@ from align.checkpoint import (
     require_same_tokenizer,
     rotate,
     save_training_state,
+    weights_sha256,
     write_manifest,
 )
 from align.config import PPOConfig
-from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts
+from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts, refuse_eval_only
+from align.errors import UserError
 from align.generate import make_sampler
+from align.lora import (
+    WithoutAdapter,
+    add_adapter,
+    load_trained,
+    save_policy_folder,
+    save_trained,
+    save_value_folder,
+)
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
+    PackedModel,
     ScalarModel,
     disable_dropout,
     load_packed_policy,
-    load_policy,
     load_scalar_model,
     require_context,
-    save_scalar_model,
 )
+from align.optimise import make_optimizer
+from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
@@ -63,6 +74,7 @@ def load_inputs(config: PPOConfig) -> Inputs:
     announce(str(start))
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
+    refuse_eval_only(prompts, report)
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
     tokens = codec.prompts([prompt.prompt for prompt in prompts])
     queries = [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]
@@ -74,18 +86,21 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
-    """Policy and value model without dropout, an Adam each, and the average of the policy's weights."""
-    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation)
-    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head)
-    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    for model in (policy, value_model):
+    """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
+    # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
+    policy_dtype, value_dtype = (
+        runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
+    )
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
+    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head, value_dtype)
+    for model, peft in ((policy, config.use_peft), (value_model, config.value_use_peft)):
+        if peft:
+            add_adapter(model, config)
         disable_dropout(model)
-    policy_optimizer = torch.optim.AdamW(
-        policy.parameters(), config.learning_rate, betas, eps, weight_decay=0.0, fused=True
-    )
-    value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), config.value_learning_rate, betas, eps, weight_decay=0.0, fused=True
-    )
+        if config.gradient_checkpointing:
+            model.checkpoint_activations()
+    policy_optimizer = make_optimizer(policy, config.learning_rate, config)
+    value_optimizer = make_optimizer(value_model, config.value_learning_rate, config)
     policy, policy_optimizer = runtime.prepare(policy, policy_optimizer)
     value_model, value_optimizer = runtime.prepare(value_model, value_optimizer)
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
@@ -96,19 +111,33 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     """The frozen reference and reward beside the trained models, and a sampler over the policy."""
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
-    ref_policy = frozen(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype), runtime)
+    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
+    start, loaded = value_start(config, codec), []
 
-    def load_scalar(path: str) -> ScalarModel:
-        return frozen(load_scalar_model(path, config.attn_implementation, dtype=dtype), runtime)
+    def only_scores(model: PackedModel) -> PackedModel:
+        loaded.append(model)
+        return frozen(model, config, runtime)
 
+    def load_scalar(path: str) -> ScalarModel | WithoutAdapter:
+        if config.value_use_peft and path == start.path:
+            return WithoutAdapter(value_model)
+        return only_scores(load_scalar_model(path, config.attn_implementation, dtype=dtype))
+
+    if config.use_peft:
+        ref_policy = WithoutAdapter(policy)
+    else:
+        ref_policy = only_scores(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype))
     reward = build_reward(config, codec, load_scalar, runtime)
-    policy = runtime.unwrap(learner.policy)
+    if config.frozen_quantization and not loaded:
+        raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
 
-def frozen(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedModel:
     disable_dropout(model)
+    if config.frozen_quantization:
+        quantise(model.inner)
     return model.requires_grad_(False).eval().to(runtime.device)
 
 
@@ -152,9 +181,9 @@ def save_state(
         "ema": learner.ema.shadow if learner.ema else {},
     }
     with atomic_folder(output / f"checkpoint-{done}") as folder:
-        policy.model.save_pretrained(folder)
+        save_trained(policy, folder, codec.pad_id)
         codec.save(folder)
-        save_scalar_model(value_model, folder / "value_model", codec.pad_id)
+        save_trained(value_model, folder / "value_model", codec.pad_id)
         save_training_state(folder, state)
         mark_complete(folder)
     rotate(output, config.save_total_limit)
@@ -165,8 +194,8 @@ def load_state(
 ) -> tuple[int, float, dict[str, float]]:
     """Put everything back; returns (finished iterations, kl_coef, step-zero numbers)."""
     state = load_training_state(checkpoint)
-    copy_into(runtime.unwrap(learner.policy).model, load_policy(str(checkpoint)))
-    copy_into(runtime.unwrap(learner.value_model), load_scalar_model(str(checkpoint / "value_model")))
+    load_trained(runtime.unwrap(learner.policy), checkpoint)
+    load_trained(runtime.unwrap(learner.value_model), checkpoint / "value_model")
     learner.policy_optimizer.load_state_dict(state["policy_optimizer"])
     learner.value_optimizer.load_state_dict(state["value_optimizer"])
     if learner.ema:
@@ -177,22 +206,20 @@ def load_state(
     return state["iteration"], state["kl_coef"], state["step_zero"]
 
 
-@torch.no_grad()
-def copy_into(target: torch.nn.Module, source: torch.nn.Module) -> None:
-    target.load_state_dict(source.state_dict())
-
-
 def save_policy(
     output: Path, learner: Learner, codec: Codec, config: PPOConfig, inputs: Inputs, metrics: dict, runtime: Runtime
 ) -> None:
     """The averaged policy as a HuggingFace folder, the value model beside it, the manifest last."""
     if not is_main_process():
         return
-    policy = runtime.unwrap(learner.policy)
+    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
     if learner.ema:
         learner.ema.copy_to(policy)
     with atomic_contents(output) as folder:
-        policy.model.save_pretrained(folder)
+        save_policy_folder(policy, folder, codec.pad_id)
         codec.save(folder)
-        save_scalar_model(runtime.unwrap(learner.value_model), folder / "value_model", codec.pad_id)
+        base = inputs.value_start.path, inputs.value_start.fresh_head
+        save_value_folder(value_model, *base, config, folder / "value_model", codec.pad_id)
+        if policy.adapted:
+            metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
         write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

@@ -9,13 +9,14 @@ which `load_scalar_model` and `AutoModelForTokenClassification` read.
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -73,9 +74,14 @@ class PackedModel(nn.Module):
         self.casts: dict[int, Tensor] | None = None  # held casts, by the id of their parameter
 
     @property
+    def adapted(self) -> bool:
+        """Whether LoRA lies on the model (`align.lora`)."""
+        return hasattr(self.model, "peft_config")
+
+    @property
     def inner(self) -> PreTrainedModel:
         """The transformers model, with or without LoRA around it."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if self.adapted else self.model
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +120,35 @@ class PackedModel(nn.Module):
 
         with torch.autocast(device, enabled=False):
             yield cast
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Meanwhile LoRA lies in the weights, so that a sampler computes no adapter; nothing happens without LoRA.
+
+        The frozen weights are laid aside and put back, not computed back: no rounding gathers in them.
+        """
+        layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        frozen = [weight.data for weight in weights]
+        try:
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = (weight.data + layer.get_delta_weight("default").detach()).to(weight.dtype)
+            with self.model.disable_adapter() if layers else nullcontext():
+                yield
+        finally:
+            for weight, kept in zip(weights, frozen, strict=True):
+                weight.data = kept
+
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input alone and compute the layer again in the backward pass.
+
+        Layers do so in training mode only, so the model is put into it: take dropout out first.
+        """
+        try:
+            self.inner.activation_checkpointing_enable()
+        except ValueError as error:
+            raise UserError(f"gradient_checkpointing: {error}; set it to false") from None
+        self.train()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -219,14 +254,18 @@ class ScalarModel(PackedModel):
 
     @property
     def head(self) -> nn.Linear:
+        """With LoRA the trained copy, and the frozen one while the adapter is off."""
         score = self.inner.score
-        return score.modules_to_save["default"] if hasattr(score, "modules_to_save") else score
+        if not hasattr(score, "modules_to_save"):
+            return score
+        return score.original_module if score.disable_adapters else score.modules_to_save["default"]
 
     def forward(self, pack: Pack, at: Tensor) -> Tensor:
         """Scalars at the positions `at`, in float32. (M,) -> (M,)"""
         with self.half() as cast:
             hidden = self.states(pack, cast)[at]
-            return nn.functional.linear(hidden, cast(self.head.weight), cast(self.head.bias)).squeeze(-1).float()
+            weight, bias = (cast(p).to(hidden.dtype) for p in (self.head.weight, self.head.bias))
+            return nn.functional.linear(hidden, weight, bias).squeeze(-1).float()
 
 
 def load_packed_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> Policy:
@@ -237,7 +276,10 @@ def load_packed_policy(path: str, attn_implementation: str | None = None, dtype:
 def load_scalar_model(
     path: str, attn_implementation: str | None = None, fresh_head: bool = False, dtype: torch.dtype = torch.float32
 ) -> ScalarModel:
-    """A reward or value model. `fresh_head`: from a language model, std 1 / sqrt(d + 1), bias 0 (S App. B.1)."""
+    """A reward or value model. `fresh_head`: from a language model, std 1 / sqrt(d + 1), bias 0 (S App. B.1).
+
+    `dtype` is the backbone's; the head is float32, for a value model may train it on a frozen backbone (`align.lora`).
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the fresh head and score.bias are expected, not news
     try:
@@ -247,7 +289,7 @@ def load_scalar_model(
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{path}: {type(model).__name__} has no linear head `score`; use another architecture")
     weight = model.score.weight
-    model.score = nn.Linear(weight.shape[1], 1, dtype=dtype)
+    model.score = nn.Linear(weight.shape[1], 1)
     with torch.no_grad():
         if fresh_head:
             model.score.weight.normal_(std=1.0 / math.sqrt(weight.shape[1] + 1))

@@ -1,12 +1,16 @@
-"""Muon for hidden matrices, AdamW for the rest, behind one optimiser that a Trainer can drive."""
+"""Optimisers by name (`optim`): the Trainer's own, and Muon for hidden matrices with AdamW for the rest."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
-from align.config import RMConfig, SFTConfig
+from align.config import PPOConfig, RMConfig, SFTConfig
+from align.errors import UserError
 
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
@@ -17,14 +21,15 @@ HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised (Jordan et al. 2024), in the weights' own precision, a batch a shape.
+    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape.
 
     torch.optim.Muon does this one matrix at a time and always in bfloat16, which is slow on a CPU that has no
     instructions for it.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float):
+    def __init__(self, params: list[nn.Parameter], lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -34,7 +39,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                directions = orthogonal(torch.stack([self._nesterov(p) for p in params]))  # (N, rows, columns)
+                momenta = torch.stack([self._nesterov(p) for p in params])  # (N, rows, columns)
+                directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
                 scale = -group["lr"] * RMS * max(shape) ** 0.5
                 torch._foreach_add_(params, list(directions), alpha=scale)
 
@@ -46,12 +52,15 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(momentum, MOMENTUM)
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, about: singular values between 0.7 and 1.2. (N, rows, columns)"""
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrices, about: singular values between 0.7 and 1.2, in `dtype`. (N, rows, columns)
+
+    The iteration pulls singular values back from wherever rounding leaves them, so bfloat16 will do.
+    """
     a, b, c = QUINTIC
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT  # (N, rows, rows), rows <= columns
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -74,14 +83,17 @@ class MuonAdamW(torch.optim.Optimizer):
     For small models trained in few steps: lower losses than AdamW alone reached in the same time (docs/LOG.md).
     """
 
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, betas: tuple[float, float], eps: float = 1e-8):
+    def __init__(
+        self, model: nn.Module, muon_lr: float, adam_lr: float, betas: tuple[float, float], eps: float = 1e-8,
+        bf16: bool = False,
+    ):  # fmt: skip
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         hidden = hidden_matrices(model)
         rest = [p for name, p in named if name not in hidden]
         super().__init__([p for _, p in named], {})
         parts = []
         if hidden:
-            parts.append(Muon(list(hidden.values()), lr=muon_lr))
+            parts.append(Muon(list(hidden.values()), muon_lr, torch.bfloat16 if bf16 else torch.float32))
         if rest:  # none when only adapters are trained
             parts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=eps, weight_decay=0.0))
         self.parts = tuple(parts)
@@ -107,9 +119,42 @@ class MuonAdamW(torch.optim.Optimizer):
 def trainer_optimizers(
     model: nn.Module, config: SFTConfig | RMConfig
 ) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
-    """A Trainer's `optimizers`: ours where the config gives Muon a rate, else none, and the Trainer makes its AdamW.
-    Nothing decays, and the Trainer's schedule drives either."""
-    if config.muon_learning_rate is None:
+    """A Trainer's `optimizers`: ours where the config asks for Muon, else none, and the Trainer makes its own of
+    `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
+    if not takes_muon(config):
+        optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here
         return None, None
+    rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
     betas = (config.adam_beta1, config.adam_beta2)
-    return MuonAdamW(model, config.muon_learning_rate, config.learning_rate, betas, config.adam_epsilon), None
+    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16), None
+
+
+def trainer_optim(config: SFTConfig | RMConfig) -> str:
+    """TrainingArguments' `optim`, which a Trainer reads unless it is given an optimiser."""
+    return "adamw_torch_fused" if config.optim is None or takes_muon(config) else config.optim
+
+
+def takes_muon(config: SFTConfig | RMConfig) -> bool:
+    return config.optim == "muon" or config.muon_learning_rate is not None
+
+
+def make_optimizer(model: nn.Module, rate: float, config: PPOConfig) -> torch.optim.Optimizer:
+    """Stage 3's optimiser of what is trained in `model`; nothing decays. Muon and its AdamW take the same rate."""
+    if config.optim == "muon":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return MuonAdamW(model, rate, rate, betas, config.adam_epsilon, config.bf16)
+    kind, options = optimizer_class(config.optim, rate, config)
+    return kind([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, **options)
+
+
+def optimizer_class(optim: str, rate: float, config: PPOConfig | SFTConfig | RMConfig) -> tuple[type, dict[str, Any]]:
+    """The class a Trainer would take, and what it would give it besides parameters and decay."""
+    arguments = SimpleNamespace(
+        optim=OptimizerNames(optim), optim_args=None, learning_rate=rate,
+        adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_epsilon=config.adam_epsilon,
+    )  # fmt: skip
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError:
+        package = "torchao" if optim == "adamw_torch_8bit" else "bitsandbytes"
+        raise UserError(f"optim: {optim}: needs {package}, which is not installed: pip install {package}") from None

@@ -217,6 +217,24 @@ def rows_of(pack: Pack) -> tuple[Tensor, Tensor]:
     return pad(ids, batch_first=True), pad(places, batch_first=True, padding_value=-1)
 
 
+class PackCollator:
+    """{"input_ids"[, "labels"]} rows -> one pack, as a language model that reads packs is called: (1, N)."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, Pack | Tensor]:
+        pack = pack_rows([row["input_ids"] for row in rows], self.pad_id)
+        labels = torch.full_like(pack.input_ids, -100)
+        for row, place in zip(rows, pack.rows, strict=True):
+            learned = row.get("labels", row["input_ids"])[1:]  # the token before a row's first is another row's
+            labels[place.start + 1 : place.start + place.length] = torch.tensor(learned, dtype=torch.long)
+        inputs = layout_inputs(pack.input_ids, pack.position_ids, pack)
+        tokens = sum(row.length for row in pack.rows)
+        # TRL counts the tokens it has seen by the sum of this mask, which nothing else reads.
+        return inputs | {"attention_mask": torch.full((1, 1, 1, 1), tokens), "labels": labels[None]}
+
+
 def set_packed(model: PreTrainedModel) -> bool:
     """Let `model` (a language model or classifier) read packs; False, and nothing changed, where it cannot.
 
@@ -237,7 +255,8 @@ def set_packed(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def reads_packs(backbone: PreTrainedModel) -> bool:
-    """A pack with a prefix gives what its rows give, one by one."""
+    """A pack with a prefix gives what its rows give, one by one: in float32, since what half precision rounds off in a
+    deep model is as much as an attention that differs would change."""
     if backbone.device.type == "meta":
         return True
     was_training = backbone.training
@@ -247,14 +266,19 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
     prefix, rows = (1, 2, 3), ((4, 5), (6, 7), (8,))
     packing.add_groups([t % vocabulary for t in prefix], [[t % vocabulary for t in row] for row in rows])
     pack = packing.done().to(backbone.device)
+    weights = {name: p.float() for name, p in backbone.named_parameters(remove_duplicate=False)}
+
+    def exact(**inputs: Tensor) -> object:
+        return torch.func.functional_call(backbone, weights, kwargs=inputs)
+
     try:
-        packed, padded = packed_states(backbone, pack), padded_states(backbone, pack)
+        packed, padded = packed_states(exact, pack), padded_states(exact, pack)
     except (TypeError, ValueError, RuntimeError, KeyError):
         return False
     finally:
         backbone.train(was_training)
     own = slice(3, None)  # a prefix has no row of its own
-    return torch.allclose(packed[own].float(), padded[own].float(), rtol=0.05, atol=0.05 * float(padded.float().std()))
+    return torch.allclose(packed[own], padded[own], rtol=0.05, atol=0.05 * float(padded.std()))
 
 
 def packed_states(backbone: Callable, pack: Pack) -> Tensor:

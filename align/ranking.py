@@ -6,6 +6,7 @@ Splitting a prompt's pairs over optimiser steps would use each completion K - 1 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ def encode_rankings(rankings: list[Ranking], codec: Codec) -> list[dict[str, Ran
     ]
 
 
+def split_pairs(elements: list[dict[str, RankedTokens]]) -> list[dict[str, RankedTokens]]:
+    """Every untied pair as an element of its own. A completion is then seen K - 1 times an epoch: overfitting."""
+    return [
+        {"ranking": RankedTokens(r.query, (r.responses[i], r.responses[j]), (r.ranks[i], r.ranks[j]))}
+        for r in (element["ranking"] for element in elements)
+        for i, j in combinations(range(len(r.ranks)), 2)
+        if r.ranks[i] != r.ranks[j]
+    ]
+
+
 class RankingCollator:
     """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,)}, N = sum of K over prompts."""
 
@@ -68,6 +79,23 @@ def batch_ranking_loss(model: torch.nn.Module, batch: dict) -> tuple[Tensor, dic
     """Sum over the batch's prompts of their ranking loss, and its statistics. A score is read at EOS."""
     scores = model(batch["pack"], batch["last_index"])
     return ranking_loss(*by_prompt(scores, batch["ranks"], batch["group"]))
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: torch.nn.Module, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int
+) -> dict[str, float]:
+    """loss (mean over prompts), accuracy and margin (over untied pairs), however the prompts are batched."""
+    collate, device = RankingCollator(pad_id), next(model.parameters()).device
+    totals: dict[str, float] = {"loss": 0.0}
+    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
+        batch = collate([elements[i] for i in picked])
+        loss, stats = batch_ranking_loss(model, {name: value.to(device) for name, value in batch.items()})
+        for name, value in (stats | {"loss": loss}).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    pairs = max(1.0, totals["pairs"])
+    means = {name: totals[name] / pairs for name in ("correct", "margin")}
+    return {"loss": totals["loss"] / len(elements), "accuracy": means["correct"], "margin": means["margin"]}
 
 
 def by_prompt(scores: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

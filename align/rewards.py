@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import UserError
+from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import score_rows
@@ -40,13 +41,16 @@ class Reward(Protocol):
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
-    def __init__(self, model: ScalarModel, pad_id: int, batch_size: int, max_tokens: int | None = None):
+    def __init__(
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None
+    ):
         self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         rows = [[*e.query, *e.response] for e in episodes]
-        return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
+        with self.model.hold():
+            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
 
 
 class TextReward:
@@ -69,7 +73,8 @@ class TextReward:
         if self.context is not None:
             self.notes = {"cut": sum(len(row) > self.context for row in rows) / len(rows)}
             rows = [row[-self.context :] for row in rows]
-        return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens)
+        with self.model.hold():
+            return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens)
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
         """Query and response in this model's own tokens."""

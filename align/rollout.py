@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from align.config import PPOConfig
 from align.errors import UserError
 from align.generate import Sampler, uniform_numbers
+from align.maths.importance import importance_weights
 from align.maths.kl import kl_estimate
 from align.maths.masks import last_index, length_mask
-from align.maths.reduce import whiten
+from align.maths.reduce import masked_mean, whiten
 from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
 from align.packing import token_batches
+from align.postmortem import kept_for_inspection
 from align.rewards import RewardSum
 from align.runtime import Runtime
+from align.track import announce
 from align.types import Episode, Prompt, Rollout, pad_rows
 
 
@@ -56,8 +59,12 @@ def collect_rollout(
         tensors = score_episodes(episodes, actors, config, runtime)
 
     # 3. Score: one scalar an episode, read at EOS.
-    with runtime.timed("reward"), torch.no_grad(), runtime.autocast():
-        scored = actors.reward([q.prompt for q in mine], episodes)
+    about, prompts = {"iteration": iteration, "config": config}, [q.prompt for q in mine]
+    with (
+        kept_for_inspection(config.output_dir, tensors, about, everywhere=True),
+        runtime.timed("reward"), torch.no_grad(), runtime.autocast(),
+    ):  # fmt: skip
+        scored = actors.reward(prompts, episodes)
     columns = torch.tensor([scored.total, *scored.parts.values()], device=runtime.device).T  # (B, 1 + parts)
 
     # 4. Exchange: from here on every process holds all episodes, in global order.
@@ -92,11 +99,9 @@ def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, r
         return response_logprobs(model, *rows, config.temperature)[0]
 
     with runtime.timed("logprobs"):
-        if config.old_logprobs == "sampler":
-            drawn = [list(require_logprobs(episode)) for episode in episodes]
-            batch["logprobs"] = pad_rows(drawn, 0.0, torch.float32).to(runtime.device)
-        else:
-            batch["logprobs"] = collect(logprobs, actors.policy)
+        batch |= sampler_logprobs(episodes, config, runtime.device)
+        reuse = config.old_logprobs == "sampler"
+        batch["logprobs"] = batch["sampler_logprobs"] if reuse else collect(logprobs, actors.policy)
     with runtime.timed("reference"):
         batch["ref_logprobs"] = collect(logprobs, actors.ref_policy)
     with runtime.timed("value"):
@@ -104,10 +109,16 @@ def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, r
     return batch
 
 
-def require_logprobs(episode: Episode) -> tuple[float, ...]:
-    if episode.logprobs is None:
+def sampler_logprobs(episodes: list[Episode], config: PPOConfig, device: torch.device) -> dict[str, Tensor]:
+    """{"sampler_logprobs": (B, R)}, or nothing from a sampler that gives none, where none are needed."""
+    if all(episode.logprobs is not None for episode in episodes):
+        rows = [list(episode.logprobs) for episode in episodes]
+        return {"sampler_logprobs": pad_rows(rows, 0.0, torch.float32).to(device)}
+    if config.old_logprobs == "sampler":
         raise UserError("old_logprobs: sampler, but this sampler gives none; set old_logprobs: recompute")
-    return episode.logprobs
+    if config.weighs_tokens:
+        raise UserError("importance_weight_cap, importance_weight_band: this sampler gives no log-probabilities; unset")
+    return {}
 
 
 def episode_tensors(episodes: list[Episode], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -133,8 +144,16 @@ def shape_rewards(tensors: dict[str, Tensor], raw_scores: Tensor, config: PPOCon
         advantages = whiten(advantages, mask)
     return Rollout(
         **tensors, response_mask=mask, scores=scores, raw_scores=raw_scores, rewards=rewards,
-        advantages=advantages, returns=returns,
+        advantages=advantages, returns=returns, importance_weights=token_weights(tensors, mask, config),
     )  # fmt: skip
+
+
+def token_weights(tensors: dict[str, Tensor], mask: Tensor, config: PPOConfig) -> Tensor | None:
+    """What each token's policy loss is multiplied with, for tokens that another engine drew. (B, R)"""
+    if not config.weighs_tokens:
+        return None
+    cap, band, level = config.importance_weight_cap, config.importance_weight_band, config.importance_weight_level
+    return importance_weights(tensors["logprobs"], tensors["sampler_logprobs"], mask, cap, band, level)
 
 
 def apply_eos_rule(scores: Tensor, finished: Tensor, penalty: float | None, mode: str) -> Tensor:
@@ -165,18 +184,46 @@ def check_step_zero(
     numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
     score = head.part_scores[f"scores/{value_term}"] if value_term else None
     numbers["value_minus_score"] = None if score is None else float((values - score).abs().max())
+    warn_of_engine(rollout, config, runtime.half)
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
-    tolerance = 0.1 if runtime.half else 1e-3
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
-    for name, cause in (
-        (
-            "ratio_max_deviation",
-            "sampling and training see different log-probabilities: dropout, temperature, precision",
-        ),
-        ("kl", "the policy is not its reference: other weights or a stale checkpoint"),
-        ("value_minus_score", "the value model is not the reward model: other weights, head or token"),
-    ):
-        if numbers[name] is not None and not numbers[name] <= tolerance:
-            raise UserError(f"step-zero check: {name} is {numbers[name]:.4g}, over {tolerance:g}: {cause}")
+    checks = [(name, numbers[name], TOKEN_LIMIT[False], cause) for name, cause in CAUSES.items()]
+    if runtime.half:  # rounds some token off by a third of a nat, so that only the mean of many says anything
+        gap = masked_mean((new - head.logprobs).abs(), head.response_mask)
+        drift = masked_mean(u.abs(), rollout.response_mask)
+        checks = [
+            ("mean |log ratio|", float(gap), TOKEN_LIMIT[True], CAUSES["ratio_max_deviation"]),
+            ("mean |log policy - log ref_policy|", float(drift), TOKEN_LIMIT[True], CAUSES["kl"]),
+            ("value_minus_score", numbers["value_minus_score"], 0.1, CAUSES["value_minus_score"]),
+        ]
+    for name, value, limit, cause in checks:
+        if config.frozen_quantization and cause != CAUSES["ratio_max_deviation"]:
+            limit = EIGHT_BIT_LIMIT
+        if value is not None and not value <= limit:
+            raise UserError(f"step-zero check: {name} is {value:.4g}, over {limit:g}: {cause}")
     return numbers
+
+
+CAUSES = {
+    "ratio_max_deviation": "sampling and training see different log-probabilities: dropout, temperature, precision; "
+    "with old_logprobs: sampler try recompute",
+    "kl": "the policy is not its reference: other weights or a stale checkpoint",
+    "value_minus_score": "the value model is not the reward model: other weights, head or token",
+}
+
+
+def warn_of_engine(rollout: Rollout, config: PPOConfig, half: bool) -> None:
+    """Where the sampler's log-probabilities are far from the trainer's, but nothing makes up for it."""
+    if config.old_logprobs == "sampler" or rollout.sampler_logprobs is None or config.weighs_tokens:
+        return
+    mean = float(masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), rollout.response_mask))
+    if not mean <= TOKEN_LIMIT[half]:
+        announce(
+            f"warning: the sampler's log-probabilities are {mean:.4g} nats a token from the trainer's, over "
+            f"{TOKEN_LIMIT[half]:g}: other numerics or temperature; mend it, or set importance_weight_cap: 2"
+        )
+
+
+TOKEN_LIMIT = {False: 1e-3, True: 0.05}  # nats between two log-probabilities of a token; half precision: True
+EIGHT_BIT_LIMIT = 1.0  # of what is compared with a model rounded to 8 bits

@@ -63,31 +63,55 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     non_score = -kl_coef * kl
     responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
     repeated = repeated_ngrams(responses, rollout.response_lengths)
-    return {
-        "objective/scores": float(rollout.scores.mean()),
-        "objective/raw_scores": float(rollout.raw_scores.mean()),
-        "objective/kl": float(kl.mean()),
-        "objective/non_score_reward": float(non_score.mean()),
-        "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
-        "objective/entropy": stats.mean("entropy"),
-        "objective/response_tokens": float(rollout.response_lengths.float().mean()),
-        "objective/finished": float(rollout.finished.float().mean()),
-        "objective/repetition": float(repeated.mean()),
-        "policy/approxkl_avg": stats.mean("approxkl"),
-        "policy/clipfrac_avg": stats.mean("policy_clipped"),
-        "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
-        "loss/policy_avg": stats.mean("policy_loss"),
-        "loss/value_avg": stats.mean("value_loss"),
-        "loss/ptx": stats.mean("ptx_loss", "ptx_tokens") if stats.sums["ptx_tokens"] else 0.0,
-        "val/clipfrac_avg": stats.mean("value_clipped"),
-        "val/ratio": stats.mean("ratio"),
-        "val/max_ratio_deviation": stats.sums["max_ratio_deviation"],
-        "val/explained_variance": float(1 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)),
-        "val/num_eos_tokens": float(rollout.finished.sum()),
-        "val/grad_norm": stats.mean("value_grad_norm", "steps"),
-        "kl_coef": kl_coef,
-        "lr": lr,
-        **part_metrics(rollout),
+    return (
+        {
+            "objective/scores": float(rollout.scores.mean()),
+            "objective/raw_scores": float(rollout.raw_scores.mean()),
+            "objective/kl": float(kl.mean()),
+            "objective/non_score_reward": float(non_score.mean()),
+            "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
+            "objective/entropy": stats.mean("entropy"),
+            "objective/response_tokens": float(rollout.response_lengths.float().mean()),
+            "objective/finished": float(rollout.finished.float().mean()),
+            "objective/repetition": float(repeated.mean()),
+            "policy/approxkl_avg": stats.mean("approxkl"),
+            "policy/clipfrac_avg": stats.mean("policy_clipped"),
+            "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
+            "loss/policy_avg": stats.mean("policy_loss"),
+            "loss/value_avg": stats.mean("value_loss"),
+            "loss/ptx": stats.mean("ptx_loss", "ptx_tokens") if stats.sums["ptx_tokens"] else 0.0,
+            "val/clipfrac_avg": stats.mean("value_clipped"),
+            "val/ratio": stats.mean("ratio"),
+            "val/max_ratio_deviation": stats.sums["max_ratio_deviation"],
+            "val/explained_variance": float(1 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)),
+            "val/num_eos_tokens": float(rollout.finished.sum()),
+            "val/grad_norm": stats.mean("value_grad_norm", "steps"),
+            "kl_coef": kl_coef,
+            "lr": lr,
+        }
+        | sampling_metrics(rollout, stats)
+        | part_metrics(rollout)
+    )
+
+
+def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
+    """The sampler's log-probabilities against the trainer's, and the weights of another engine's tokens, where there
+    are any. Names are TRL's."""
+    row = {}
+    if "mismatch" in stats.sums:
+        row = {
+            "sampling/sampling_logp_difference/mean": stats.mean("mismatch", "mismatch_tokens"),
+            "sampling/sampling_logp_difference/max": stats.sums["max_mismatch"],
+            "sampling/kl": stats.mean("mismatch_kl", "mismatch_tokens"),
+        }
+    if rollout.importance_weights is None:
+        return row
+    weights = rollout.importance_weights[rollout.response_mask]
+    return row | {
+        "sampling/importance_sampling_ratio/min": float(weights.min()),
+        "sampling/importance_sampling_ratio/mean": float(weights.mean()),
+        "sampling/importance_sampling_ratio/max": float(weights.max()),
+        "sampling/masked_tokens": float((weights == 0).sum()),
     }
 
 

@@ -1,7 +1,7 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.config import StageConfig
+from align.config import TrainerConfig
 from align.maths.logprobs import token_logprobs
-from align.ranking import batch_ranking_loss
+from align.packing import PackCollator, set_packed
+from align.postmortem import StopsAtNaN
+from align.ranking import batch_ranking_loss, held_out_loss
 from align.runtime import on_cpu
+from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback
 
 
-def common_arguments(config: StageConfig, output: Path) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any stage's config."""
+def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
     if config.report_to == "wandb":
         os.environ.setdefault("WANDB_DIR", str(output))  # the Trainer's callback has no argument for it
     return {
@@ -44,6 +47,12 @@ def cosine_to_tenth() -> dict[str, Any]:
 
 def metrics_callback(output: Path, checkpoint: Path | None) -> MetricsCallback:
     return MetricsCallback(Metrics(output, int(checkpoint.name.split("-")[1]) if checkpoint else None))
+
+
+def causal_collator(model: torch.nn.Module, attn_implementation: str | None, pad_id: int) -> Callable:
+    """Packs, which `model` is set to read; padded rows where it cannot, or another attention is named."""
+    packed = attn_implementation is None and set_packed(model)
+    return PackCollator(pad_id) if packed else CausalCollator(pad_id)
 
 
 def resume_argument(checkpoint: Path | None) -> str | None:
@@ -104,21 +113,39 @@ class LossPerToken:
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**{k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}).logits
-        targets = inputs["labels"][:, 1:]
-        learned = targets != -100  # (B, T - 1)
-        nll = -(token_logprobs(logits[:, :-1], targets.clamp(min=0)) * learned).sum(1)  # (B,)
-        sums, counts = self.accelerator.gather_for_metrics((nll, learned.sum(1)))  # without the rows that fill up
-        self.nll, self.tokens = self.nll + float(sums.double().sum()), self.tokens + int(counts.sum())
+            logprobs = self.label_logprobs(model, inputs)
+        nll, learned = by_row(-logprobs, inputs), by_row(inputs["labels"][:, 1:] != -100, inputs)  # (B,), (B,)
+        sums, counts = self.accelerator.gather_for_metrics((nll, learned))  # without the rows that fill up
+        self.nll, self.tokens = self.nll + float(sums.sum()), self.tokens + int(counts.sum())
         return sums.sum() / counts.sum().clamp(min=1), None, None
 
 
-class LanguageModelTrainer(LossPerToken, GroupedByLength, Trainer):
+def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """Sums over each row's predicted tokens, of padded rows or a pack. (B, T - 1) or (1, N - 1) -> (B,), float64"""
+    if "layout" not in inputs:
+        return numbers.double().sum(1)
+    totals = torch.nn.functional.pad(numbers[0].double().cumsum(0), (1, 0))  # (N,)
+    starts = inputs["layout"].starts  # in the caller's order; a row of L tokens predicts L - 1 from its start on
+    lengths = torch.tensor([row.length for row in inputs["layout"].rows], device=starts.device)
+    return totals[starts + lengths - 1] - totals[starts]
+
+
+class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
+    def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        """Of every label but the first column, 0 where there is none. (B, T - 1)"""
+        targets = inputs["labels"][:, 1:]
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
+        return token_logprobs(logits, targets.clamp(min=0)).masked_fill(targets == -100, 0.0)
 
-class DemonstrationTrainer(LossPerToken, GroupedByLength, SFTTrainer):
+
+class DemonstrationTrainer(StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
+
+    def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        """Of every label but the first column, 0 where there is none; no logits are kept. (B, T - 1)"""
+        return model(**inputs, fused_lm_head=True).log_probs
 
 
 class SaveEachEpoch(TrainerCallback):
@@ -129,7 +156,7 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(GroupedByLength, Trainer):
+class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -157,9 +184,27 @@ class RankingTrainer(GroupedByLength, Trainer):
             self.totals[name] = self.totals.get(name, 0.0) + float(self.accelerator.gather(value).sum())
         return (loss, None) if return_outputs else loss
 
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Held-out loss and accuracy by prompt, whatever an element of training is."""
+        size, pad_id = self.args.per_device_eval_batch_size, self.data_collator.pad_id
+        with self.compute_loss_context_manager():
+            found = held_out_loss(self.model, self.eval_dataset, pad_id, size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.totals.get("pairs"):
+        if "loss" in logs and self.totals.get("pairs"):
             logs["accuracy"] = self.totals["correct"] / self.totals["pairs"]
             logs["margin"] = self.totals["margin"] / self.totals["pairs"]
             self.totals = {}
         super().log(logs, start_time)
+
+
+class PairTrainer(RankingTrainer):
+    """A RankingTrainer whose elements are shuffled: grouped by length, a prompt's pairs would meet again."""
+
+    @staticmethod
+    def lengths(rows: list[dict]) -> list[int]:
+        return [1] * len(rows)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from align.config import PPOConfig, exact_div
 from align.errors import UserError
+from align.maths.importance import logprob_mismatch
 from align.maths.losses import policy_loss, value_loss
 from align.models import EMA, document_nll, response_logprobs, response_values
 from align.packing import token_batches
+from align.postmortem import kept_for_inspection
 from align.runtime import Runtime
 from align.types import Rollout, UpdateStats
 
@@ -79,15 +81,36 @@ def update(
         order = torch.randperm(len(rollout), generator=generator)
         for rows in order.split(algebra.minibatch):
             documents = next_documents(algebra.ptx)
-            parts.append(optimiser_step(rollout.index(rows.to(runtime.device)), documents, learner, config, runtime))
-    return UpdateStats.total(parts)
+            minibatch = rollout.index(rows.to(runtime.device))
+            about = {"iteration": iteration, "epoch": epoch, "rows": rows, "documents": documents, "config": config}
+            with kept_for_inspection(config.output_dir, minibatch.tensors(), about):
+                parts.append(optimiser_step(minibatch, documents, learner, config, runtime))
+    return UpdateStats({**UpdateStats.total(parts).sums, **sampling_mismatch(rollout, parts[0], config)})
+
+
+def sampling_mismatch(rollout: Rollout, first: UpdateStats, config: PPOConfig) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's under the weights that sampled: over the rollout
+    where the latter were recomputed, else over the first minibatch, whose forward passes come before any step."""
+    if config.old_logprobs == "sampler":
+        return {"mismatch_tokens": first.sums["tokens"], **{name: first.sums[name] for name in MISMATCH}}
+    if rollout.sampler_logprobs is None:
+        return {}
+    numbers = logprob_mismatch(rollout.logprobs, rollout.sampler_logprobs, rollout.response_mask)
+    return {"mismatch_tokens": float(rollout.response_mask.sum()), **{name: float(numbers[name]) for name in MISMATCH}}
+
+
+MISMATCH = ("mismatch", "mismatch_kl", "max_mismatch")
 
 
 def optimiser_step(
     minibatch: Rollout, documents: list[list[int]], learner: Learner, config: PPOConfig, runtime: Runtime
 ) -> UpdateStats:
     """One minibatch: PPO's gradient, then the pretraining gradient, in the same buffers, then a step (App. C.4); the
-    value model follows, so that one model's gradients exist at a time."""
+    value model follows, so that one model's gradients exist at a time.
+
+    What is not finite raises UserError. In the rollout or the policy's gradient it stops before any weight changes; in
+    the value model's it comes to light after the policy's step, which only a copy of weights or gradients could undo.
+    """
     require_finite_numbers(minibatch)
     tokens = int(minibatch.response_mask.sum())
     ptx_tokens = sum(len(document) - 1 for document in documents)
@@ -111,7 +134,9 @@ def optimiser_step(
 
 def require_finite_numbers(minibatch: Rollout) -> None:
     """Stops before either model has changed."""
-    for name in ("logprobs", "values", "advantages", "returns"):
+    for name in ("logprobs", "values", "advantages", "returns", "importance_weights"):
+        if getattr(minibatch, name) is None:
+            continue
         numbers = getattr(minibatch, name)[minibatch.response_mask]
         wrong = numbers[~numbers.isfinite()].tolist()
         if wrong:
@@ -143,7 +168,10 @@ def microbatches(rollout: Rollout, config: PPOConfig, runtime: Runtime) -> list[
 def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
     rows = micro.input_ids, micro.query_lengths, micro.response_lengths
     logprobs, entropies = response_logprobs(policy, *rows, config.temperature)
-    loss, stats = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
+    old, mask = micro.logprobs, micro.response_mask
+    loss, stats = policy_loss(logprobs, old, micro.advantages, mask, config.cliprange, micro.importance_weights)
+    if config.old_logprobs == "sampler":
+        stats |= logprob_mismatch(logprobs, old, mask)
     return loss, stats | {"entropy": entropies.sum()}
 
 
@@ -184,11 +212,18 @@ def step(
     name: str, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, float], config: PPOConfig,
     runtime: Runtime,
 ) -> float:  # fmt: skip
-    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it changes the model."""
+    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it changes this model."""
     norm = runtime.clip_grad_norm(model.parameters(), config.max_grad_norm)
     for key, value in (numbers | {f"{name}_grad_norm": norm}).items():
         if not math.isfinite(value):
-            raise UserError(f"{key} is {value}; lower learning_rate or check the reward; the {name} model is unchanged")
+            raise UserError(f"{key} is {value}; {REMEDY[name]}")
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+REMEDY = {
+    "policy": "lower learning_rate or check the reward; the policy and the value model are as before this minibatch",
+    "value": "lower value_learning_rate or check the reward; the value model is as before this minibatch, the policy "
+    "has taken its step, and no checkpoint holds it",
+}

@@ -3,7 +3,7 @@
 Finds each file's kind from its columns, prints a line a bad row (`file:line: what is wrong: how to mend it`), then a
 summary a file. Never prints a row's text. The same prompt in two files of one kind is bad (`in_two_splits`: they are
 taken for splits); in files of different kinds it is only reported, since demonstrations, rankings and prompts may
-share prompts.
+share prompts. A file in another public format is named as such: `align convert` reads it.
 """
 
 import itertools
@@ -11,11 +11,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from align.checkpoint import read_manifest
 from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
 from align.errors import UserError
-from align.types import Ranking
+from align.readers import FORMATS, detect_format
+from align.readers.files import TABLES, suffix
+from align.types import Ranking, Text
 
 USAGE = "usage: align validate FILE..."
 SHOWN = 50  # bad rows printed a file
@@ -64,12 +68,18 @@ def detect_kind(rows: Iterable[Any]) -> str | None:
 
 def check_file(path: str) -> FileCheck:
     """Read and parse every row. Raises UserError when the file cannot be read or is of no known kind."""
+    if suffix(path) in (*TABLES, ".txt"):
+        raise UserError(f"{path}: is a table or prose: `align convert {path} --output FILE` makes rows of it")
     rows = read_rows(path)
     head = list(itertools.islice(rows, SAMPLE))
     kind = detect_kind(row for _, row in head)
     unreadable = [row for _, row in head if isinstance(row, Problem)]
     if kind is None and unreadable:
         kind = "unknown"
+    foreign = detect_format(row for _, row in head)
+    foreign = foreign if foreign is not None and FORMATS[foreign].foreign else None
+    if kind is None and foreign:
+        raise UserError(f"{path}: {_foreign(path, foreign)}")
     if kind is None:
         wanted = "name its fields prompt, completion, messages, completions, chosen and rejected, or text"
         raise UserError(f"{path}: {'no row is of a known kind' if head else 'has no rows'}: {wanted}")
@@ -77,7 +87,15 @@ def check_file(path: str) -> FileCheck:
     for place, row in itertools.chain(head, rows):
         check.rows += 1
         _check_row(check, place, row)
+    if (
+        foreign and len(check.problems) == check.rows
+    ):  # named by its fields, such as a tree's `prompt`, and yet not ours
+        raise UserError(f"{path}: {_foreign(path, foreign)}")
     return check
+
+
+def _foreign(path: str, name: str) -> str:
+    return f"is in the format {name}: `align convert {path} --output FILE` makes rows of it"
 
 
 def _check_row(check: FileCheck, place: str, row: Any) -> None:
@@ -97,11 +115,31 @@ def _compare(first: FileCheck, second: FileCheck) -> list[str]:
     """Find prompts of `second` that are in `first`: bad rows of `second`, or a line when their kinds differ."""
     shared = [(place, first.prompts[key]) for key, place in second.prompts.items() if key in first.prompts]
     if FAMILY.get(first.kind, first.kind) != FAMILY.get(second.kind, second.kind):
-        return [f"{second.path}: {len(shared)} prompts are also in {first.path}"] if shared else []
+        count = f"{len(shared)} of its {len(second.prompts)} prompts are also in {first.path}"
+        return [f"{second.path}: {count}, such as {shared[0][0]} and {shared[0][1]}"] if shared else []
     for place, other in shared:
         what, remedy = f"its prompt is also at {other}", "split by prompt, each in one file"
         second.problems.append(Problem(place, "in_two_splits", what, remedy))
     return []
+
+
+def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> list[str]:
+    """A line for each file that these checkpoints were trained on and that holds some of `prompts`, with a place.
+
+    Training files are those that the manifests name; one that is no longer there cannot be looked at and is left out.
+    """
+    keys = {prompt_key(prompt) for prompt in prompts}
+    manifests = [read_manifest(folder) for folder in dict.fromkeys(folders) if folder]
+    reports = [manifest.data.get("train_file") or {} for manifest in manifests if manifest]
+    lines = []
+    for path in dict.fromkeys(path for report in reports for path in report.get("paths", [])):
+        if not Path(path).is_file():
+            continue
+        places = [place for key, place in check_file(path).prompts.items() if key in keys]
+        if places:
+            what = f"{len(places)} of the {len(keys)} prompts given for evaluation were trained on"
+            lines.append(f"{path}: {what}, such as at {places[0]}: split by prompt")
+    return lines
 
 
 def validate(paths: list[str]) -> tuple[int, str]:

@@ -1,135 +1,100 @@
-"""Runs each workload on our side and the peer's by turns, in processes of their own, and writes the table.
+"""Ours against the peer: a table, and results.json beside this file (or with --growth: growth.json and plots).
 
-    python -m benchmarks --data FOLDER --peer PEER_PYTHON --model MODEL [--workloads ppo-fixed,rm-qa] [--repeats 3]
-
-The ratio is ours / peer's of neighbouring runs: their geometric mean, with the least and the greatest as its spread.
-The limit is the rate of a 2048-cubed bfloat16 product measured between the runs, over the operations that the
-workload needs (docs/benchmarks.md); a result says what part of it was reached.
+python -m benchmarks --data FOLDER --peer PEER_PYTHON --model MODEL [--workloads 'ppo-*,toy-rm-qa'] [--repeats 3]
+python -m benchmarks --growth --peer PEER_PYTHON --model MODEL [--point_seconds 60] [--minutes 10]
 """
 
 import argparse
-import json
-import math
-import platform
+import os
 import subprocess
 import sys
-import time
-from datetime import date
+from fnmatch import fnmatch
 from pathlib import Path
 
+from align.errors import UserError
+from align.runtime import tune_cpu
+from benchmarks import compare, workloads
+
 HERE = Path(__file__).parent
-WORKLOADS = ("ppo-fixed", "ppo-ragged", "sampling-ragged", "rm-hh", "rm-qa")
-# Of an episode, 2 a weight and token: sampling, reference, reward, value, policy once each, two trainings thrice.
-PPO_FIXED_FLOPS = 64 * 22 * 134.5e6
+PEER_VERSION = "1.12.0"  # the last with PPO
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--peer", required=True, help="the peer's Python")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", default=str(HERE / "results.json"))
-    options = parser.parse_args()
-    for workload in options.workloads.split(","):
-        result = compare(workload, options)
-        write(result, Path(options.output))
-        print(row(result), flush=True)
-
-
-def compare(workload: str, options: argparse.Namespace) -> dict:
-    """Ours and the peer's by turns; which goes first changes from pair to pair."""
-    ours = [sys.executable, "-m", "benchmarks.ours", options.model, workload, options.data]
-    peer = [options.peer, str(HERE / "peer.py"), options.model, workload, options.data]
-    runs: dict[str, list[dict]] = {"ours": [], "peer": []}
-    limits = []
-    for repeat in range(options.repeats):
-        for side, command in (("ours", ours), ("peer", peer))[:: 1 if repeat % 2 == 0 else -1]:
-            limits.append(matrix_limit())
-            runs[side].append(run(command))
-    ratios = [a["rate"] / b["rate"] for a, b in zip(runs["ours"], runs["peer"], strict=True)]
-    rate = mean([a["rate"] for a in runs["ours"]])
-    limit = mean(limits)
-    return {
-        "workload": workload,
-        "ours": rate,
-        "peer": mean([b["rate"] for b in runs["peer"]]),
-        "unit": runs["ours"][0]["unit"],
-        "ratio": math.exp(mean([math.log(ratio) for ratio in ratios])),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-        "memory_ratio": max(a["peak_gib"] for a in runs["ours"]) / max(b["peak_gib"] for b in runs["peer"]),
-        "limit_fraction": rate * PPO_FIXED_FLOPS / limit if workload == "ppo-fixed" else None,
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "limit_gflops": limit / 1e9,
-        "phases": shares(runs["ours"]),
-        "runs": runs,
-    }
-
-
-def run(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def matrix_limit(size: int = 2048, repeats: int = 20) -> float:
-    """Operations a second of a bfloat16 matrix product."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product = a @ a
-    float(product[0, 0])
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
-
-
-def shares(runs: list[dict]) -> dict[str, float] | None:
-    """Mean share of the time in each phase."""
-    if "phases" not in runs[0]:
-        return None
-    return {name: mean([r["phases"][name] / r["seconds"] for r in runs]) for name in runs[0]["phases"]}
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def machine() -> str:
-    import os
-
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return f"{device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def write(result: dict, path: Path) -> None:
-    """Replace this workload's entry in the list."""
-    old = json.loads(path.read_text()) if path.exists() else []
-    kept = [entry for entry in old if entry["workload"] != result["workload"]]
-    path.write_text(json.dumps(sorted([*kept, result], key=lambda e: e["workload"]), indent=1) + "\n")
-
-
-def row(result: dict) -> str:
-    low, high = result["ratio_low"], result["ratio_high"]
-    limit = "" if result["limit_fraction"] is None else f", {result['limit_fraction']:.0%} of the limit"
-    return (
-        f"{result['workload']}: {result['ours']:.2f} against {result['peer']:.2f} {result['unit']}, ratio "
-        f"{result['ratio']:.2f} ({low:.2f} to {high:.2f}), memory {result['memory_ratio']:.2f}{limit}"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of real data, laid out as docs/benchmarks.md says")
+    parser.add_argument("--peer", required=True, help=f"a Python with TRL {PEER_VERSION}")
+    parser.add_argument("--model", required=True, help="SmolLM2-135M, exported; the other models are made beside it")
+    parser.add_argument("--workloads", default="*", help="names or patterns, with commas between")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    parser.add_argument("--growth", action="store_true", help="measure growth instead")
+    parser.add_argument(
+        "--point_seconds", type=float, default=60, help="a point of growth that takes longer is left out"
     )
+    parser.add_argument("--minutes", type=float, default=10, help="of all growth; the peer comes last")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of results.json, growth.json and the plots")
+    options = parser.parse_args()
+    try:
+        specs = workloads.POINTS if options.growth else {n: workloads.SPECS[n] for n in chosen(options.workloads)}
+        prepare(options, specs)
+        if options.growth:
+            from benchmarks.growth import grow
+
+            grow(options.model, options.peer, options.point_seconds, 60 * options.minutes, options.output)
+            return
+        entries = []
+        for name in specs:
+            entries.append(compare.compare(name, options.model, options.data, options.peer, options.repeats))
+            compare.merge(entries[-1], options.output / "results.json")
+            print(compare.table(entries[-1:]), flush=True)
+        print("\n" + compare.table(entries))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def chosen(patterns: str) -> list[str]:
+    """The workloads that the patterns name, in their order; a pattern that names none is an error."""
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatch(name, pattern) for name in workloads.WORKLOADS):
+            raise UserError(f"--workloads: {pattern!r} names none of {', '.join(workloads.WORKLOADS)}")
+    return [name for name in workloads.WORKLOADS if any(fnmatch(name, pattern) for pattern in wanted)]
+
+
+def prepare(options: argparse.Namespace, specs: dict[str, dict]) -> None:
+    """Everything that the runs need, before the first of them."""
+    if options.repeats < 1:
+        raise UserError(f"--repeats: {options.repeats}; give 1 or more")
+    sources = dict.fromkeys(spec["source"] for spec in specs.values() if spec["source"] in workloads.FILES)
+    if sources and not options.data:
+        raise UserError("--data: missing; name the folder of real data that docs/benchmarks.md describes")
+    options.model, options.data = os.path.abspath(options.model), os.path.abspath(options.data or "none")
+    for source in sources:
+        file = Path(options.data, workloads.FILES[source])
+        if not file.is_file():
+            raise UserError(f"{file}: missing; DATA=folder (--data) must be laid out as docs/benchmarks.md says")
+    models = {spec["model"] for spec in specs.values()}
+    files = [Path(options.model, name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    if workloads.SMOLLM2 in models and not all(file.is_file() for file in files):
+        raise UserError(f"{options.model}: no exported SmolLM2 there; take the folder away and run `make bench`")
+    if any(spec["kind"] == "ppo" for spec in specs.values()):
+        require_peer(options.peer)
+    tune_cpu()  # the matrix product gets the threads that the runs get
+    from benchmarks.models import make_model  # late: it loads transformers
+
+    for name in sorted(models & workloads.MODELS.keys()):
+        make_model(name, workloads.model_folder(options.model, {"model": name}))
+
+
+def require_peer(python: str) -> None:
+    """The peer's Python has the TRL that has PPO."""
+    code = "import importlib.metadata as m; print(m.version('trl'))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError:
+        raise UserError(f"{python}: no such Python; `make bench` makes the peer's environment") from None
+    if done.stdout.strip() != PEER_VERSION:
+        found = f"TRL {done.stdout.strip()}" if done.returncode == 0 else "no TRL"
+        raise UserError(f"{python}: has {found}, not TRL {PEER_VERSION}; take .venv-bench away and run `make bench`")
 
 
 if __name__ == "__main__":

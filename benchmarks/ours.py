@@ -1,10 +1,10 @@
-"""One workload on our stages; prints one JSON line with the rate, the peak memory and the seconds of each phase.
+"""Workloads on our stages; a JSON line each with the rate, the peak memory and the seconds of each phase.
 
-python -m benchmarks.ours MODEL WORKLOAD DATA [KEY=VALUE ...]      further keys go to the stage's config
+python -m benchmarks.ours MODEL WORKLOAD[,WORKLOAD...] DATA [KEY=VALUE ...]      further keys go to the stage's config
 """
 
+import gc
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -14,106 +14,132 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from align.checkpoint import write_jsonl
 from align.config import ModelTerm, PPOConfig
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
-from align.models import disable_dropout, load_packed_policy, load_scalar_model, save_scalar_model
+from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
 from align.ranking import RankingCollator, encode_rankings
 from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.text import Codec
+from align.track import read_jsonl
 from align.trainer import RankingTrainer
 from align.types import Prompt, Ranking
 from align.update import update
 from benchmarks import workloads
+from benchmarks.models import reward_folder
+from benchmarks.workloads import measured
+from stages import sft
 
 
-def main(model: str, workload: str, data: str, *settings: str) -> None:
+def main(smollm2: str, names: str, data: str, *settings: str) -> None:
     tune_cpu()
     changes = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
-    runner = {"ppo": ppo, "rm": reward, "sampling": sampling}[workload.split("-")[0]]
-    print(json.dumps({"workload": workload, **runner(model, workload, Path(data), changes)}))
+    for name in names.split(","):
+        spec = workloads.SPECS[name]
+        runner = {"ppo": ppo, "rm": reward, "sampling": sampling, "sft": fine_tuning}[spec["kind"]]
+        with tempfile.TemporaryDirectory() as output:
+            result = runner(spec, workloads.model_folder(smollm2, spec), Path(data), output, changes)
+        print(json.dumps({"workload": name, **result}), flush=True)
+        gc.collect()  # a Trainer and its model hold each other
 
 
-def measured(count: float, unit: str, seconds: float, **more) -> dict:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"rate": count / seconds, "unit": unit, "seconds": seconds, "peak_gib": peak, **more}
+def operations(spec: dict, model: torch.nn.Module, tokens: int) -> dict:
+    """What the work needs, whoever does it (docs/benchmarks.md)."""
+    return {
+        "tokens": tokens,
+        "flops": workloads.FLOPS[spec["kind"]] * sum(p.numel() for p in model.parameters()) * tokens,
+    }
 
 
-def reward_folder(model: str, codec: Codec) -> str:
-    """A reward model's folder: the language model's body with a fresh head."""
-    folder = Path(model).parent / f"{Path(model).name}-reward"
-    if not (folder / "config.json").exists():
-        save_scalar_model(load_scalar_model(model, fresh_head=True), folder, codec.pad_id)
-        codec.save(folder)
-    return str(folder)
-
-
-def ppo(model: str, workload: str, data: Path, changes: dict) -> dict:
-    size, codec = workloads.PPO[workload], Codec.load(model)
-    count, batch = size["episodes"], size["batch"]
-    fixed = workload == "ppo-fixed"
-    tokens = workloads.fixed_queries(count, 32) if fixed else workloads.chat_queries(data, codec.tokenizer, count)
+def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
+    codec = Codec.load(str(model))
+    count, batch = spec["episodes"], spec["batch"]
+    queries = [Query(Prompt(""), tuple(ids)) for ids in workloads.queries(data, codec.tokenizer, spec)]
     settings = {
-        "model_name_or_path": model, "reward": (ModelTerm(reward_folder(model, codec)),), "train_file": "none",
-        "output_dir": tempfile.mkdtemp(), "total_episodes": count, "rollout_batch_size": batch,
-        "num_mini_batches": size["minibatches"], "per_device_train_batch_size": batch // size["minibatches"],
-        "per_device_rollout_batch_size": batch, "microbatch_tokens": 1024, "max_new_tokens": size["new_tokens"],
+        "model_name_or_path": str(model), "reward": (ModelTerm(reward_folder(model, codec)),), "train_file": "none",
+        "output_dir": output, "total_episodes": count, "rollout_batch_size": batch,
+        "num_mini_batches": spec["minibatches"], "per_device_train_batch_size": batch // spec["minibatches"],
+        "per_device_rollout_batch_size": batch, "microbatch_tokens": 1024, "max_new_tokens": spec["new_tokens"],
         "ptx_coef": 0.0, "ema_decay": None, "bf16": True, "old_logprobs": "sampler", "warmup_iterations": 0,
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
     learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
-    queries = [Query(Prompt(""), tuple(ids)) for ids in tokens]
-    start, drawn = time.perf_counter(), 0
+    start, drawn, episodes = time.perf_counter(), 0, 0
     for iteration in range(count // batch):
         part = queries[iteration * batch : (iteration + 1) * batch]
         rollout = collect_rollout(part, actors, config, runtime, config.kl_coef, iteration)
         update(rollout, learner, lambda _: [], config, runtime, iteration)
         drawn += int(rollout.response_mask.sum())
+        episodes += len(rollout)
     seconds = time.perf_counter() - start
     phases = runtime.seconds | {"other": seconds - sum(runtime.seconds.values())}
-    return measured(count, "episodes/s", seconds, phases=phases, response_tokens=drawn)
+    needs = operations(spec, learner.policy, drawn + sum(len(query.tokens) for query in queries))
+    return measured(count, "episodes/s", seconds, {"episodes": episodes}, phases=phases, response_tokens=drawn, **needs)
 
 
-def sampling(model: str, workload: str, data: Path, changes: dict) -> dict:
+def sampling(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
     """Sampling as PPO does it: float32 master weights, cast once for the rollout, inside the time."""
-    codec = Codec.load(model)
-    queries = workloads.chat_queries(data, codec.tokenizer, 64)
+    codec = Codec.load(str(model))
+    queries = workloads.queries(data, codec.tokenizer, spec)
     runtime = Runtime(0, bf16=changes.get("bf16", True))
-    policy = load_packed_policy(model)
-    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, changes.get("slots", 64))
-    uniforms = uniform_numbers(len(queries), 128, 0, 0)
+    policy = load_packed_policy(str(model)).to(runtime.device)
+    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, changes.get("slots", spec["slots"]))
+    uniforms = uniform_numbers(len(queries), spec["new_tokens"], 0, 0)
     start = time.perf_counter()
     with runtime.autocast():
         episodes = sampler(queries, uniforms, 1.0)
     seconds = time.perf_counter() - start
-    return measured(sum(len(episode.response) for episode in episodes), "tokens/s", seconds)
+    drawn = sum(len(episode.response) for episode in episodes)
+    needs = operations(spec, policy, drawn + sum(map(len, queries)))
+    return measured(drawn, "tokens/s", seconds, {"queries": len(queries)}, **needs)
 
 
-def reward(model: str, workload: str, data: Path, changes: dict) -> dict:
-    codec = Codec.load(model)
-    rows = workloads.load_rankings(data, workload)
+def reward(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
+    codec = Codec.load(str(model))
+    rows = workloads.load_rankings(data, spec)
     pairs = len(workloads.pairs_of(rows))
     rankings = [Ranking(row["prompt"], tuple(row["answers"]), tuple(map(float, row["ranks"]))) for row in rows]
-    scalar = load_scalar_model(model, fresh_head=True)
+    encoded = encode_rankings(rankings, codec)
+    scalar = load_scalar_model(str(model), fresh_head=True)
     disable_dropout(scalar)
-    prompts_a_batch = workloads.RANKINGS[workload]["pairs_a_batch"] if workload == "rm-hh" else 1
-    settings = {"per_device_train_batch_size": prompts_a_batch, "bf16": True, "learning_rate": 1e-5}
+    settings = {"per_device_train_batch_size": spec["prompts_a_step"], "bf16": True, "learning_rate": 1e-5}
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), num_train_epochs=1, use_cpu=not torch.cuda.is_available(), report_to="none",
+        output_dir=output, num_train_epochs=1, use_cpu=not torch.cuda.is_available(), report_to="none",
         save_strategy="no", disable_tqdm=True, remove_unused_columns=False, logging_strategy="no",
         **(settings | changes),
     )  # fmt: skip
     trainer = RankingTrainer(
-        model=scalar, args=args, train_dataset=encode_rankings(rankings, codec),
-        data_collator=RankingCollator(codec.pad_id),
-    )  # fmt: skip
+        model=scalar, args=args, train_dataset=encoded, data_collator=RankingCollator(codec.pad_id)
+    )
     start = time.perf_counter()
     trainer.train()
-    return measured(pairs, "pairs/s", time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    needs = operations(spec, scalar, sum(row["ranking"].tokens for row in encoded))
+    return measured(pairs, "pairs/s", seconds, {"pairs": pairs}, **needs)
+
+
+def fine_tuning(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
+    """The stage itself, from its files to its model folder; of its time the Trainer's part: steps, one evaluation of
+    the held-out rows and one checkpoint. What comes before and after has nothing beside it on the peer's side."""
+    files = {"train_file": f"{output}/train.jsonl", "validation_file": f"{output}/validation.jsonl"}
+    for file, rows in zip(files.values(), workloads.demonstrations(data, spec), strict=True):
+        write_jsonl(file, rows)
+    settings = workloads.SFT | files | {
+        "model_name_or_path": str(model), "output_dir": f"{output}/run", "bf16": True,
+        "per_device_train_batch_size": spec["batch"],
+    }  # fmt: skip
+    sft.main([f"--{key}={value}" for key, value in (settings | changes).items()])
+    seconds = read_jsonl(f"{output}/run/timing.jsonl")[-1]["train_runtime"]
+    (state,) = Path(output, "run").glob("checkpoint-*/trainer_state.json")
+    state = json.loads(state.read_text(encoding="utf-8"))
+    tokens = max(row.get("num_tokens", 0) for row in state["log_history"])
+    work = {"tokens": int(tokens), "steps": state["global_step"]}
+    return measured(tokens, "tokens/s", seconds, work, **operations(spec, load_policy(str(model)), int(tokens)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""One workload on the peer, TRL, through its public API; prints one JSON line. Runs in the peer's own environment.
+"""Workloads on the peer, TRL, through its public API; a JSON line each. PPO runs in the peer's own environment.
 
-python peer.py MODEL WORKLOAD DATA [PRECISION]      PRECISION: bf16 (autocast, float32 masters), fp32
+python peer.py MODEL WORKLOAD[,WORKLOAD...] DATA [PRECISION]      PRECISION: bf16 (autocast, float32 masters), fp32
 """
 
+import gc
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -17,23 +18,31 @@ import transformers
 import workloads
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from workloads import measured
 
 
-def main(model: str, workload: str, data: str, precision: str = "bf16") -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def main(smollm2: str, names: str, data: str, precision: str = "bf16") -> None:
+    if "OMP_NUM_THREADS" not in os.environ:  # the user's word counts on both sides
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token if workload.startswith("sampling") else "<|endoftext|>"
-    runner = {"ppo": ppo, "rm": reward, "sampling": sampling}[workload.split("-")[0]]
-    print(json.dumps({"workload": workload, **runner(model, workload, Path(data), precision, tokenizer)}))
+    peer = f"trl {version('trl')}, transformers {version('transformers')}"
+    for name in names.split(","):
+        spec = workloads.SPECS[name]
+        model = str(workloads.model_folder(smollm2, spec))
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        if spec["kind"] in ("ppo", "rm") and tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.pad_token = "<|endoftext|>"  # it would mask the EOS that it is to learn
+        runner = {"ppo": ppo, "rm": reward, "sampling": sampling, "sft": fine_tuning}[spec["kind"]]
+        with tempfile.TemporaryDirectory() as output:
+            result = runner(spec, model, Path(data), output, precision, tokenizer)
+        print(json.dumps({"workload": name, "version": peer, **result}), flush=True)
+        gc.collect()
 
 
-def timed(count: int, unit: str, work) -> dict:
+def seconds_of(work) -> float:
     start = time.perf_counter()
     work()
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"rate": count / seconds, "unit": unit, "seconds": seconds, "peak_gib": peak}
+    return time.perf_counter() - start
 
 
 def scorer(model: str, pad_id: int, dtype: torch.dtype):
@@ -42,21 +51,24 @@ def scorer(model: str, pad_id: int, dtype: torch.dtype):
     return loaded
 
 
-def ppo(model: str, workload: str, data: Path, precision: str, tokenizer) -> dict:
+def common(output: str, precision: str) -> dict:
+    return {
+        "output_dir": output, "bf16": precision == "bf16", "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def ppo(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    size = workloads.PPO[workload]
-    fixed = workload == "ppo-fixed"
-    count, batch = size["episodes"], size["batch"]
-    queries = workloads.fixed_queries(count, 32) if fixed else workloads.chat_queries(data, tokenizer, count)
+    count, batch = spec["episodes"], spec["batch"]
     frozen = torch.float32 if precision == "fp32" else torch.bfloat16
-    rows = Dataset.from_dict({"input_ids": queries})
+    rows = Dataset.from_dict({"input_ids": workloads.queries(data, tokenizer, spec)})
     args = PPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch // size["minibatches"],
-        gradient_accumulation_steps=size["minibatches"], num_mini_batches=size["minibatches"], num_ppo_epochs=1,
-        total_episodes=count, response_length=size["new_tokens"], local_rollout_forward_batch_size=batch,
-        stop_token="eos", missing_eos_penalty=1.0, bf16=precision == "bf16", use_cpu=not torch.cuda.is_available(),
-        report_to="none", num_sample_generations=0, save_strategy="no", disable_tqdm=True,
+        **common(output, precision), per_device_train_batch_size=batch // spec["minibatches"],
+        gradient_accumulation_steps=spec["minibatches"], num_mini_batches=spec["minibatches"], num_ppo_epochs=1,
+        total_episodes=count, response_length=spec["new_tokens"], local_rollout_forward_batch_size=batch,
+        stop_token="eos", missing_eos_penalty=1.0, num_sample_generations=0, save_strategy="no",
     )  # fmt: skip
     trainer = PPOTrainer(
         args=args, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows.select(range(8)),
@@ -65,47 +77,74 @@ def ppo(model: str, workload: str, data: Path, precision: str, tokenizer) -> dic
         reward_model=scorer(model, tokenizer.pad_token_id, frozen),
         value_model=scorer(model, tokenizer.pad_token_id, torch.float32),
     )  # fmt: skip
-    return timed(count, "episodes/s", trainer.train)
+    seconds = seconds_of(trainer.train)
+    return measured(count, "episodes/s", seconds, {"episodes": trainer.state.episode})
 
 
-def reward(model: str, workload: str, data: Path, precision: str, tokenizer) -> dict:
+def reward(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
     from trl import RewardConfig, RewardTrainer
 
     tokenizer.padding_side = "right"
-    pairs = workloads.pairs_of(workloads.load_rankings(data, workload))
+    pairs = workloads.pairs_of(workloads.load_rankings(data, spec))
     args = RewardConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=workloads.RANKINGS[workload]["pairs_a_batch"],
-        num_train_epochs=1, max_length=2048, bf16=precision == "bf16", use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        **common(output, precision), per_device_train_batch_size=spec["pairs_a_step"], num_train_epochs=1,
+        max_length=None, gradient_checkpointing=False, save_strategy="no",
     )  # fmt: skip
     trainer = RewardTrainer(
         model=scorer(model, tokenizer.pad_token_id, torch.float32), args=args,
         train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
     )  # fmt: skip
-    return timed(len(pairs), "pairs/s", trainer.train)
+    return measured(len(pairs), "pairs/s", seconds_of(trainer.train), {"pairs": len(trainer.train_dataset)})
 
 
-def sampling(model: str, workload: str, data: Path, precision: str, tokenizer) -> dict:
-    """transformers' generate, in batches of 32 in the prompts' order, on weights already in the sampling precision."""
-    queries = workloads.chat_queries(data, tokenizer, 64)
+def fine_tuning(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
+    """SFTTrainer on the rows that our stage trains on, token for token, with one evaluation and one checkpoint too."""
+    from trl import SFTConfig, SFTTrainer
+
+    train, held_out = (
+        Dataset.from_list([workloads.demonstration_tokens(tokenizer, row) for row in rows])
+        for rows in workloads.demonstrations(data, spec)
+    )
+    args = SFTConfig(
+        **common(output, precision), **workloads.SFT, per_device_train_batch_size=spec["batch"],
+        per_device_eval_batch_size=spec["batch"], gradient_checkpointing=False, weight_decay=0.0,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, eval_strategy="epoch",
+        save_strategy="epoch",
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=args,
+        train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history
+    count = int(max(row.get("num_tokens", 0) for row in log))
+    work = {"tokens": count, "steps": trainer.state.global_step}
+    return measured(count, "tokens/s", next(row["train_runtime"] for row in log if "train_runtime" in row), work)
+
+
+def sampling(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
+    """transformers' generate, in batches in the prompts' order, on weights already in the sampling precision."""
+    queries = workloads.queries(data, tokenizer, spec)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     drawn = []
 
     def work() -> None:
-        for start in range(0, len(queries), 32):
-            inputs = tokenizer.pad({"input_ids": queries[start : start + 32]}, return_tensors="pt")
+        for start in range(0, len(queries), spec["batch"]):
+            inputs = tokenizer.pad({"input_ids": queries[start : start + spec["batch"]]}, return_tensors="pt")
             out = policy.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                **inputs.to(device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=spec["new_tokens"], eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
             for row in out.tolist():
                 ends = tokenizer.eos_token_id in row
                 drawn.append(row.index(tokenizer.eos_token_id) + 1 if ends else len(row))
 
     torch.manual_seed(0)
-    result = timed(1, "tokens/s", work)
-    return result | {"rate": sum(drawn) / result["seconds"]}
+    seconds = seconds_of(work)
+    return measured(sum(drawn), "tokens/s", seconds, {"queries": len(drawn)})
 
 
 if __name__ == "__main__":

@@ -17,12 +17,17 @@ STAGES = {
     "rm": "rankings -> reward model",
     "ppo": "prompts, policy, reward model -> policy",
     "evaluate": "checkpoints -> numbers with intervals, plots, a report",
+    "evaluate rm": "reward model, held-out rankings -> accuracy beside baselines, peer and labelers",
 }
-TOOLS = {"validate": "FILE...: report every bad row of data files"}
+TOOLS = {
+    "convert": "FILE... --output FILE: public formats -> ours, every dropped row named",
+    "validate": "FILE...: report every bad row of data files",
+    "stats": "FILE...: counts, K, lengths, ties, agreement, duplicates, shared prompts",
+}
 
 
 def usage() -> str:
-    lines = [f"  {name:9} {what}" for name, what in (STAGES | TOOLS).items()]
+    lines = [f"  {name:11} {what}" for name, what in (STAGES | TOOLS).items()]
     return "usage: align STAGE --config FILE [--run DIR] [--key value ...]\n" + "\n".join(lines)
 
 
@@ -31,15 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    name, rest = words[0], words[1:]
-    if name == "validate":
-        from align.validate import main as validate
-
-        return validate(rest)
+    parts = 2 if words[:2] == ["evaluate", "rm"] else 1
+    name, rest = " ".join(words[:parts]), words[parts:]
+    if name in TOOLS:
+        return run_tool(name, rest)
     if name not in STAGES:
         print(f"align: unknown stage {name!r}\n{usage()}", file=sys.stderr)
         return 2
-    return run(importlib.import_module(f"stages.{name}").main, rest)
+    return run(importlib.import_module(f"stages.{name.replace(' ', '_')}").main, rest)
 
 
 def run(stage, argv: list[str]) -> int:
@@ -66,6 +70,16 @@ def run(stage, argv: list[str]) -> int:
     return 0
 
 
+def run_tool(name: str, argv: list[str]) -> int:
+    try:
+        return importlib.import_module(f"align.{name}").main(argv)
+    except UserError as error:
+        return fail(error)
+    except BrokenPipeError:  # `align stats FILE | head`
+        sys.stderr.close()
+        return 1
+
+
 def fail(error: UserError) -> int:
     """Tell it on a line of its own, after the progress bars that it left open."""
     from tqdm import tqdm
@@ -83,7 +97,8 @@ def record_seconds(argv: list[str], stage: str) -> None:
 
     flags = dict(zip(argv, argv[1:], strict=False))
     if "--run" in flags:
-        name = Path(flags["--output_dir"]).name if "--output_dir" in flags else stage
+        own_folder = "--output_dir" in flags and stage != "evaluate_rm"  # its output may lie in the model's
+        name = Path(flags["--output_dir"]).name if own_folder else stage
         if is_main_process():
             write_json(Path(flags["--run"]) / "seconds.json", seconds_so_far(flags["--run"], name))
 

@@ -21,9 +21,15 @@ from align.data import load_texts
 from align.initialise import embedding_std, start_with_circuits
 from align.optimise import MuonAdamW
 from align.runtime import is_main_process, tune_cpu
-from align.text import CausalCollator, Codec
+from align.text import Codec
 from align.track import announce
-from align.trainer import LanguageModelTrainer, common_arguments, metrics_callback, resume_argument
+from align.trainer import (
+    LanguageModelTrainer,
+    causal_collator,
+    common_arguments,
+    metrics_callback,
+    resume_argument,
+)
 from stages.__main__ import run
 
 # One user message and its answer, as in "<bos>instruction\nanswer<eos>".
@@ -52,11 +58,11 @@ def main(argv: list[str]) -> None:
     model = build_model(config, codec)
     trainer = LanguageModelTrainer(
         model=model,
-        optimizers=(MuonAdamW(model, config.muon_learning_rate, config.learning_rate, (0.9, config.adam_beta2)), None),
+        optimizers=(muon(model, config), None),
         args=training_arguments(config, output),
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=CausalCollator(codec.pad_id),
+        data_collator=causal_collator(model, config.attn_implementation, codec.pad_id),
         callbacks=[metrics_callback(output, checkpoint)],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
@@ -113,6 +119,11 @@ def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
         pad_token_id=codec.pad_id,
         attn_implementation=config.attn_implementation,
     )
+
+
+def muon(model: LlamaForCausalLM, config: BaseConfig) -> MuonAdamW:
+    rates = config.muon_learning_rate, config.learning_rate
+    return MuonAdamW(model, *rates, (0.9, config.adam_beta2), bf16=config.bf16)
 
 
 def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:

@@ -13,7 +13,7 @@ import sys
 from align.checkpoint import atomic_contents, check_parent, start_output, write_jsonl, write_manifest
 from align.collect import Candidates, draw_k, group, load_labelers, rank_all
 from align.config import CollectConfig, parse
-from align.data import drop_long, load_prompts
+from align.data import drop_long, load_prompts, refuse_eval_only
 from align.generate import Sampler, make_sampler, uniform_numbers
 from align.models import load_packed_policy, require_context
 from align.runtime import Runtime, is_main_process, tune_cpu
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     files = {"train": config.prompts_file, "validation": config.validation_prompts_file}
     loaded = {name: load_prompts(path, config.on_bad_rows) for name, path in files.items() if path}
+    refuse_eval_only(*loaded["train"])
     loaded = {name: drop_long(*cut(pair, codec, config)) for name, pair in loaded.items()}
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)

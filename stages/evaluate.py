@@ -26,6 +26,8 @@ from align.rewards import Reward, import_function
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
+from align.types import Ranking
+from align.validate import training_leaks
 from stages.__main__ import run, seconds_so_far
 
 
@@ -40,8 +42,12 @@ def main(argv: list[str]) -> None:
     codec = Codec.load(config.sft_path)
     prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
     prompts = prompts[: config.num_prompts] if config.num_prompts else prompts
+    rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
+    shown = [row.prompt for row in (*prompts, *rankings)]
+    for leak in training_leaks([*paths.values(), config.reward_model_path], shown):
+        announce(leak)
     documents = codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])
-    output = start_output(config.output_dir, overwrite=True)
+    output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
     reward = load_reward_model(config, codec, runtime)
@@ -60,7 +66,7 @@ def main(argv: list[str]) -> None:
         }
 
     # 3. The reward model against labelers and judge, and the labelers against each other.
-    evaluation = {"preset": config.preset, "policies": measured, **judges_report(config, setting)}
+    evaluation = {"preset": config.preset, "policies": measured, **judges_report(config, setting, rankings)}
     evaluation["step_zero"] = step_zero(config)
     evaluation["seconds"] = seconds_so_far(config.run_dir, "evaluate")
     evaluation["transcripts"] = pick_transcripts(evaluation, config.num_transcripts, config.seed)
@@ -102,8 +108,7 @@ def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
     return rows
 
 
-def judges_report(config: EvaluateConfig, setting: Setting) -> dict[str, Any]:
-    rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
+def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
     pairs = scored(rankings, setting)
     gold = [
         [

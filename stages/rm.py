@@ -9,6 +9,10 @@ that SFT starts gave similar results).
 
     python -m stages.rm --config configs/tiny/rm.yaml --run runs/tiny
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m stages.rm --config ...
+
+Cross-validation by labeler (section 4.1) or source trains a model a fold, reports, and keeps no model:
+
+    python -m stages.rm --config configs/tiny/rm.yaml --run runs/tiny --folds_by labeler --output_dir runs/tiny/rm-folds
 """
 
 import sys
@@ -20,15 +24,24 @@ from transformers import TrainingArguments, set_seed
 from align.checkpoint import atomic_contents, check_parent, latest_checkpoint, start_output, write_json, write_manifest
 from align.config import RMConfig, parse
 from align.data import drop_long, keep_apart, load_demonstrations, load_rankings, ranking_length
+from align.errors import UserError
+from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
-from align.models import disable_dropout, load_scalar_model, lora_config, save_scalar_model
-from align.optimise import trainer_optimizers
-from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings
+from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
+from align.optimise import trainer_optim, trainer_optimizers
+from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
 from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce
-from align.trainer import RankingTrainer, common_arguments, cosine_to_tenth, metrics_callback, resume_argument
+from align.trainer import (
+    PairTrainer,
+    RankingTrainer,
+    common_arguments,
+    cosine_to_tenth,
+    metrics_callback,
+    resume_argument,
+)
 from stages.__main__ import run
 
 
@@ -39,33 +52,18 @@ def main(argv: list[str]) -> None:
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base"))]
     codec = Codec.load(config.model_name_or_path)
     rankings, held, reports = load_all(config, codec)
+    if config.folds_by:
+        return cross_validate(config, codec, rankings, held, parents, reports)
     demonstrations, reports["demonstrations_file"] = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
-    set_seed(config.seed)
 
-    # 2. The language model's body with a fresh scalar head; no dropout.
-    model = load_scalar_model(config.model_name_or_path, config.attn_implementation, fresh_head=True)
-    disable_dropout(model)
-    if config.use_peft:
-        model.model = get_peft_model(model.model, lora_config(config.lora_r, config.lora_alpha, scalar=True))
+    # 2. Train: each prompt once an epoch, its pairs never apart.
+    model = train(config, codec, rankings, held["validation"], output)
 
-    # 3. Train: each prompt once an epoch, its pairs never apart.
-    trainer = RankingTrainer(
-        model=model,
-        optimizers=trainer_optimizers(model, config),
-        args=training_arguments(config, output),
-        train_dataset=encode_rankings(rankings, codec),
-        data_collator=RankingCollator(codec.pad_id),
-        callbacks=[metrics_callback(output, checkpoint)],
-    )
-    trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
-
-    # 4. Normalise, in float32: demonstrations score 0 on average.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # 3. Normalise, in float32: demonstrations score 0 on average.
     mean = normalise(model, score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size))
 
-    # 5. Report on prompts, customers and labelers that training never saw; save, the manifest last.
+    # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
     if is_main_process():
         metrics = report(model, held, codec, config) | {"demonstration_mean_before": mean}
         after = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
@@ -73,14 +71,63 @@ def main(argv: list[str]) -> None:
         with atomic_contents(output) as folder:
             save_scalar_model(model, folder, codec.pad_id)
             codec.save(folder)
-            write_json(folder / "report.json", metrics)
+            validation = metrics["validation"]
+            write_json(folder / "report.json", validation | {k: v for k, v in metrics.items() if k != "validation"})
             write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
         announce(f"held-out accuracy {metrics['validation']['accuracy']['mean']:.3f}")
     announce(f"reward model in {output}; next: make ppo")
 
 
+def train(config: RMConfig, codec: Codec, rankings: list, validation: list, output: Path) -> ScalarModel:
+    """The language model's body with a fresh scalar head and no dropout, trained on `rankings`."""
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    set_seed(config.seed)
+    model = load_scalar_model(config.model_name_or_path, config.attn_implementation, fresh_head=True)
+    disable_dropout(model)
+    if config.use_peft:
+        model.model = get_peft_model(model.model, lora_config(config.lora_r, config.lora_alpha, scalar=True))
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
+    elements, pairs = encode_rankings(rankings, codec), config.batch_element == "pair"
+    trainer = (PairTrainer if pairs else RankingTrainer)(
+        model=model,
+        optimizers=trainer_optimizers(model, config),
+        args=training_arguments(config, output),
+        train_dataset=split_pairs(elements) if pairs else elements,
+        eval_dataset=encode_rankings(validation, codec) if config.eval_steps else None,
+        data_collator=RankingCollator(codec.pad_id),
+        callbacks=[metrics_callback(output, checkpoint)],
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, parents: list, reports: dict) -> None:
+    """A model for each group of labelers or sources left out, tested on prompts that it did not learn from."""
+    refuse_model(config.output_dir)
+    folds = make_folds(rankings, held["validation"], config.folds_by, config.num_folds)
+    output = start_output(config.output_dir, config.overwrite_output_dir)
+    scored = []
+    for i, fold in enumerate(folds):
+        announce(
+            f"fold {i + 1} of {len(folds)}: {len(fold.train)} rankings to learn from, {len(fold.held_out)} held out"
+        )
+        model = train(config, codec, fold.train, held["validation"], output / f"fold-{i + 1}")
+        tests = {"in_group": fold.in_group, "held_out": fold.held_out}
+        size = config.per_device_eval_batch_size
+        scored.append({name: score_rankings(model, rows, codec, size) for name, rows in tests.items()})
+    if is_main_process():
+        metrics = plain(summarise_folds(folds, scored, config.folds_by, config.seed))
+        with atomic_contents(output) as folder:
+            write_json(folder / "folds.json", metrics)
+            write_manifest(folder, "rm_folds", config, config.seed, parents, reports, metrics)
+    announce(f"accuracy in and out of group in {output / 'folds.json'}")
+
+
 def load_all(config: RMConfig, codec: Codec) -> tuple[list, dict[str, list], dict]:
     """Training rankings, held-out rankings by name, and what was read and dropped."""
+    if not config.validation_file:
+        raise UserError("validation_file: missing; give rankings of prompts that train_file does not have")
     held, reports = {}, {}
     for name, path in (("validation", config.validation_file), ("held_out_labelers", config.held_out_file)):
         if path:
@@ -108,7 +155,11 @@ def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
+        optim=trainer_optim(config),
         warmup_steps=config.warmup_steps,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,

@@ -29,7 +29,7 @@ from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
-from align.optimise import trainer_optimizers
+from align.optimise import trainer_optim, trainer_optimizers
 from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
@@ -38,6 +38,7 @@ from align.track import announce
 from align.trainer import (
     DemonstrationTrainer,
     SaveEachEpoch,
+    causal_collator,
     common_arguments,
     cosine_to_tenth,
     metrics_callback,
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
 
     # 2. The policy, with dropout on the residual stream in training mode only.
     policy = load_policy(config.model_name_or_path, config.attn_implementation)
+    collator = causal_collator(policy, config.attn_implementation, codec.pad_id)
     if config.residual_dropout > 0:
         add_residual_dropout(policy, config.residual_dropout)
     if config.use_peft:
@@ -74,6 +76,7 @@ def main(argv: list[str]) -> None:
         args=training_arguments(config, output),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),
+        data_collator=collator,
         processing_class=codec.tokenizer,
         callbacks=[metrics_callback(output, checkpoint), SaveEachEpoch()],
     )
@@ -117,6 +120,7 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
+        optim=trainer_optim(config),
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
@@ -124,7 +128,7 @@ def training_arguments(config: SFTConfig, output: Path) -> trl.SFTConfig:
         eval_strategy="epoch",
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        gradient_checkpointing=False,
+        activation_checkpointing=config.gradient_checkpointing,  # its name from transformers 6 on
     )
 
 

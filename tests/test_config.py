@@ -13,6 +13,7 @@ from align.config import (
     BaseConfig,
     EnsembleTerm,
     EvaluateConfig,
+    EvaluateRMConfig,
     FunctionTerm,
     ModelTerm,
     PPOConfig,
@@ -31,9 +32,10 @@ PPO = ["--output_dir", "out", "--reward", "[{model: rm}]", "--ptx_coef", "0"]
 # A new knob must delete or justify one: change the list together with docs and presets.
 FIELDS = {
     "StageConfig": """
-        output_dir seed bf16 attn_implementation report_to logging_steps on_bad_rows
-        overwrite_output_dir resume_from_checkpoint
+        output_dir seed bf16 attn_implementation on_bad_rows overwrite_output_dir
     """,
+    "TrainingConfig": "report_to resume_from_checkpoint",
+    "TrainerConfig": "logging_steps",
     "BaseConfig": """
         train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
         num_attention_heads max_position_embeddings per_device_train_batch_size max_steps
@@ -42,9 +44,9 @@ FIELDS = {
     "SFTConfig": """
         model_name_or_path train_file validation_file pretraining_file pretraining_fraction
         completion_only_loss max_length residual_dropout num_train_epochs learning_rate
-        muon_learning_rate per_device_train_batch_size gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm save_steps reward_model_path selection_prompts max_new_tokens temperature
-        use_peft lora_r lora_alpha
+        optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm save_steps reward_model_path selection_prompts
+        max_new_tokens temperature use_peft lora_r lora_alpha
     """,
     "CollectConfig": """
         model_name_or_path prompts_file validation_prompts_file labelers held_out_labelers
@@ -53,17 +55,20 @@ FIELDS = {
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
-        num_train_epochs learning_rate muon_learning_rate per_device_train_batch_size gradient_accumulation_steps
-        per_device_eval_batch_size adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps
-        save_steps use_peft lora_r lora_alpha
+        batch_element folds_by num_folds
+        num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
+        per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
+        adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
         model_name_or_path reward reward_timeout reward_retries value_model_path
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
-        per_device_rollout_batch_size microbatch_tokens old_logprobs max_prompt_length max_new_tokens temperature
+        per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
+        importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
+        max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
+        kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations save_total_limit transcript_iterations judge
     """,
@@ -71,6 +76,11 @@ FIELDS = {
         preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
         few_shot_file text_file rankings_file num_prompts max_new_tokens per_device_batch_size
         num_transcripts
+    """,
+    "EvaluateRMConfig": """
+        reward_model_path rankings_file held_out_file train_file peer_model_path peer_scores_file labeler_folds_file
+        source_folds_file ranking_metrics_file pair_metrics_file max_length per_device_batch_size num_mistakes
+        num_spread_prompts
     """,
 }
 
@@ -82,6 +92,7 @@ STAGES = {
     "ppo": "PPOConfig",
     "overoptimise": "PPOConfig",
     "evaluate": "EvaluateConfig",
+    "evaluate_rm": "EvaluateRMConfig",
 }
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "accelerate")
 
@@ -107,8 +118,8 @@ def fails(*argv: str, cls=PPOConfig, start=PPO) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_are_frozen(name):
     cls = getattr(configs, name)
-    inherited = FIELDS["StageConfig"].split() if name != "StageConfig" else []
-    assert [f.name for f in dataclasses.fields(cls)] == inherited + FIELDS[name].split()
+    lines = [FIELDS[parent.__name__] for parent in reversed(cls.__mro__) if parent.__name__ in FIELDS]
+    assert [f.name for f in dataclasses.fields(cls)] == " ".join(lines).split()
     assert cls.__dataclass_params__.frozen
 
 
@@ -322,6 +333,11 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
+        (["--importance_weight_cap", "0.9"], ["importance_weight_cap", "0.9", "under 1"]),
+        (["--importance_weight_band", "0.5"], ["importance_weight_band", "under 1"]),
+        (["--importance_weight_level", "word"], ["importance_weight_level", "token, sequence"]),
+        (["--importance_weight_level", "sequence"], ["importance_weight_level", "importance_weight_cap"]),
+        (["--importance_weight_cap", "2", "--old_logprobs", "sampler"], ["importance_weight_cap", "recompute"]),
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),
@@ -331,6 +347,9 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--kl_stop", "0"], ["kl_stop", "more than 0"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
         (["--reward", "[]"], ["reward: missing"]),
+        (["--optim", "adam"], ["optim", "'adam'", "adamw_torch_fused", "muon"]),
+        (["--lora_r", "0"], ["lora_r", "outside"]),
+        (["--frozen_quantization", "int4"], ["frozen_quantization", "'int4'", "int8"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
     ],
     ids=str,
@@ -351,9 +370,19 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--pretraining_fraction", "0.1"], ["pretraining_file", "missing"]),
         (SFTConfig, ["--pretraining_fraction", "1.5"], ["pretraining_fraction", "outside"]),
         (SFTConfig, ["--residual_dropout", "-0.1"], ["residual_dropout", "outside"]),
+        (SFTConfig, ["--optim", "adamw"], ["optim", "'adamw'", "adafactor"]),
+        (RMConfig, ["--lora_r", "-1"], ["lora_r", "outside"]),
+        (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
+        (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
+        (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),
+        (PPOConfig, ["--logging_steps", "5"], ["logging_steps", "unknown key"]),
+        (RMConfig, ["--batch_element", "x"], ["batch_element", "ranking, pair"]),
+        (RMConfig, ["--folds_by", "x"], ["folds_by", "labeler, source"]),
+        (RMConfig, ["--num_folds", "1"], ["num_folds", "2 or more"]),
+        (EvaluateRMConfig, ["--peer_model_path", "x", "--peer_scores_file", "y"], ["peer_scores_file", "one peer"]),
     ],
     ids=str,
 )

@@ -23,11 +23,12 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 FLOORS = (
     {"maths", "types", "config", "errors", "runtime"},
     {"attention"},
-    {"text", "checkpoint", "packing", "track"},
+    {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
-    {"generate", "ranking", "update"},
+    {"generate", "ranking", "update", "readers"},
     {"rewards", "reward_models"},
     {"rollout", "evaluate"},
+    {"validate", "convert", "stats"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

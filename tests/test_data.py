@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -570,3 +571,34 @@ def test_cursor_refuses_other_data():
         data.Cursor.from_state(data.Cursor(5, 0).state(), 4)
     with pytest.raises(UserError, match="no rows"):
         data.Cursor(0, 0)
+
+
+# Splits by a hash of the prompt
+
+
+def test_split_of_depends_on_the_opening_question_alone():
+    shares = {"train": 0.5, "validation": 0.5}
+    later = ({"role": "system", "content": "s"}, USER, REPLY, {"role": "user", "content": "so?"})
+    for seed in range(20):
+        home = data.split_of("hi", shares, seed)
+        assert data.split_of(" hi\n", shares, seed) == data.split_of((USER,), shares, seed) == home
+        assert data.split_of(later, shares, seed) == home
+    assert len({data.split_of("hi", shares, seed) for seed in range(20)}) == 2
+
+
+def test_split_of_follows_the_shares():
+    shares = {"a": 0.7, "b": 0.2, "c": 0.1}
+    found = Counter(data.split_of(str(i), shares) for i in range(2000))
+    assert all(abs(found[name] / 2000 - share) < 0.04 for name, share in shares.items())
+    # A larger training share takes rows from the validation split and gives it none: it can grow without a leak.
+    less, more = ({i for i in range(500) if data.split_of(str(i), {"t": s, "v": 1 - s}) == "t"} for s in (0.6, 0.8))
+    assert less < more
+    with pytest.raises(UserError, match="do not sum to 1"):
+        data.split_of("a", {"a": 0.5})
+
+
+def test_rows_marked_eval_only_are_refused(tmp_path):
+    rows, report = data.load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "a", "eval_only": True}, {"prompt": "b"}))
+    with pytest.raises(UserError, match="p.jsonl: 1 rows are marked eval_only"):
+        data.refuse_eval_only(rows, report)
+    data.refuse_eval_only(rows[1:], report)

@@ -144,20 +144,44 @@ def check_metrics(a: Path, b: Path, keys: tuple[str, ...]) -> None:
                 assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-5), (first["step"], key)
 
 
-def test_P16_ppo_in_two_processes(world):
-    flags = {
+def ppo_flags(world: Path) -> dict:
+    return {
         "model_name_or_path": world / "policy", "reward": f"[{{model: {world / 'reward'}}}]",
         "train_file": world / "prompts.jsonl", "pretraining_file": world / "text.jsonl", "bf16": "false",
         "total_episodes": 32, "rollout_batch_size": 16, "num_mini_batches": 2, "per_device_train_batch_size": 3,
         "per_device_rollout_batch_size": 4, "max_prompt_length": 64, "max_new_tokens": 8, "ptx_coef": 0.5,
         "ptx_examples_per_episode": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4, "adam_epsilon": 1e-3,
-        "warmup_iterations": 1, "ema_decay": 0.5, "kl_target": 0.1,
+        "warmup_iterations": 1, "ema_decay": 0.5, "kl_target": 0.1, "importance_weight_cap": 2,
     }  # fmt: skip
+
+
+LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_P16_ppo_in_two_processes(world, more):
     # In two processes a token limit cuts microbatches too, unlike in either.
-    one, two = both("ppo", world, flags, {}, {"microbatch_tokens": 60})
-    check_metrics(one, two, ("objective/", "loss/", "val/", "policy/", "kl_coef", "lr"))
+    one, two = both("ppo", world, ppo_flags(world) | more, {}, {"microbatch_tokens": 60})
+    check_metrics(one, two, ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr"))
     check_weights(one, two, world / "policy")
     check_weights(one / "value_model", two / "value_model", world / "reward")
+
+
+@pytest.mark.slow
+def test_two_processes_that_stop_keep_one_whole_batch(world):
+    """The first minibatch's step throws the value model so far that the second overflows, in both processes."""
+    output = world / "ppo-stopped"
+    job = launch("ppo", 2, ppo_flags(world) | {"value_learning_rate": 1e37, "output_dir": output})
+    try:
+        said, _ = job.communicate(timeout=240)
+    finally:
+        if job.poll() is None:
+            job.kill()
+    assert job.returncode != 0 and "; its batch is in " in said
+    assert [path.name for path in output.glob("*stopped*")] == ["stopped-0"]
+    about = json.loads((output / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert about["iteration"] == 0 and len(about["rows"]) == 8 and "value" in about["why"]
+    assert len(load_file(output / "stopped-0" / "batch.safetensors")["input_ids"]) == 8, "both processes' rows"
 
 
 def test_P16_rm_in_two_processes(world):
@@ -165,10 +189,10 @@ def test_P16_rm_in_two_processes(world):
         "model_name_or_path": world / "policy", "train_file": world / "rankings.jsonl",
         "validation_file": world / "rankings_held_out.jsonl", "demonstrations_file": world / "demonstrations.jsonl",
         "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3, "logging_steps": 1,
-        "muon_learning_rate": 1e-4,
+        "muon_learning_rate": 1e-4, "eval_steps": 2,
     }  # fmt: skip
     one, two = both("rm", world, flags, {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2})
-    check_metrics(one, two, ("loss", "grad_norm", "accuracy", "margin", "learning_rate"))
+    check_metrics(one, two, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
     check_weights(one, two, world / "policy")
 
 

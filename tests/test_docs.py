@@ -15,8 +15,8 @@ DETAILS = ROOT / "docs" / "details.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
 SLACK = 3  # lines a function may have moved
-COUNTS = {"D": 3, "S": 6, "R": 11, "P": 18, "X": 4, "K": 2}
-IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"O3"}
+COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2}
+IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O3"}
 NOT_KEYS = {"num_labels", "mixed_precision"}  # code in the READMEs that looks like a config key
 
 
@@ -70,6 +70,7 @@ def code_lines(text: str) -> list[str]:
 
 def stage_and_flags(line: str) -> tuple[str, str]:
     """The stage that a line of code runs and what it gets; "" when any stage may be meant."""
+    line = line.replace("evaluate rm ", "evaluate_rm ")
     for pattern in (r"-m stages[. ](\w+)(.*)", r"\bmake ([a-z-]+) .*ARGS=(.*)"):
         if match := re.search(pattern, line):
             return match[1], match[2]
@@ -81,8 +82,10 @@ def fields_of_stages() -> dict[str, set[str]]:
     from align import config
 
     classes = {"base": "Base", "sft": "SFT", "collect": "Collect", "rm": "RM", "ppo": "PPO", "evaluate": "Evaluate"}
+    classes |= {"evaluate_rm": "EvaluateRM"}
     fields = {n: {f.name for f in dataclasses.fields(getattr(config, f"{c}Config"))} for n, c in classes.items()}
     fields |= {"ppo-plain": fields["ppo"], "overoptimise": fields["ppo"]}
+    fields |= {"rm-folds": fields["rm"], "rm-report": fields["evaluate_rm"]}
     return fields | {"": set().union(*fields.values())}
 
 
@@ -195,8 +198,10 @@ def test_every_file_named_exists():
 def test_every_logged_metric_is_defined():
     documented = set(re.findall(r"`([\w/]+)`", read(ROOT / "docs" / "metrics.md")))
     tree = ast.parse(read(ROOT / "align" / "track.py"))
-    function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "ppo_metrics")
-    keys = [key for node in ast.walk(function) if isinstance(node, ast.Dict) for key in node.keys]
+    rows = ("ppo_metrics", "sampling_metrics")
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in rows]
+    assert len(functions) == len(rows)
+    keys = [key for f in functions for node in ast.walk(f) if isinstance(node, ast.Dict) for key in node.keys]
     logged = {key.value for key in keys if isinstance(key, ast.Constant)}
     logged |= set(re.findall(r'"(eval/\w+)":', read(ROOT / "align" / "rewards.py")))
     assert len(logged) > 10 and logged <= documented, f"docs/metrics.md lacks {sorted(logged - documented)}"

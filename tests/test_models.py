@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -24,6 +26,7 @@ from align.models import (
     load_packed_policy,
     load_policy,
     load_scalar_model,
+    pack_responses,
     response_logprobs,
     response_values,
     save_scalar_model,
@@ -288,6 +291,47 @@ def test_P5_junk_in_the_padding_changes_no_logprob_and_no_gradient(policy):
     assert max(float((a - b).abs().max()) for a, b in zip(clean, alone, strict=True)) < 1e-4
 
 
+# The three rows of align.maths.masks: queries of two; ends with EOS (9), only EOS, never ends.
+WORKED = [[5, 6, 7, 8, 9], [5, 6, 9], [5, 6, 7, 8, 7, 8]]
+
+
+def test_the_states_before_response_tokens_golden():
+    pack, mask, at = pack_responses(pad(WORKED), torch.tensor([2, 2, 2]), torch.tensor([3, 1, 4]))
+    # the first response token sits at index 2 and is drawn from the state at index 1
+    assert pack.position_ids[at].tolist() == [1, 2, 3, 1, 1, 2, 3, 4]
+    assert pack.input_ids[at].tolist() == [6, 7, 8, 6, 6, 7, 8, 7]
+    assert mask.tolist() == [[True, True, True, False], [True, False, False, False], [True, True, True, True]]
+
+
+tokens = st.lists(st.integers(1, 50), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5), st.integers(0, 60))
+def test_the_states_before_response_tokens_of_ragged_rows(pairs, junk):
+    rows = [query + response for query, response in pairs]
+    pack, mask, at = pack_responses(pad(rows, junk), sizes([q for q, _ in pairs]), sizes([r for _, r in pairs]))
+    before = iter(pack.input_ids[at].tolist())
+    assert [[next(before) for _ in r] for _, r in pairs] == [(q + r)[len(q) - 1 : -1] for q, r in pairs]
+    assert next(before, None) is None and mask.sum(1).tolist() == [len(r) for _, r in pairs]
+    # Each once, in its own row: no state serves two tokens.
+    assert len(set(at.tolist())) == len(at)
+    places = iter(at.tolist())
+    for start, row, (_, response) in zip(pack.starts.tolist(), rows, pairs, strict=True):
+        assert all(start <= next(places) < start + len(row) - 1 for _ in response)
+
+
+def test_exactly_the_states_before_response_tokens_get_gradient():
+    states = torch.zeros(3, 6, requires_grad=True)
+    pack, _, at = pack_responses(pad(WORKED), torch.tensor([2, 2, 2]), torch.tensor([3, 1, 4]))
+    flat = torch.zeros(len(pack.input_ids))
+    for row, start in enumerate(pack.starts.tolist()):
+        width = len(WORKED[row])
+        flat = flat.index_copy(0, torch.arange(start, start + width), states[row, :width])
+    flat[at].sum().backward()
+    expected = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0]])
+    assert torch.equal(states.grad, expected.float()), "the last token's state predicts nothing"
+
+
 def test_values_are_read_before_each_token(scalar):
     with torch.no_grad():
         values = response_values(scalar, *batch(junk=57, extra=2))
@@ -307,6 +351,24 @@ def test_the_loss_of_documents_is_that_of_transformers(policy):
     assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-4)
     ours, theirs = (torch.autograd.grad(x, list(policy.parameters())) for x in (loss, total))
     assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+def test_the_loss_of_a_padded_batch_is_that_of_transformers(tiny_llama):
+    ids = torch.randint(64, (3, 10))
+    lengths = [10, 4, 7]
+    mask = torch.arange(10)[None] < torch.tensor(lengths)[:, None]
+    expected = tiny_llama(input_ids=ids, labels=ids.masked_fill(~mask, -100)).loss.item()
+    for packed in (False, True):
+        documents = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]
+        loss = document_nll(Policy(tiny_llama, packed), documents, torch.device("cpu"))
+        assert loss.item() / (9 + 3 + 6) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_documents_golden(policy):
+    """A head of zeros is uniform over 64 tokens: each but a document's first costs ln 64."""
+    torch.nn.init.zeros_(policy.inner.lm_head.weight)
+    loss = document_nll(policy, [[5, 6, 7, 1], [9], [8, 60]], torch.device("cpu"))
+    assert loss.item() == pytest.approx((3 + 0 + 1) * math.log(64), rel=1e-6)
 
 
 def test_documents_of_one_token_have_no_loss(policy):

@@ -202,6 +202,17 @@ def test_what_can_be_packed_is(name):
     assert set_packed(build(PACKABLE[name]))
 
 
+def test_what_half_precision_rounds_off_in_a_deep_model_is_no_other_attention():
+    """The frozen reference and reward are loaded in half precision; they must read packs where the policy does."""
+    model = build(hf.LlamaConfig(**(LLAMA | {"num_hidden_layers": 16})))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "layers" in name:
+                weight.mul_(4)
+    assert set_packed(model.bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_pack_cannot_say_is_refused_and_left_as_it_was(name):
     model = build(REFUSED[name]).train()

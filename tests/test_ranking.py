@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import json
 import math
 import random
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from align import packing
+from align.errors import UserError
 from align.models import load_scalar_model
 from align.ranking import (
     RankedTokens,
@@ -17,10 +20,12 @@ from align.ranking import (
     batch_ranking_loss,
     by_prompt,
     encode_rankings,
+    held_out_loss,
     score_demonstrations,
     score_rankings,
+    split_pairs,
 )
-from align.trainer import LengthGroups, RankingTrainer
+from align.trainer import LengthGroups, PairTrainer, RankingTrainer
 from align.types import Demonstration, Ranking
 
 PAD = 0
@@ -142,7 +147,8 @@ def trainer_of(model, elements, folder, cls=RankingTrainer, **changes):
         "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(folder), **(values | changes))
-    return cls(model=model, args=args, train_dataset=elements, data_collator=RankingCollator(PAD))
+    held = elements if args.eval_strategy != "no" else None
+    return cls(model=model, args=args, train_dataset=elements, eval_dataset=held, data_collator=RankingCollator(PAD))
 
 
 def trained(scalar, elements, folder, **changes):
@@ -163,6 +169,39 @@ def test_R3_each_prompt_weighs_the_same_whatever_its_k(scalar, tmp_path):
     assert float((weights - expected).abs().max()) < 1e-5
     assert float((weights - before).abs().max()) > 1e-3
     assert losses == pytest.approx([float((each[0] + each[1]).detach()) / 2], abs=1e-4)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_keeps_its_batches(scalar, tmp_path, max_grad_norm):
+    """transformers' Trainer goes on with weights of NaN, as the second half shows."""
+    elements = [element(k, k) for k in (4, 3, 2, 5)]
+    model = copy.deepcopy(scalar)
+    model.head.weight.data[0, 0] = float("nan")
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
+    trainer = trainer_of(model, elements, tmp_path, **changes)
+    with pytest.raises(UserError, match="grad_norm is nan at step 1; .* its batch is in ") as error:
+        trainer.train()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(before.nan_to_num(7.0), after.nan_to_num(7.0)) and len(str(error.value).splitlines()) == 1
+    kept = load_file(tmp_path / "stopped-0" / "batch.safetensors")
+    about = json.loads((tmp_path / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert about["step"] == 1 and about["why"].startswith("grad_norm is nan")
+    for number, batch in enumerate(trainer.step_batches):
+        assert torch.equal(kept[f"{number}.ranks"], batch["ranks"])
+        assert torch.equal(kept[f"{number}.pack.input_ids"], batch["pack"].input_ids)
+    assert number == 1, "both batches of the step"
+
+    plain = trainer_of(model, elements, tmp_path, cls=Unguarded, **changes)
+    plain.train()
+    assert all(p.isnan().any() for p in model.parameters() if p.requires_grad)
+
+
+class Unguarded(RankingTrainer):
+    """Without the check."""
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return Trainer._get_grad_norm(self, model, grad_norm=grad_norm)
 
 
 def test_R3_gradient_accumulation_is_the_bigger_batch(scalar, tmp_path):
@@ -197,6 +236,80 @@ def test_R10_each_prompt_once_and_its_pairs_together(scalar, tmp_path):
             prompts.append(tuple(row for row, at in zip(rows, group, strict=True) if at == g))
     assert sorted(prompts) == sorted(tuple(rows_of(e["ranking"])) for e in elements)
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_pair_as_element_weighs_1(scalar, tmp_path, ties):
+    """One SGD step on all pairs of two prompts, against the mean of the pairs' own losses by a loop."""
+    elements = [element(4, 1, ties), element(3, 2)]
+    pairs = split_pairs(elements)
+    assert len(pairs) == (4 if ties else 6) + 3
+    for pair in (e["ranking"] for e in pairs):
+        whole = next(e["ranking"] for e in elements if e["ranking"].query == pair.query)
+        order = {r: rank for r, rank in zip(whole.responses, whole.ranks, strict=True)}
+        assert tuple(order[r] for r in pair.responses) == pair.ranks and pair.ranks[0] != pair.ranks[1]
+    weights, losses = trained(scalar, pairs, tmp_path, per_device_train_batch_size=9, learning_rate=0.1)
+    total = sum(naive_loss(scalar, e["ranking"]) for e in pairs) / len(pairs)
+    before = torch.cat([p.detach().flatten() for p in scalar.parameters()])
+    assert float((weights - (before - 0.1 * gradient(total, scalar))).abs().max()) < 1e-5
+    assert losses == pytest.approx([float(total.detach())], abs=1e-4)
+
+
+def test_shuffled_pairs_of_a_prompt_do_not_meet_again(scalar, tmp_path):
+    """Prompts of very different length: grouped, a batch holds few prompts' pairs; shuffled, many prompts'."""
+    elements = []
+    for i in range(12):
+        query, responses = tuple([2 + i] * (3 * i + 1)), tuple((a, 1) for a in range(2, 7))
+        elements.append({"ranking": RankedTokens(query, responses, (0.0, 1.0, 2.0, 3.0, 4.0))})
+    pairs = split_pairs(elements)
+
+    def prompts_a_batch(cls, epoch):
+        sampler = trainer_of(scalar, pairs, tmp_path, cls, per_device_train_batch_size=10)._get_train_sampler()
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(120))
+        found = [len({pairs[i]["ranking"].query for i in order[k : k + 10]}) for k in range(0, 120, 10)]
+        return order, sum(found) / len(found)
+
+    assert prompts_a_batch(RankingTrainer, 0)[1] < 5 < 6.5 < prompts_a_batch(PairTrainer, 0)[1]
+    assert (
+        prompts_a_batch(PairTrainer, 0)[0] == prompts_a_batch(PairTrainer, 0)[0] != prompts_a_batch(PairTrainer, 1)[0]
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_held_out_loss_is_a_mean_over_prompts_however_they_are_batched(scalar, size):
+    elements = [element(4, 1, ties=True), element(9, 2), element(2, 3)]
+    found = held_out_loss(scalar, elements, PAD, size)
+    expected = sum(float(naive_loss(scalar, e["ranking"]).detach()) for e in elements) / 3
+    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+    right = pairs = margin = 0.0
+    for ranking in (e["ranking"] for e in split_pairs(elements)):
+        with torch.no_grad():
+            one, other = (float(row_score(scalar, row)) for row in rows_of(ranking))
+        gap = one - other if ranking.ranks[0] < ranking.ranks[1] else other - one
+        right, pairs, margin = right + (gap > 0), pairs + 1, margin + gap
+    assert found["accuracy"] == pytest.approx(right / pairs)
+    assert found["margin"] == pytest.approx(margin / pairs, abs=1e-5)
+
+
+@pytest.mark.parametrize("cls", [RankingTrainer, PairTrainer])
+def test_evaluation_while_training_is_by_prompt_and_leaves_the_training_alone(scalar, tmp_path, cls):
+    elements, held = [element(4, 1), element(3, 2), element(5, 3)], [element(4, 8), element(6, 9)]
+    rows = split_pairs(elements) if cls is PairTrainer else elements
+    plain_run, model = copy.deepcopy(scalar), copy.deepcopy(scalar)
+    trainer_of(plain_run, rows, tmp_path / "plain", cls).train()
+    trainer = trainer_of(model, rows, tmp_path / "eval", cls, eval_strategy="steps", eval_steps=2)
+    trainer.eval_dataset = held
+    trainer.train()
+    log = trainer.state.log_history
+    evaluated = [row for row in log if "eval_loss" in row]
+    steps = trainer.state.global_step
+    assert [row["step"] for row in evaluated] == sorted({*range(2, steps + 1, 2), steps})
+    assert evaluated[-1]["eval_loss"] == pytest.approx(held_out_loss(model, held, PAD, 8)["loss"], abs=1e-6)
+    assert "accuracy" not in evaluated[0] and all("accuracy" in row for row in log if "loss" in row)
+    for one, other in zip(plain_run.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def planted(count: int, seed: int, flip: bool = False) -> list[dict]:

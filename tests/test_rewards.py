@@ -10,7 +10,7 @@ import torch
 
 import align.rewards
 from align.errors import UserError
-from align.models import load_scalar_model
+from align.models import ScalarModel, load_scalar_model
 from align.rewards import FunctionReward, ModelReward, RewardSum, Term, combine, deviations, import_function
 from align.types import Episode, Prompt
 
@@ -36,6 +36,23 @@ def test_R8_model_reward_reads_the_last_sampled_token(tiny_llama, tmp_path, atte
                 ids = torch.tensor([[*episode.query, *episode.response]])
                 expected = float(model.head(model.inner.base_model(input_ids=ids).last_hidden_state[0, -1]))
             assert score == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens, batches", [(None, [[4, 4, 4, 2]]), (8, [[2, 4], [4, 4]]), (3, [[2], [4], [4], [4]])])
+def test_model_reward_reads_at_most_so_many_tokens_at_once(tiny_llama, tmp_path, monkeypatch, tokens, batches):
+    tiny_llama.save_pretrained(tmp_path)
+    model = load_scalar_model(str(tmp_path), None, fresh_head=True).eval()
+    episodes, prompts = [*EPISODES, Episode((8,), (1,), True)], [*PROMPTS, Prompt("d")]
+    expected = ModelReward(model, 0, 1)(prompts, episodes)
+    forward, read = ScalarModel.forward, []
+
+    def spy(self, pack, at):
+        read.append(sorted(row.length for row in pack.rows))
+        return forward(self, pack, at)
+
+    monkeypatch.setattr(ScalarModel, "forward", spy)
+    assert ModelReward(model, 0, 8, tokens)(prompts, episodes) == pytest.approx(expected, abs=1e-5)
+    assert read == [sorted(batch) for batch in batches]
 
 
 def test_function_reward_has_trls_signature(functions, tiny_codec):

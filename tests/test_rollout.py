@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import json
+import math
 import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
@@ -246,16 +249,25 @@ def test_the_iteration_and_the_seed_change_what_is_sampled(actors, runtime):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_names_the_prompt(actors, runtime, bad):
+def test_a_reward_that_is_not_finite_names_the_prompt_and_keeps_the_batch(actors, runtime, bad, tmp_path):
     before = copy.deepcopy(actors.policy.state_dict())
 
     def broken(prompts, episodes):
         return [bad if prompt.columns["id"] == "row-5" else 0.0 for prompt in prompts]
 
     changed = dataclasses.replace(actors, reward=rewarded(broken))
-    with pytest.raises(UserError, match="'row-5'") as error:
-        collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    config = dataclasses.replace(config_of(), output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"'row-5'.*; its batch is in {tmp_path / 'stopped-0'}") as error:
+        collect_rollout(make_queries(16), changed, config, runtime, BETA, 3)
     assert "\n" not in str(error.value)
+    about = json.loads((tmp_path / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert "'row-5'" in about["why"] and about["iteration"] == 3
+    kept, expected = (
+        load_file(tmp_path / "stopped-0" / "batch.safetensors"),
+        collect_rollout(make_queries(16), actors, config, runtime, BETA, 3),
+    )
+    for name in ("input_ids", "query_lengths", "response_lengths", "finished", "logprobs", "ref_logprobs", "values"):
+        assert torch.equal(kept[name], getattr(expected, name)), name
     assert all(torch.equal(before[name], value) for name, value in actors.policy.state_dict().items())
 
 
@@ -282,11 +294,98 @@ def test_P4_logprobs_of_the_sampler_may_stand_for_those_of_the_training_forward(
     assert numbers["ratio_max_deviation"] < 1e-4 and numbers["kl"] < 1e-3
 
 
+class Engine:
+    """Another engine: it draws at a temperature of its own, or says that its numbers are off by `shift`."""
+
+    def __init__(self, sampler, temperature: float | None = None, shift: float = 0.0):
+        self.sampler, self.temperature, self.shift = sampler, temperature, shift
+
+    def __call__(self, queries, uniforms, temperature):
+        episodes = self.sampler(queries, uniforms, self.temperature or temperature)
+        return [dataclasses.replace(e, logprobs=tuple(x - self.shift for x in e.logprobs)) for e in episodes]
+
+
+def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime, capsys):
+    changed = dataclasses.replace(actors, sampler=Engine(actors.sampler, temperature=0.9))
+
+    def check(**changes):
+        config = config_of(**changes)
+        rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
+        check_step_zero(rollout, changed, config, runtime, EOS, value_term="model")
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match="ratio_max_deviation is .*, over 0.001: .*temperature.*old_logprobs: sampler"):
+        check(old_logprobs="sampler")
+    assert check().startswith("warning: the sampler's log-probabilities are ")
+    assert check(importance_weight_cap=2.0) == ""
+
+
+def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
+    check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
+    assert capsys.readouterr().out == ""
+
+
+class Half(Runtime):
+    """A process whose forward passes are said to run in half precision."""
+
+    half = True
+
+
+@pytest.mark.parametrize("old_logprobs", ["recompute", "sampler"])
+@pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
+def test_P4_in_half_precision_the_mean_is_bounded(actors, old_logprobs, shift, passes):
+    """One token in bfloat16 may be far off (0.36 nats with a model of 135M), so that no bound holds for the largest."""
+    config, half = config_of(old_logprobs=old_logprobs), Half(seed=0)
+    rollout = collect_rollout(make_queries(16), actors, config, half, BETA, 0)
+    drawn = rollout.logprobs.clone()
+    drawn[0, 0] -= shift * int(rollout.response_mask[:3].sum())  # all on one token of the first microbatch
+    rollout = dataclasses.replace(rollout, logprobs=drawn, ref_logprobs=drawn, sampler_logprobs=drawn)
+    if passes:
+        check_step_zero(rollout, actors, config, half, EOS, value_term="model")
+    else:
+        with pytest.raises(UserError, match=r"mean \|log ratio\| is 0.06, over 0.05"):
+            check_step_zero(rollout, actors, config, half, EOS, value_term="model")
+
+
+@pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
+def test_P3_in_half_precision_the_mean_is_bounded(actors, shift, passes):
+    half = Half(seed=0)
+    rollout = collect_rollout(make_queries(16), actors, config_of(), half, BETA, 0)
+    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs - shift)
+    if passes:
+        check_step_zero(rollout, actors, config_of(), half, EOS, value_term="model")
+    else:
+        with pytest.raises(UserError, match=r"mean \|log policy - log ref_policy\| is 0.06, over 0.05: .*reference"):
+            check_step_zero(rollout, actors, config_of(), half, EOS, value_term="model")
+
+
+def test_K4_weights_of_an_engine_that_says_other_numbers(actors, runtime):
+    changed = dataclasses.replace(actors, sampler=Engine(actors.sampler, shift=math.log(1.5)))
+    config = config_of(importance_weight_cap=4.0)
+    rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
+    expected = torch.where(rollout.response_mask, 1.5, 0.0)
+    assert torch.allclose(rollout.importance_weights, expected, atol=1e-3)
+    capped = collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=1.25), runtime, BETA, 0)
+    assert torch.equal(capped.importance_weights, torch.where(rollout.response_mask, 1.25, 0.0))
+    plain = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    assert plain.importance_weights is None
+    for name in ("logprobs", "rewards", "advantages", "returns", "sampler_logprobs"):
+        assert torch.equal(getattr(plain, name), getattr(rollout, name)), "weights change the policy loss alone"
+    part = rollout.index(torch.tensor([3, 1]))
+    width = int(part.response_lengths.max())
+    assert torch.equal(part.importance_weights, rollout.importance_weights[[3, 1], :width])
+    assert torch.equal(part.sampler_logprobs, rollout.sampler_logprobs[[3, 1], :width])
+
+
 def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors, runtime):
     def sampler(queries, uniforms, temperature):
         return [dataclasses.replace(e, logprobs=None) for e in actors.sampler(queries, uniforms, temperature)]
 
     changed = dataclasses.replace(actors, sampler=sampler)
-    collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
+    assert rollout.sampler_logprobs is None and rollout.index(torch.tensor([0])).sampler_logprobs is None
+    check_step_zero(rollout, changed, config_of(), runtime, EOS, value_term="model")
+    with pytest.raises(UserError, match="importance_weight_cap.*this sampler gives no log-probabilities"):
+        collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=2.0), runtime, BETA, 0)
     with pytest.raises(UserError, match="old_logprobs: sampler, but this sampler gives none"):
         collect_rollout(make_queries(16), changed, config_of(old_logprobs="sampler"), runtime, BETA, 0)

@@ -109,6 +109,19 @@ def test_repetition_reads_responses_alone(rollout):
     assert row["objective/repetition"] == pytest.approx(0.25), "0 of no 3-gram, 1 of 2"
 
 
+def test_sampling_metrics_goldens(rollout):
+    assert not [key for key in ppo_metrics(rollout, UpdateStats(SUMS), 0.5, 1e-4) if key.startswith("sampling/")]
+    sums = SUMS | {"mismatch": 0.5, "mismatch_kl": 0.25, "max_mismatch": 0.375, "mismatch_tokens": 5.0}
+    weighed = dataclasses.replace(rollout, importance_weights=torch.tensor([[0.5, 1.0, JUNK], [2.0, 0.0, 1.5]]))
+    row = ppo_metrics(weighed, UpdateStats(sums), kl_coef=0.5, lr=1e-4)
+    assert {key: value for key, value in row.items() if key.startswith("sampling/")} == pytest.approx({
+        "sampling/sampling_logp_difference/mean": 0.1, "sampling/sampling_logp_difference/max": 0.375,
+        "sampling/kl": 0.05, "sampling/importance_sampling_ratio/min": 0.0,
+        "sampling/importance_sampling_ratio/mean": 1.0, "sampling/importance_sampling_ratio/max": 2.0,
+        "sampling/masked_tokens": 1.0,
+    })  # fmt: skip
+
+
 def test_stats_add_up_and_maxima_do_not():
     total = UpdateStats.total([UpdateStats({"a": 1.0, "max_x": 0.5}), UpdateStats({"a": 2.0, "b": 3.0, "max_x": 0.25})])
     assert total.sums == {"a": 3.0, "b": 3.0, "max_x": 0.5}

@@ -3,11 +3,14 @@
 import copy
 import dataclasses
 import hashlib
+import json
+import math
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import align.update
 from align.config import ModelTerm, PPOConfig
@@ -17,7 +20,7 @@ from align.learn import build_actors, build_learner, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
 from align.reward_models import value_start
 from align.rewards import ModelReward, RewardSum, Term
-from align.rollout import Actors, Query, collect_rollout
+from align.rollout import Actors, Query, collect_rollout, token_weights
 from align.runtime import Runtime
 from align.types import Episode, Prompt
 from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, update
@@ -137,6 +140,19 @@ def naive_ppo_loss(policy, rollout, config) -> torch.Tensor:
     return total / int(rollout.response_lengths.sum())
 
 
+def naive_weighted_gradient(policy, rollout, config) -> list[torch.Tensor]:
+    """Of tokens weighed by exp(logprobs - sampler_logprobs), at most the cap: one token's loss at a time."""
+    total = 0.0
+    for i in range(len(rollout)):
+        one, n = rollout.index(torch.tensor([i])), int(rollout.response_lengths[i])
+        for r in range(n):
+            ratio = math.exp(float(rollout.logprobs[i, r]) - float(rollout.sampler_logprobs[i, r]))
+            alone = torch.zeros_like(one.advantages)
+            alone[0, r] = one.advantages[0, r] * min(ratio, config.importance_weight_cap)
+            total = total + naive_ppo_loss(policy, dataclasses.replace(one, advantages=alone), config) * n
+    return grad_of(total / int(rollout.response_lengths.sum()), policy)
+
+
 def naive_value_loss(value_model, rollout, config) -> torch.Tensor:
     total, clip = 0.0, config.cliprange_value
     for i in range(len(rollout)):
@@ -172,6 +188,76 @@ def test_ppo_gradient_is_that_of_a_loop_over_episodes(setup, runtime):
     )
     expected = grad_of(naive_value_loss(setup.actors.value_model, setup.moved, config_of()), setup.actors.value_model)
     close(value_grads, expected, 1e-5)
+
+
+def other_engine(rollout, config, scale: float = 0.6):
+    """The rollout as if another engine had drawn its tokens, and what follows from it."""
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(9)) * scale
+    changed = dataclasses.replace(rollout, sampler_logprobs=rollout.logprobs + noise)
+    return dataclasses.replace(changed, importance_weights=token_weights(vars(changed), changed.response_mask, config))
+
+
+def test_K4_weights_multiply_the_policy_loss_of_their_tokens_and_no_other(setup, runtime):
+    changes = {"importance_weight_cap": 1.3, "per_device_train_batch_size": 5}
+    weighed = other_engine(setup.moved, config_of(**changes))
+    plain = gradients(setup, setup.moved, runtime, DOCUMENTS[:2], ptx_coef=0.0, per_device_train_batch_size=5)
+    ours = gradients(setup, weighed, runtime, DOCUMENTS[:2], ptx_coef=0.0, **changes)
+    expected = naive_weighted_gradient(setup.actors.policy, weighed, config_of(**changes))
+    close(ours[0], expected, 1e-5)
+    assert float((flat(ours[0]) - flat(plain[0])).abs().max()) > 1e-3
+    assert torch.equal(flat(ours[1]), flat(plain[1])), "the value loss has no weights"
+    for name in ("ratio", "approxkl", "policy_clipped", "entropy", "ptx_loss", "value_loss"):
+        assert ours[2].sums[name] == plain[2].sums[name], name
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_K4_an_engine_that_agrees_changes_no_bit(setup, runtime, level):
+    config = config_of(importance_weight_cap=2.0, importance_weight_band=3.0, importance_weight_level=level)
+    same = other_engine(setup.moved, config, scale=0.0)
+    assert torch.equal(same.importance_weights, same.response_mask.float())
+    for a, b in zip(gradients(setup, setup.moved, runtime), gradients(setup, same, runtime), strict=True):
+        assert a == b if hasattr(a, "sums") else torch.equal(flat(a), flat(b))
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_P16_microbatch_size_changes_no_weighted_gradient(setup, runtime, size):
+    changes = {"importance_weight_cap": 2.0, "importance_weight_band": 3.0, "importance_weight_level": "sequence"}
+    weighed = other_engine(setup.moved, config_of(**changes))
+    assert 0 < int((weighed.importance_weights == 0).sum()) < weighed.importance_weights.numel()
+    whole = gradients(setup, weighed, runtime, per_device_train_batch_size=12, **changes)
+    cut = gradients(setup, weighed, runtime, per_device_train_batch_size=size, **changes)
+    close(cut[0], whole[0], 1e-5)
+
+
+def test_the_mismatch_is_that_of_the_rollout_where_logprobs_were_recomputed(setup, runtime):
+    rollout = other_engine(setup.rollout, config_of())
+    stats = update(rollout, recorder(setup.actors), lambda count: [], config_of(num_mini_batches=3), runtime, 0)
+    differences = [
+        abs(float(a) - float(b))
+        for mask, *rows in zip(rollout.response_mask, rollout.logprobs, rollout.sampler_logprobs, strict=True)
+        for a, b in zip(*(row[mask] for row in rows), strict=True)
+    ]
+    assert stats.sums["mismatch_tokens"] == len(differences) == int(rollout.response_lengths.sum())
+    assert stats.mean("mismatch", "mismatch_tokens") == pytest.approx(sum(differences) / len(differences), rel=1e-5)
+    assert stats.sums["max_mismatch"] == pytest.approx(max(differences), rel=1e-5)
+    assert stats.sums["mismatch_kl"] > 0
+
+
+def test_the_mismatch_is_that_of_the_first_minibatch_where_the_samplers_stand(setup, runtime):
+    """Later minibatches are seen by a policy that has moved: their ratios hold more than the engines' difference."""
+    config = config_of(old_logprobs="sampler", num_mini_batches=3, max_grad_norm=1.0)
+    shift = 0.25
+    logprobs = setup.rollout.logprobs - shift  # the sampler drew each token with less probability
+    rollout = dataclasses.replace(setup.rollout, logprobs=logprobs, sampler_logprobs=logprobs)
+    actors = dataclasses.replace(setup.actors, policy=copy.deepcopy(setup.actors.policy))
+    learner = Learner(actors.policy, actors.value_model, *adams(actors.policy, actors.value_model, rate=1e-2), None)
+    stats = update(rollout, learner, lambda count: [], config, runtime, 0)
+    assert 0 < stats.sums["mismatch_tokens"] < stats.sums["tokens"]
+    assert stats.mean("mismatch", "mismatch_tokens") == pytest.approx(shift, abs=1e-4)
+    assert stats.sums["max_mismatch"] == pytest.approx(shift, abs=1e-4)
+    k3 = math.exp(shift) - 1 - shift
+    assert stats.mean("mismatch_kl", "mismatch_tokens") == pytest.approx(k3, abs=1e-4)
+    assert stats.mean("ratio") != pytest.approx(math.exp(shift), abs=1e-3), "the policy moved after the first"
 
 
 def test_X1_gradient_is_ppo_plus_coefficient_times_lm(setup, runtime):
@@ -394,14 +480,18 @@ def adams(policy, value_model, rate: float = 3e-3):
 
 def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
     config = dataclasses.replace(
-        config_of(num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3),
+        config_of(
+            num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3,
+            microbatch_tokens=40,
+        ),
         model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),),
     )  # fmt: skip
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
     learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
-    reward_model = actors.reward.terms[0].members[0].model
-    names = {"reference": actors.ref_policy, "reward": reward_model}
+    reward = actors.reward.terms[0].members[0]
+    assert (reward.batch_size, reward.max_tokens) == (16, 40)
+    names = {"reference": actors.ref_policy, "reward": reward.model}
     before = {name: digest(model) for name, model in names.items()}
     trained = {"policy": learner.policy, "value": learner.value_model}
     started = {name: digest(model) for name, model in trained.items()}
@@ -448,9 +538,66 @@ def test_a_number_that_is_not_finite_stops_before_any_weight_changes(setup, runt
     ema = EMA(policy, 0.9)
     learner = Learner(policy, value_model, *adams(policy, value_model), ema)
     before = digest(policy), digest(value_model)
-    with pytest.raises(UserError, match=r" is nan; .*(model is unchanged|no weight was changed)"):
+    with pytest.raises(UserError, match=r" is nan; .*(are as before this minibatch|no weight was changed)"):
         optimiser_step(wrong, [], learner, config_of(), runtime)
     assert before == (digest(policy), digest(value_model))
+
+
+def poison(actors, where: str):
+    """A fault that the rollout does not hold, and what it shows in."""
+    model = actors.policy if where.startswith("policy") else actors.value_model
+    if where == "policy loss":
+        model.inner.lm_head.weight.data[0, 0] = float("nan")
+        return "approxkl is nan"
+    if where == "value loss":
+        model.head.bias.data.fill_(1e30)  # its square is over float32
+        return "value_loss is inf"
+    next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    return f"{where.split()[0]}_grad_norm is nan"
+
+
+@pytest.mark.parametrize("where", ["policy loss", "policy gradient", "value loss", "value gradient"])
+def test_what_is_not_finite_in_an_update_stops_it_and_its_batch_is_kept(setup, runtime, tmp_path, where):
+    actors = dataclasses.replace(
+        setup.actors, policy=copy.deepcopy(setup.actors.policy), value_model=copy.deepcopy(setup.actors.value_model)
+    )
+    policy, value_model = actors.policy, actors.value_model
+    learner = Learner(policy, value_model, *adams(policy, value_model), EMA(policy, 0.9))
+    config = dataclasses.replace(config_of(num_mini_batches=3, ptx_coef=0.5), output_dir=str(tmp_path / "run"))
+    what = poison(actors, where)
+    before = digest(policy), digest(value_model)
+    with pytest.raises(UserError, match=what) as error:
+        update(setup.moved, learner, lambda count: DOCUMENTS[:2], config, runtime, 7)
+    assert len(str(error.value).splitlines()) == 1 and f"its batch is in {tmp_path / 'run' / 'stopped-0'}" in str(
+        error.value
+    )
+
+    # In the policy's part nothing has changed; in the value model's, which comes after, the policy has stepped.
+    if where.startswith("policy"):
+        assert before == (digest(policy), digest(value_model)) and "policy and the value model are as before" in str(
+            error.value
+        )
+    else:
+        assert before[1] == digest(value_model) and before[0] != digest(policy)
+        assert "the value model is as before this minibatch, the policy has taken its step" in str(error.value)
+
+    about = json.loads((tmp_path / "run" / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
+    assert about["why"].startswith(what) and (about["iteration"], about["epoch"]) == (7, 0)
+    assert about["config"]["num_mini_batches"] == 3 and about["documents"] == DOCUMENTS[:2] and len(about["rows"]) == 4
+    expected = setup.moved.index(torch.tensor(about["rows"]))
+    kept = load_file(tmp_path / "run" / "stopped-0" / "batch.safetensors")
+    named = {name: value for name, value in expected.tensors().items() if value is not None}
+    assert kept.keys() == named.keys() and {"input_ids", "logprobs", "scores/reward", "sampler_logprobs"} <= kept.keys()
+    assert all(torch.equal(kept[name], value) for name, value in named.items())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stopped-0"], "nothing half written beside it"
+
+
+def test_a_batch_that_cannot_be_written_hides_no_error(setup, runtime, tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    config = dataclasses.replace(config_of(), output_dir=str(tmp_path / "run"))
+    wrong = dataclasses.replace(setup.rollout, advantages=setup.rollout.advantages.fill_(float("inf")))
+    with pytest.raises(UserError, match="advantages is inf; .*no weight was changed; its batch could not be written: "):
+        update(wrong, recorder(setup.actors), lambda count: [], config, runtime, 0)
 
 
 def share_of_low_tokens(prompts, episodes: list[Episode]) -> list[float]:

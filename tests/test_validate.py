@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.validate import SHOWN, detect_kind, main, validate
+from align.checkpoint import write_manifest
+from align.data import DataReport
+from align.validate import SHOWN, detect_kind, main, training_leaks, validate
 
 
 def lines(path: Path, *rows: object) -> str:
@@ -76,7 +78,9 @@ def test_a_prompt_in_files_of_two_kinds_is_reported_only(tmp_path):
     demos = lines(tmp_path / "d.jsonl", {"prompt": "a", "completion": "x"})
     ranks = lines(tmp_path / "r.jsonl", ranked("a", 1, 2))
     code, text = validate([demos, ranks])
-    assert code == 0 and text.splitlines()[-1] == f"{ranks}: 1 prompts are also in {demos}"
+    assert code == 0 and text.splitlines()[-1] == (
+        f"{ranks}: 1 of its 1 prompts are also in {demos}, such as {ranks}:1 and {demos}:1"
+    )
     pairs = lines(tmp_path / "p.jsonl", {"prompt": "a", "chosen": "1", "rejected": "2"})
     assert validate([ranks, pairs])[0] == 1  # preferences are rankings
 
@@ -126,3 +130,15 @@ def test_real_hh_rlhf():
     code, text = validate([str(path)])
     assert code == 1 and len(text.splitlines()) == 10
     assert "preference: 2312 rows, 9 bad (5 prompt_mismatch, 4 empty_field); 2301 distinct prompts; K: 2 x 2303" in text
+
+
+def test_training_leaks_are_found_by_the_manifests(tmp_path):
+    train = lines(tmp_path / "train.jsonl", {"prompt": "a", "completion": "x"}, {"prompt": "b", "completion": "x"})
+    report = DataReport((train, "gone.jsonl"), 2, 2, {})
+    write_manifest(tmp_path / "sft", "sft", {}, 0, data={"train_file": report, "validation_file": report})
+    (tmp_path / "foreign").mkdir()
+    folders = [str(tmp_path / "sft"), None, str(tmp_path / "foreign"), str(tmp_path / "sft")]
+    assert training_leaks(folders, ["c"]) == []
+    assert training_leaks(folders, [" b", "c"]) == [
+        f"{train}: 1 of the 2 prompts given for evaluation were trained on, such as at {train}:2: split by prompt"
+    ]

@@ -21,6 +21,13 @@ PROXY, GOLD = "#7b5ea7", "#e08214"
 LABELS = {"base": "base", "prompted": "base, few-shot", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 COLOURS = {"base": "#8a8f98", "prompted": "#c9a227", "sft": "#3b75af", "ppo": "#d1495b", "ppo_ptx": "#2a8a57"}
 
+ACCURACY_GROUPS = {
+    "by_k": "completions ranked (K)", "by_rank_distance": "difference in rank",
+    "by_length": "better completion's length / worse's", "by_source": "source", "by_language": "language",
+    "by_labeler": "labeler",
+}  # fmt: skip
+MOST_GROUPS = 12  # of a breakdown, those with the most pairs
+
 Row = Mapping[str, Any]
 Series = tuple[str, str, str]  # metric name, label, colour
 
@@ -170,6 +177,76 @@ def plot_calibration(report: Mapping[str, Any], path: Path) -> Path:
     for handle in legend.legend_handles:
         if hasattr(handle, "set_sizes"):
             handle.set_sizes([40])
+    return _save(figure, path)
+
+
+def plot_reward_accuracy(report: Mapping[str, Any], path: Path) -> Path:
+    """A reward model's accuracy with 95% intervals: beside baselines, peer and ceiling, and by group (report.json)."""
+    sections = [("", _scorers(report))]
+    for name, title in ACCURACY_GROUPS.items():
+        largest = sorted(report[name].items(), key=lambda item: -item[1]["pairs"])[:MOST_GROUPS]
+        shown = [label for label in report[name] if label in dict(largest)]
+        cells = [(f"{label[:28]} ({report[name][label]['pairs']})", report[name][label]["accuracy"]) for label in shown]
+        sections += [(title, [(label, cell, COLOURS["sft"]) for label, cell in cells])] if len(cells) > 1 else []
+    lines = sum(len(rows) + 1 for _, rows in sections)
+    figure, (axes,) = _figure(1, 1, (8, 1.6 + 0.27 * lines), "How often does the reward model agree with the labeler?")
+    y, ticks = 0.0, []
+    for title, rows in sections:
+        if title:
+            axes.text(0.005, y, title, transform=axes.get_yaxis_transform(), fontsize=9, fontweight="bold", va="center")
+        y -= 1.0 if title else 0.0
+        for label, interval, colour in rows:
+            bar = _bars([interval])
+            axes.errorbar([interval["mean"]], [y], xerr=bar, fmt="o", color=colour, capsize=3, markersize=5)
+            ticks.append((y, label))
+            y -= 1.0
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=9)
+    axes.set_ylim(y + 0.3, 0.7)
+    axes.axvline(0.5, color=FAINT, linewidth=1)
+    ceiling = report["labelers"]["ceiling"]
+    if ceiling:
+        axes.axvspan(ceiling["low"], ceiling["high"], color=GOLD, alpha=0.15, linewidth=0)
+        axes.axvline(ceiling["mean"], color=GOLD, linewidth=1.2)
+        place = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": GOLD, "ha": "center"}
+        axes.text(ceiling["mean"], 1.005, "ceiling where two labelers judged", **place)
+    axes.set_xlabel("share of untied pairs in the labeler's order (number of pairs in brackets)")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    return _save(figure, path)
+
+
+def _scorers(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float], str]]:
+    """Label, accuracy and colour of the model and of what it is compared with."""
+    bases, peer, people = report["baselines"], report["peer"], report["labelers"]
+    rows = [("this model", report["accuracy"], COLOURS["sft"])]
+    rows += [("where two labelers judged", people["accuracy"], COLOURS["sft"])] if people["ceiling"] else []
+    rows += [("peer", peer["accuracy"], COLOURS["ppo"])] if peer else []
+    rows += [("the longer is better", bases["length_only"], INK), ("length, fitted", bases["length_fitted"], INK)]
+    return [*rows, ("random (95% of such scorers)", bases["random"], FAINT)]
+
+
+def plot_overfitting(ranking_rows: Sequence[Row], pair_rows: Sequence[Row], path: Path) -> Path:
+    """Held-out loss and accuracy over epochs: all pairs of a prompt one batch element, against shuffled pairs (3.5).
+
+    The rows are those of two metrics.jsonl of `rm` with eval_steps; either may be empty.
+    """
+    figure, axes = _figure(1, 2, (10, 4), "Do shuffled pairs overfit sooner than whole rankings?")
+    runs = ((ranking_rows, "rankings (K-wise)", COLOURS["ppo_ptx"]), (pair_rows, "shuffled pairs", COLOURS["ppo"]))
+    panels = (
+        ("eval_loss", "Held-out loss", "nats per pair, mean over prompts"),
+        ("eval_accuracy", "Held-out accuracy", "share of untied pairs"),
+    )
+    for panel, (name, title, unit) in zip(axes, panels, strict=True):
+        panel.set_title(title, fontsize=11, loc="left")
+        panel.set_ylabel(unit)
+        panel.set_xlabel("epochs")
+        drawn = [(points, label, colour) for rows, label, colour in runs if len(points := _points(rows, "epoch", name))]
+        for points, label, colour in drawn:
+            panel.plot(*points.T, color=colour, label=label, marker="o", markersize=4, linewidth=1.8)
+        if drawn:
+            panel.legend(frameon=False, fontsize=9)
+        else:
+            _not_logged(panel)
     return _save(figure, path)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,12 @@ def plain(value: Any) -> Any:
 def text_key(text: Text) -> str:
     """One hashable string a text: plain text and conversations (lists of messages) alike."""
     return json.dumps(text, ensure_ascii=False, sort_keys=True)
+
+
+def numbered(names: Sequence[str]) -> NDArray[np.int64]:
+    """(m,) one number a name, in the names' order: an array of prompts would take the longest one's room for each."""
+    numbers = {name: i for i, name in enumerate(sorted(set(names)))}
+    return np.array([numbers[name] for name in names], dtype=np.int64)
 
 
 def mean_interval(x: ArrayLike) -> Interval:
@@ -184,34 +190,55 @@ def accuracy_interval(correct: ArrayLike, clusters: ArrayLike, seed: int) -> Int
     return cluster_interval(right, trials, seed)
 
 
+def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, seed: int) -> Interval:
+    """Mean of correct - other over the same trials, (m,) each in [0, 1]: paired, so what both find hard cancels out.
+
+    One cluster says nothing: its interval is [-1, 1].
+    """
+    gains = np.subtract(*_pair(correct, other))
+    _, ids = np.unique(np.asarray(clusters), return_inverse=True)
+    trials = np.bincount(ids)
+    if len(trials) == 1:
+        return Interval(float(gains.mean()), -1.0, 1.0)
+    return cluster_interval(np.bincount(ids, weights=gains), trials, seed)
+
+
+def judged_pairs(rankings: Iterable[Ranking]) -> dict[tuple[str, str, str], list[tuple[str | None, Verdict]]]:
+    """(prompt, completion, completion) -> who judged the pair, and how: 1 the first is better, 0.5 tie, 0 second.
+
+    Completions may come in any order and among any others.
+    """
+    judged: dict[tuple[str, str, str], list[tuple[str | None, Verdict]]] = defaultdict(list)
+    for ranking in rankings:
+        prompt = text_key(ranking.prompt)
+        keyed = sorted(zip(map(text_key, ranking.completions), ranking.ranks, strict=True))
+        for (one, rank), (other, other_rank) in combinations(keyed, 2):
+            judged[prompt, one, other].append((ranking.labeler, (rank < other_rank) + 0.5 * (rank == other_rank)))
+    return judged
+
+
+def two_labelers(judged: Mapping[tuple[str, str, str], list[tuple[str | None, Verdict]]]) -> Iterator[tuple]:
+    """(prompt, (labeler, verdict), (labeler, verdict)) for every two labelers of a pair.
+
+    Labelers without a name are different ones; a labeler who judged the same pair twice agrees with nobody else.
+    """
+    for (prompt, _, _), verdicts in judged.items():
+        for one, other in combinations(verdicts, 2):
+            if one[0] != other[0] or one[0] is None:
+                yield prompt, one, other
+
+
 def agreement(rankings: Iterable[Ranking], seed: int = 0) -> Agreement | None:
-    """Pairwise agreement between labelers who ranked the same completions of a prompt (paper section 3.4: 72.6%).
+    """Pairwise agreement between labelers who judged the same completions of a prompt (paper section 3.4: 72.6%).
 
     Counts pairs of completions untied for both labelers, for all pairs of labelers; the interval is clustered by
-    prompt. Completions may come in any order. None when no two labelers share such a pair.
+    prompt. None when no two labelers share such a pair.
     """
-    groups: dict[tuple[str, frozenset[str]], list[tuple[str | None, dict[str, float]]]] = defaultdict(list)
-    for ranking in rankings:
-        ranks = {text_key(c): rank for c, rank in zip(ranking.completions, ranking.ranks, strict=True)}
-        groups[text_key(ranking.prompt), frozenset(ranks)].append((ranking.labeler, ranks))
-    prompts: list[str] = []
-    agreed: list[bool] = []
-    for (prompt, completions), ranked in groups.items():
-        for (one, ranks), (other, other_ranks) in combinations(ranked, 2):
-            if one == other and one is not None:  # a labeler who ranked the same task twice agrees with nobody else
-                continue
-            found = _agreements(sorted(completions), ranks, other_ranks)
-            agreed += found
-            prompts += [prompt] * len(found)
-    if not agreed:
+    both = [(p, a == b) for p, (_, a), (_, b) in two_labelers(judged_pairs(rankings)) if 0.5 not in (a, b)]
+    if not both:
         return None
-    return Agreement(accuracy_interval(agreed, prompts, seed), len(agreed), len(set(prompts)))
-
-
-def _agreements(completions: list[str], one: dict[str, float], other: dict[str, float]) -> list[bool]:
-    """For each pair of completions untied in both rankings: do the two order it alike?"""
-    gaps = [(one[x] - one[y], other[x] - other[y]) for x, y in combinations(completions, 2)]
-    return [mine * theirs > 0 for mine, theirs in gaps if mine and theirs]
+    clusters = numbered([prompt for prompt, _ in both])
+    return Agreement(accuracy_interval([same for _, same in both], clusters, seed), len(both), len(set(clusters)))
 
 
 def _verdict(judge_pair: Callable[[Any, Any], Verdict], a: Any, b: Any, a_first: bool) -> Verdict:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from align.maths.logprobs import token_logprobs
 from align.maths.reduce import masked_sum
 
 
@@ -32,13 +31,16 @@ def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, d
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of -min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) (Schulman et al. 2017, Eq. 7). All (B, R)."""
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Sum over tokens of -min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) (Schulman et al. 2017, Eq. 7), each times its
+    weight where `weights` are given. All (B, R)."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    losses = torch.maximum(unclipped, clipped)
+    loss = masked_sum(losses if weights is None else losses * weights, mask)
     with torch.no_grad():
         stats = {
             "policy_loss": loss.detach(),
@@ -64,13 +66,3 @@ def value_loss(
     with torch.no_grad():
         clipped = masked_sum((worst > unclipped).float(), mask)
     return loss, {"value_loss": loss.detach(), "value_clipped": clipped}
-
-
-def lm_loss(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the negative log-likelihood of the tokens where mask (B, T), each predicted from the one before it.
-
-    The first token has no state before it: its mask is ignored.
-    """
-    assert logits.shape[:2] == input_ids.shape == mask.shape
-    mask = mask[:, 1:]
-    return -token_logprobs(logits[:, :-1][mask], input_ids[:, 1:][mask]).sum()

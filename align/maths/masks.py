@@ -32,13 +32,6 @@ def action_positions(query_lengths: Tensor, width: int) -> Tensor:
     return query_lengths[:, None] - 1 + torch.arange(width, device=query_lengths.device)[None, :]
 
 
-def gather_actions(per_token: Tensor, query_lengths: Tensor, width: int) -> Tensor:
-    """Per-position values read at the states before each response token. (B, T) -> (B, R)"""
-    assert per_token.dim() == 2
-    positions = action_positions(query_lengths, width).clamp(max=per_token.shape[1] - 1)
-    return per_token.gather(1, positions)
-
-
 def response_tokens(input_ids: Tensor, query_lengths: Tensor, width: int) -> Tensor:
     """The response part of each row; columns past the row's end hold arbitrary tokens. (B, T) -> (B, R)"""
     positions = (action_positions(query_lengths, width) + 1).clamp(max=input_ids.shape[1] - 1)

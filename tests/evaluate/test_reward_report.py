@@ -30,7 +30,16 @@ def test_breakdowns_by_hand():
     assert {k: v["accuracy"].mean for k, v in report["by_labeler"].items()} == {"ann": 0.25, "bob": 1.0}
     assert {k: v["accuracy"].mean for k, v in report["by_rank_distance"].items()} == {"1": 0.25, "2": 1.0}
     assert {k: v["accuracy"].mean for k, v in report["by_column"]["use_case"].items()} == {"chat": 0.25, "rewrite": 1.0}
-    assert report["by_column"]["language"]["en"]["prompts"] == 2
+    assert report["by_language"]["en"]["prompts"] == 2 and list(report["by_source"]) == ["unknown"]
+    assert "by_column" in report and ranking_accuracy(SCORED, 0, columns=("nothing",))["by_column"] == {}
+    # Better over worse in characters: 2 / 1 and 2 / 4 in "p" (half right of a tie, wrong), 2 / 1 in "q" (right).
+    found = {k: (v["accuracy"].mean, v["pairs"]) for k, v in report["by_length"].items()}
+    assert found == {"up to 1/2": (0.5, 1), "5/4 to 2": (0.5, 2)}
+
+
+def test_a_completion_of_no_length_is_no_crash():
+    report = ranking_accuracy([(Ranking("p", ("", "a long one"), (1, 0)), [0.0, 1.0])], seed=0)
+    assert list(report["by_length"]) == ["over 2"] and report["accuracy"].mean == 1.0
 
 
 def test_calibration_by_hand():
@@ -42,12 +51,68 @@ def test_calibration_by_hand():
     assert report["calibration_error"] == pytest.approx((0.0 + 0.731059 + 0.119203) / 3, abs=1e-6)
 
 
-def test_length_baselines_by_hand():
-    # Better against worse: 2 > 1 characters, 2 < 4, 2 > 1: the longer is right on two of three.
-    baselines = ranking_accuracy(SCORED, seed=0)["baselines"]
-    assert baselines["longer"].mean == pytest.approx(2 / 3)
-    assert baselines["shorter"].mean == pytest.approx(1 / 3)
-    assert baselines["random"] == Interval(0.5, 0.5, 0.5)
+def test_ties_are_counted_and_cost_nothing():
+    report = ranking_accuracy(SCORED, seed=0)
+    assert report["ties"] == 1
+    # -ln sigmoid of the gaps -1, 0 and 2.
+    assert report["log_loss"] == pytest.approx((1.3132617 + 0.6931472 + 0.1269280) / 3, abs=1e-6)
+
+
+def test_length_only_by_hand():
+    # Better against worse: 2 > 1 characters, 2 < 4, 2 > 1: the longer is right on two of three; the model on 1.5.
+    report = ranking_accuracy(SCORED, seed=0)
+    assert report["baselines"]["length_only"].mean == pytest.approx(2 / 3)
+    assert report["gain"]["length_only"].mean == pytest.approx(1.5 / 3 - 2 / 3)
+
+
+def by_length(taste, n=80, seed=0):
+    """Two completions a prompt; labelers like the one whose length `taste` scores higher."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        a, b = (int(x) for x in rng.choice(np.geomspace(10, 4000, 200), 2, replace=False))
+        rows.append((Ranking(f"p{i}", ("x" * a, "y" * b), (0, 1) if taste(a) > taste(b) else (1, 0)), [0.0, 0.0]))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("taste", "longer"),
+    [(lambda n: n, (1.0, 1.0)), (lambda n: -n, (0.0, 0.0)), (lambda n: -abs(np.log(n / 200)), (0.3, 0.7))],
+)
+def test_the_fitted_baseline_finds_any_taste_in_length(taste, longer):
+    """The longer, the shorter, or those near 200 characters."""
+    found = ranking_accuracy(by_length(taste), seed=0)["baselines"]
+    assert longer[0] <= found["length_only"].mean <= longer[1]
+    assert found["length_fitted"].mean > 0.9
+
+
+def test_the_fitted_baseline_is_not_tested_on_what_it_was_fitted_on():
+    """Lengths that say nothing: in-sample a fit would beat 0.5 on so few prompts, out of sample it must not."""
+    rng = np.random.default_rng(3)
+    means = []
+    for seed in range(40):
+        sizes = rng.integers(1, 99, (12, 2))
+        rows = [(Ranking(f"p{i}", ("x" * a, "y" * b), (0, 1)), [0.0, 0.0]) for i, (a, b) in enumerate(sizes)]
+        means.append(ranking_accuracy(rows, seed)["baselines"]["length_fitted"].mean)
+    assert np.mean(means) == pytest.approx(0.5, abs=0.08)
+
+
+def test_random_scorers_by_enumeration():
+    """One ranking of 3: of the 6 orders one has 0 of 3 pairs right, two 1, two 2 and one 3. 40 lone pairs: binomial."""
+    three = [(Ranking("p", ("a", "b", "c"), (0, 1, 2)), [0.0, 0.0, 0.0])]
+    assert ranking_accuracy(three, seed=0)["baselines"]["random"] == Interval(0.5, 0.0, 1.0)
+    lone = [(Ranking(f"p{i}", ("a", "b"), (0, 1)), [0.0, 0.0]) for i in range(40)]
+    random = ranking_accuracy(lone, seed=0)["baselines"]["random"]
+    assert (random.low, random.high) == (pytest.approx(0.35, abs=0.026), pytest.approx(0.65, abs=0.026))
+
+
+@pytest.mark.parametrize(("sign", "accuracy"), [(1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)])
+def test_perfect_constant_and_inverted_models(sign, accuracy):
+    rankings = [Ranking(f"p{i}", ("a", "bb", "cc", "d"), (2, 0, 1, 1)) for i in range(5)]
+    report = ranking_accuracy([(r, [-sign * rank for rank in r.ranks]) for r in rankings], seed=0)
+    assert report["accuracy"].mean == accuracy and (report["pairs"], report["ties"]) == (25, 5)
+    if sign == 0.0:
+        assert report["log_loss"] == pytest.approx(np.log(2)) and report["calibration_error"] == 0.0
 
 
 def test_gold_accuracy_by_hand():

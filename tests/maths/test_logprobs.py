@@ -1,5 +1,7 @@
 """Log-probabilities, entropy and sampling against torch.distributions, trl, scipy and float64."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.special
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -261,6 +264,29 @@ def test_linear_logprobs_and_their_gradients_are_those_of_float64(chunk, biased,
     for a, b in zip(ours, theirs, strict=True):
         assert float(b.abs().max()) > 0.1 and a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_logprobs_golden():
+    # a head of zeros is uniform over 4: every token costs ln 4, and its entropy is ln 4
+    tokens = torch.tensor([1, 3])
+    logprobs, entropies = linear_logprobs(torch.randn(2, 8), torch.zeros(4, 8), None, tokens, 1.0)
+    assert -logprobs.sum().item() == pytest.approx(2 * math.log(4))
+    assert entropies.tolist() == pytest.approx([math.log(4)] * 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_linear_logprobs_are_torchs_cross_entropy(chunk):
+    """Of the tokens that a mask picks; loss and gradients."""
+    hidden, weight, _, tokens, _ = head(18, 16, 11, False)
+    learned = torch.rand(18) < 0.6
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = tokens.masked_fill(~learned, -100)
+    expected = cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum")
+    loss = -linear_logprobs(hidden[learned], weight, None, tokens[learned], 1.0, chunk * 11)[0].sum()
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, [hidden, weight]) for x in (loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])

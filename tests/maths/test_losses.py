@@ -1,4 +1,4 @@
-"""Ranking, policy, value and language-model losses against hand arithmetic, Python loops, torch and transformers."""
+"""Ranking, policy and value losses against hand arithmetic, Python loops and torch."""
 
 import math
 from itertools import combinations
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, mse_loss
 
-from align.maths.losses import lm_loss, policy_loss, ranking_loss, value_loss
+from align.maths.losses import policy_loss, ranking_loss, value_loss
 from align.maths.reduce import whiten
 
 JUNK = [float("nan"), float("inf"), -float("inf"), 1e30]
@@ -319,55 +319,3 @@ def test_sums_add_up_over_microbatches(function):
     whole, _ = function(*inputs, mask=mask)
     parts = [function(*[x[i : i + 1] for x in inputs], mask=mask[i : i + 1])[0] for i in range(6)]
     torch.testing.assert_close(whole, torch.stack(parts).sum())
-
-
-# Language-model loss
-
-
-def test_lm_loss_golden():
-    # uniform logits over 4: every predicted token costs ln 4; the mask asks for tokens 0, 1 and 3, and 0 has no state
-    mask = torch.tensor([[True, True, False, True]])
-    assert lm_loss(torch.zeros(1, 4, 4), torch.tensor([[0, 1, 2, 3]]), mask).item() == pytest.approx(2 * math.log(4))
-
-
-def test_lm_loss_is_torchs_cross_entropy():
-    logits = torch.randn(3, 6, 11, requires_grad=True)
-    ids, mask = torch.randint(11, (3, 6)), torch.rand(3, 6) < 0.6
-    labels = ids.masked_fill(~mask, -100)[:, 1:]
-    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    loss = lm_loss(logits, ids, mask)
-    torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_lm_loss_is_the_loss_of_transformers(tiny_llama):
-    ids = torch.randint(64, (3, 10))
-    mask = torch.arange(10)[None] < torch.tensor([[10], [4], [7]])
-    output = tiny_llama(input_ids=ids, labels=ids.masked_fill(~mask, -100))
-    loss = lm_loss(output.logits, ids, mask)
-    assert loss.item() / (9 + 3 + 6) == pytest.approx(output.loss.item(), rel=1e-5)
-
-
-def test_lm_loss_ignores_the_first_tokens_mask():
-    logits, ids, mask = torch.randn(2, 5, 7), torch.randint(7, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
-    without = mask.clone()
-    without[:, 0] = False
-    assert torch.equal(lm_loss(logits, ids, mask), lm_loss(logits, ids, without))
-
-
-@pytest.mark.parametrize("junk", JUNK)
-def test_lm_loss_ignores_padding(junk):
-    """Other ids and junk logits past a row's end change neither loss nor gradient."""
-    lengths = torch.tensor([[4], [6]])
-    mask = torch.arange(6)[None] < lengths
-    unread = torch.arange(6)[None] >= lengths - 1  # states that predict no real token
-    logits, ids = torch.randn(2, 6, 7), torch.randint(7, (2, 6))
-    results = []
-    for fill, pad in ((0.0, 0), (junk, 6)):
-        leaf = logits.masked_fill(unread[..., None], fill).requires_grad_()
-        loss = lm_loss(leaf, ids.masked_fill(~mask, pad), mask)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1]), "junk logits of unread states leak into the gradient"

@@ -1,11 +1,10 @@
 """Positions and masks: goldens by hand, properties on ragged rows."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.maths.masks import action_positions, gather_actions, last_index, length_mask, response_tokens
+from align.maths.masks import action_positions, last_index, length_mask, response_tokens
 
 # The three rows of the module's worked example: ends with EOS (9), only EOS, never ends.
 INPUT_IDS = torch.tensor([[5, 6, 7, 8, 9, 0], [5, 6, 9, 0, 0, 0], [5, 6, 7, 8, 7, 8]])
@@ -54,43 +53,14 @@ def test_response_tokens_golden():
     assert [row[m].tolist() for row, m in zip(tokens, mask, strict=True)] == [[7, 8, 9], [9], [7, 8, 7, 8]]
 
 
-def test_gather_actions_golden():
-    states = torch.arange(6).repeat(3, 1) * 10
-    got = gather_actions(states, QUERY, 4)
-    assert got[0, :3].tolist() == [10, 20, 30]
-    assert got[1, :1].tolist() == [10]
-    assert got[2].tolist() == [10, 20, 30, 40]
-
-
 @given(rows, st.integers(0, 60))
 def test_ragged_rows_come_back(pairs, junk):
     ids, query_lengths, response_lengths = pack(pairs, junk)
     width = int(response_lengths.max())
     tokens = response_tokens(ids, query_lengths, width)
-    states = gather_actions(ids, query_lengths, width)
-    for i, (q, r) in enumerate(pairs):
+    for i, (_, r) in enumerate(pairs):
         assert tokens[i, : len(r)].tolist() == r
-        assert states[i, : len(r)].tolist() == (q + r)[len(q) - 1 : -1]  # the token before each response token
-
-
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
-def test_gather_actions_ignores_padding(junk):
-    clean = torch.randn(3, 6, requires_grad=True)
-    real = length_mask(QUERY + RESPONSE, 6)
-    dirty = torch.where(real, clean.detach(), torch.full_like(clean, junk)).requires_grad_()
-    mask = length_mask(RESPONSE, 4)
-    outputs = []
-    for x in (clean, dirty):
-        out = torch.where(mask, gather_actions(x, QUERY, 4), torch.zeros(3, 4))
-        out.sum().backward()
-        outputs.append(out.detach())
-    assert torch.equal(*outputs)
-    assert torch.equal(clean.grad, dirty.grad)
-    # Exactly the states before a response token get gradient, and the last token's state gets none.
-    expected = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0]])
-    assert torch.equal(dirty.grad, expected.float())
 
 
 def test_columns_past_the_tensor_do_not_crash():
-    assert gather_actions(torch.zeros(1, 3), torch.tensor([3]), 5).shape == (1, 5)
     assert response_tokens(torch.zeros(1, 3, dtype=torch.long), torch.tensor([3]), 5).shape == (1, 5)

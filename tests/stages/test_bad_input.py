@@ -34,10 +34,10 @@ def refused(mini, capsys):
 
 
 def empty(folder) -> bool:
-    """Absent, or holding nothing that looks like a model or a run."""
+    """Absent, or holding nothing that looks like a model or a run; a batch kept for inspection is neither."""
     if not folder.exists():
         return True
-    left = {path.name for path in folder.rglob("*") if path.is_file()}
+    left = {path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "stopped-0"}
     return not {n for n in left if n.endswith((".safetensors", ".partial")) or n in ("manifest.json", "config.json")}
 
 
@@ -149,8 +149,22 @@ def rewards_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "bad_rewards", module)
 
 
+@pytest.mark.parametrize("stage", ["base", "sft", "rm"])
+def test_a_training_that_overflows_stops_and_keeps_its_batch(refused, mini, tmp_path, stage):
+    out = tmp_path / "out"
+    line = refused(stage, "grad_norm is", "at step ", "stopped-0", learning_rate=1e30, output_dir=out)
+    kept = load_file(out / "stopped-0" / "batch.safetensors")
+    assert any(name.endswith("input_ids") for name in kept)
+    assert json.loads((out / "stopped-0" / "batch.json").read_text())["why"] in line
+    assert not (out / "manifest.json").exists()
+
+
 def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
-    refused("ppo", "reward", "nan", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
+    refused("ppo", "reward", "nan", "stopped-0", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
+    kept = sorted(path.name for path in (tmp_path / "out" / "stopped-0").iterdir())
+    assert kept == ["batch.json", "batch.safetensors"]
+    # What is kept is no run: the folder may be used again as it is.
+    refused("ppo", "reward", "nan", "stopped-0", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
 
 
@@ -166,14 +180,15 @@ def test_reward_that_cannot_be_imported(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage, folder", [("base", "base"), ("sft", "sft"), ("collect", "rankings"), ("rm", "rm"), ("ppo", "ppo")]
+    "stage, folder",
+    [("base", "base"), ("sft", "sft"), ("collect", "rankings"), ("rm", "rm"), ("ppo", "ppo"), ("evaluate", "ppo")],
 )
 def test_output_folder_that_holds_another_run(refused, mini, stage, folder):
     def content():
         return {p: p.read_bytes() for p in (mini.run / folder).rglob("*") if p.is_file() and p.name != "run.lock"}
 
     before = content()
-    refused(stage, "already holds another run", "overwrite_output_dir")
+    refused(stage, "already holds another run", "overwrite_output_dir", output_dir=mini.run / folder)
     assert before == content()
 
 
@@ -192,6 +207,22 @@ def test_bad_rows_are_named_by_line(refused, mini, tmp_path, stage, key):
     bad.write_text("\n".join([*lines[:3], '{"prompt": ', *lines[3:]]) + "\n", encoding="utf-8")
     refused(stage, f"{bad}:4", **{key: bad, "output_dir": tmp_path / "out"})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("stage", "key"), [("ppo", "train_file"), ("collect", "prompts_file")])
+def test_prompts_marked_for_evaluation_alone(refused, tmp_path, stage, key):
+    path = tmp_path / "benchmark.jsonl"
+    path.write_text('{"prompt": "where is rome ?", "eval_only": true}\n', encoding="utf-8")
+    refused(stage, str(path), "eval_only", **{key: path, "output_dir": tmp_path / "out"})
+    assert empty(tmp_path / "out")
+
+
+def test_evaluate_says_which_of_its_prompts_were_trained_on(mini, tmp_path, capsys):
+    trained = mini.run / "data" / "prompts_ppo.jsonl"
+    changes = {"prompts_file": trained, "text_file": tmp_path / "none.jsonl", "output_dir": tmp_path / "out"}
+    assert main(["evaluate", *mini.arguments("evaluate", mini.run, **changes)]) == 2  # stopped by the missing text
+    leaks = [line for line in capsys.readouterr().out.splitlines() if "were trained on" in line]
+    assert len(leaks) == 1 and leaks[0].startswith(f"{trained}: 64 of the ") and f"such as at {trained}:1" in leaks[0]
 
 
 def test_missing_data_file(refused, tmp_path):

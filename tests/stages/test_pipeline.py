@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from align.evaluate.report import check_summary
 from stages.__main__ import seconds_so_far
@@ -127,6 +128,12 @@ def test_step_zero_numbers_are_kept(mini):
     numbers = manifest(mini, "ppo")["metrics"]["step_zero"]
     assert set(numbers) == {"ratio_max_deviation", "kl", "value_minus_score"}
     assert all(abs(value) < 1e-3 for value in numbers.values())
+
+
+def test_engine_and_trainer_agree_in_every_iteration(mini):
+    for row in rows(mini.run / "ppo" / "metrics.jsonl"):
+        assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-3
+        assert abs(row["sampling/kl"]) < 1e-6
 
 
 def test_losses_fall(mini):
@@ -276,3 +283,49 @@ def test_lora_sft_hands_on_a_merged_model(mini, tmp_path):
     assert merged.keys() == base.keys() and any(not torch.equal(merged[name], base[name]) for name in base)
     mini.stage("rm", mini.run, model_name_or_path=tmp_path / "sft", output_dir=tmp_path / "rm")
     assert (tmp_path / "rm" / "manifest.json").is_file()
+
+
+def test_lora_ppo_hands_on_a_merged_model_and_resumes_to_the_byte(mini, tmp_path):
+    """Policy and value model as adapters, checkpointed layers, Muon; resumed from the first iteration's checkpoint."""
+    changes = {"use_peft": "true", "value_use_peft": "true", "lora_r": 4, "lora_alpha": 8, "seed": 3}
+    changes |= {"gradient_checkpointing": "true", "optim": "muon", "ema_decay": 0.9, "save_iterations": 1}
+    mini.stage("ppo", mini.run, output_dir=tmp_path, **changes)
+    names = ["metrics.jsonl", "model.safetensors", "adapter/adapter_model.safetensors", "transcripts.jsonl"]
+    before = {name: (tmp_path / name).read_bytes() for name in [*names, "value_model/model.safetensors"]}
+    first = tmp_path / "checkpoint-1"
+    assert not list(first.rglob("model.safetensors")), "a checkpoint holds adapters alone"
+    mini.stage("ppo", mini.run, output_dir=tmp_path, resume_from_checkpoint=first, **changes)
+    assert [name for name, content in before.items() if (tmp_path / name).read_bytes() != content] == []
+    assert all(abs(value) < 1e-3 for value in manifest(mini, tmp_path)["metrics"]["step_zero"].values())
+    digest = hashlib.sha256(before["adapter/adapter_model.safetensors"]).hexdigest()
+    assert manifest(mini, tmp_path)["metrics"]["adapter_sha256"] == digest
+    tensors, start = load_file(tmp_path / "model.safetensors"), load_file(mini.run / "sft" / "model.safetensors")
+    linear = {name for name in start if name.endswith("_proj.weight")}
+    assert tensors.keys() == start.keys() and moved(mini.run / "sft", tmp_path) == linear
+    assert moved(mini.run / "rm", tmp_path / "value_model") == linear | {"score.weight", "score.bias"}
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in linear:  # merged by hand: W + alpha / r * B A
+        a, b = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"].double() for x in "AB")
+        assert torch.allclose(tensors[name].double(), start[name].double() + 8 / 4 * b @ a, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_checkpointed_layers_change_no_weight(mini, tmp_path, monkeypatch, stage):
+    """A run that computes its layers twice ends with the weights of one that keeps their activations."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    mini.stage(stage, mini.run, output_dir=tmp_path, gradient_checkpointing="true")
+    assert calls
+    expected, got = (load_file(folder / "model.safetensors") for folder in (mini.run / stage, tmp_path))
+    assert max(float((expected[name] - got[name]).abs().max()) for name in expected) < 1e-5
+
+
+def test_a_ppo_run_with_8_bit_reference_and_reward(mini, tmp_path):
+    mini.stage("ppo", mini.run, output_dir=tmp_path, frozen_quantization="int8")
+    numbers = manifest(mini, tmp_path)["metrics"]["step_zero"]
+    assert 0 < numbers["kl"] < 0.5 and 0 < numbers["value_minus_score"] < 0.5 and numbers["ratio_max_deviation"] < 1e-3

@@ -1,0 +1,186 @@
+"""Demonstrations, prompts and pairs: TRL, Alpaca, Self-Instruct, ShareGPT, HH dialogues, lists of prompts."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from align.data import BadRow, Problem, parse_demonstration, parse_preference, prompt_key
+from align.readers.base import (
+    SHAPE_ERRORS,
+    WRONG_SHAPE,
+    Converted,
+    Note,
+    Notes,
+    Options,
+    Output,
+    Record,
+    Row,
+    as_prompt,
+    columns,
+    each,
+    field,
+    items,
+    merge_turns,
+    message,
+    nested,
+    problem,
+    ranking_row,
+    with_input,
+)
+
+TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's HH dialogues
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system", "tool": "tool", "observation": "tool"}
+SHAREGPT_ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
+
+
+def trl(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """TRL's formats, standard and conversational. They are ours: only a pair's implicit prompt is made explicit."""
+    if row.get("completions") is not None or ("chosen" not in row and "rejected" not in row):
+        return dict(row)
+    pair = parse_preference(row, Counter())
+    chosen, rejected = ([dict(m) for m in c] if not isinstance(c, str) else c for c in pair.completions)
+    prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(m) for m in pair.prompt]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns(row, "prompt", "chosen", "rejected")}
+
+
+def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """TRL's unpaired preferences: of each prompt the completions labelled true share rank 0, the others rank 1."""
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for place, row in records:
+        try:
+            record = parse_demonstration(row, Counter())
+            if not isinstance(row.get("label"), bool):
+                raise BadRow("wrong_type", "'label' is neither true nor false", "write true or false")
+            groups.setdefault(prompt_key(record.prompt), []).append((place, row))
+        except BadRow as bad:
+            yield problem(place, bad)
+        except SHAPE_ERRORS:
+            yield problem(place, WRONG_SHAPE)
+    for group in groups.values():
+        places = tuple(place for place, _ in group)
+        if len({row["label"] for _, row in group}) < 2:
+            what, remedy = "its prompt has completions of one label only", "nothing is compared; use it for SFT"
+            yield from (Problem(place, "one_label", what, remedy) for place in places)
+            continue
+        first, notes = group[0][1], []
+        ranked = [(_said(row["completion"]), float(not row["label"])) for _, row in group]
+        rest = columns(first, "prompt", "completion", "label")
+        try:
+            converted = Converted(ranking_row(first["prompt"], ranked, notes, **rest), places)
+        except BadRow as bad:
+            yield from (problem(place, bad) for place in places)
+            continue
+        yield from (Note(places[0], kind, what) for kind, what in notes)
+        yield converted
+
+
+def _said(completion: Any) -> str:
+    """A completion's text: the assistant's messages are what a template would put around it."""
+    return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
+
+
+def unpaired_demonstration(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    if row.get("label") is not True:
+        raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
+    return columns(row, "label")
+
+
+def alpaca(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """Alpaca's instruction, input and output (Dolly: context, response); LLaMA-Factory's system and history."""
+    used = ("instruction", "input", "context", "output", "response", "history", "system")
+    completion = field(row, "output", "response")
+    return {"prompt": alpaca_prompt(row), "completion": completion, **columns(row, *used)}
+
+
+def alpaca_prompt(row: Mapping[str, Any]) -> Any:
+    asked = with_input(field(row, "instruction"), field(row, "input", "context", optional=True))
+    system = field(row, "system", optional=True)
+    messages = [message("system", system)] if system else []
+    for turn in row.get("history") or []:
+        texts = isinstance(turn, (list, tuple)) and [t.strip() for t in turn if isinstance(t, str) and t.strip()]
+        if not texts or len(texts) != 2:
+            raise BadRow("bad_messages", "'history' is no list of [question, answer]", "write two texts a turn")
+        messages += [message("user", texts[0]), message("assistant", texts[1])]
+    return as_prompt([*messages, message("user", asked)])
+
+
+def _instances(row: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    """Self-Instruct's tasks: one demonstration an instance."""
+    instances = items(row, "instances")
+    if not instances:
+        raise BadRow("missing_field", "'instances' is empty", "add an example")
+    for number, instance in enumerate(instances, start=1):
+        yield "" if len(instances) == 1 else f", instance {number}", {**row, "instance": instance}
+
+
+def _instance(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    prompt = with_input(field(row, "instruction"), field(row["instance"], "input", optional=True))
+    rest = columns(row, "instruction", "instances", "instance")
+    return {"prompt": prompt, "completion": field(row["instance"], "output"), **rest}
+
+
+def sharegpt(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """A ShareGPT conversation as messages that end with the assistant's last answer."""
+    turns = []
+    for turn in items(row, "conversations"):
+        role = SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role"))).lower())
+        if role is None:
+            raise BadRow("bad_messages", "a turn is of an unknown role", f"use one of {', '.join(SHAREGPT_ROLES)}")
+        turns.append(message(role, field(turn, "value", "content")))
+    if row.get("system"):
+        turns.insert(0, message("system", field(row, "system")))
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    if any(turn["role"] != "system" for turn in turns[:first]):
+        notes.append(("cut_turns", "what the assistant says before the first question was cut"))
+    turns = [turn for turn in turns[:first] if turn["role"] == "system"] + turns[first:]
+    last = next((i for i in range(len(turns) - 1, -1, -1) if turns[i]["role"] == "assistant"), -1)
+    if last < 1:
+        raise BadRow("bad_messages", "holds no question with an answer", "take the row out")
+    if last < len(turns) - 1:
+        notes.append(("cut_turns", "what follows the assistant's last answer was cut"))
+    return {"messages": merge_turns(turns[: last + 1], notes), **columns(row, "conversations", "system")}
+
+
+def hh(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """Two HH dialogues that differ in the last reply, as a prompt of messages and two completions."""
+    dialogues = {name: _dialogue(row, name) for name in ("chosen", "rejected")}
+    for name, turns in dialogues.items():
+        if turns[-1]["role"] != "assistant":
+            raise BadRow("bad_messages", f"{name!r} does not end with the assistant's reply", "end it with a reply")
+    chosen, rejected = dialogues.values()
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise BadRow("prompt_mismatch", "'chosen' and 'rejected' do not share their prompt", "give both one prompt")
+    for name, turns in dialogues.items():
+        if not all(turn["content"] for turn in turns):
+            raise BadRow("empty_field", f"a turn in {name!r} is empty", "fill it, or take the row out")
+    pair = {name: turns[-1]["content"] for name, turns in dialogues.items()}
+    prompt = merge_turns(chosen[:-1], notes)
+    if prompt[-1]["role"] == "assistant":  # the assistant spoke twice: what it said first begins both replies
+        said = prompt.pop()["content"]
+        pair = {name: f"{said}\n\n{reply}" for name, reply in pair.items()}
+    return {"prompt": as_prompt(prompt), **pair, **columns(row, "chosen", "rejected")}
+
+
+def _dialogue(row: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+    lead, *parts = TURN.split("\n\n" + field(row, name))
+    if lead.strip() or not parts:
+        raise BadRow("bad_messages", f"{name!r} does not begin with a turn", "begin it with Human:")
+    return [message(HH_ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def strings(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """A list of prompts, each one JSON string."""
+    for place, row in records:
+        if not isinstance(row, str):
+            yield Problem(place, "wrong_type", "is not a JSON string", "write one string a prompt")
+        elif not row.strip():
+            yield Problem(place, "empty_field", "is empty", "fill it, or take it out")
+        else:
+            yield Converted({"prompt": row.strip()}, (place,))
+
+
+trl_rows, alpaca_rows, sharegpt_rows, hh_rows = each(trl), each(alpaca), each(sharegpt), each(hh)
+unpaired_demonstrations = each(unpaired_demonstration)
+self_instruct = nested(_instances, _instance)

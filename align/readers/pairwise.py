@@ -1,0 +1,156 @@
+"""Pairwise judgements: QA-Feedback (six pairs of four answers), PandaLM (three annotators), and any a/b table.
+
+A unit is one judgement of one annotator. `align.readers.judgements` joins those of one annotator on one prompt.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from align.data import BadRow, Problem, prompt_key
+from align.readers.base import (
+    SHAPE_ERRORS,
+    WRONG_SHAPE,
+    Converted,
+    Note,
+    Notes,
+    Options,
+    Output,
+    Record,
+    Row,
+    columns,
+    each,
+    field,
+    problem,
+    ranking_row,
+    with_context,
+    with_input,
+)
+from align.readers.judgements import BETTER, TIE, WORSE, Joined, Judgement, Refused, join
+
+VERDICTS = {1: BETTER, 2: WORSE, 0: TIE}
+FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left", "A")
+SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right", "B")
+ANSWERS = ("response_a", "answer_a", "response1")
+WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
+WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
+REASONS = {
+    "contradiction": ("the annotator judged this pair twice and differently", "keep one of the judgements"),
+    "intransitive": ("lies on a circle of preferences (a over b over c over a)", "no ranking holds it"),
+}
+
+
+def qa_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """QA-Feedback: four predictions, judgements in the order 1v2, 1v3, 1v4, 2v3, 2v4, 3v4."""
+    for place, row in records:
+        try:
+            texts = [field(row, f"prediction {i}") for i in range(1, 5)]
+            said = row.get("preference")
+            if not isinstance(said, list) or len(said) != 6 or any(_verdict(v, VERDICTS) is None for v in said):
+                raise BadRow("wrong_type", "'preference' is no list of six values 0, 1 or 2", "see docs/formats.md")
+            prompt = qa_prompt(row, options)
+        except BadRow as bad:
+            yield problem(place, bad)
+            continue
+        except SHAPE_ERRORS:
+            yield problem(place, WRONG_SHAPE)
+            continue
+        pairs = zip(itertools.combinations(range(4), 2), said, strict=True)
+        judgements = [
+            Judgement(f"{place}, judgement {a + 1}v{b + 1}", texts[a], texts[b], VERDICTS[value])
+            for (a, b), value in pairs
+        ]
+        yield from rankings(place, prompt, judgements)
+
+
+def qa_prompt(row: Mapping[str, Any], options: Options) -> str:
+    """The passages, then the question."""
+    passages = [": ".join([p[0], " ".join(p[1:])]) for p in row.get("passages") or [] if isinstance(p, list) and p]
+    return with_context("\n\n".join(passages), field(row, "question"), options)
+
+
+def qa_gold(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """The answer that a person wrote."""
+    return {"prompt": qa_prompt(row, options), "completion": field(row, "gold")}
+
+
+def pandalm_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """PandaLM: two answers to an instruction, judged by `annotator1`, `annotator2`..., each joined on his own."""
+
+    def read(row: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
+        prompt = with_input(field(row, "instruction"), field(row, "input", optional=True))
+        said = {name: value for name, value in row.items() if name.startswith("annotator")}
+        return prompt, field(row, "response1"), field(row, "response2"), said
+
+    yield from _table(records, read, VERDICTS)
+
+
+def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """{"prompt", "response_a", "response_b", "winner"[, "labeler"]}: winner a, b or tie, in any of the usual words."""
+
+    def read(row: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
+        prompt = field(row, "prompt", "question", "instruction")
+        one = field(row, *ANSWERS)
+        other = field(row, "response_b", "answer_b", "response2")
+        labeler = next((str(row[n]) for n in ("labeler", "judge", "annotator") if row.get(n) is not None), "")
+        return prompt, one, other, {labeler: str(row.get("winner"))}
+
+    yield from _table(records, read, WINNERS)
+
+
+def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) -> Iterator[Output]:
+    """One row a pair -> the judgements of each (prompt, labeler), joined."""
+    groups: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
+    prompts: dict[str, str] = {}
+    for place, row in records:
+        try:
+            prompt, one, other, said = read(row)
+        except BadRow as bad:
+            yield problem(place, bad)
+            continue
+        except SHAPE_ERRORS:
+            yield problem(place, WRONG_SHAPE)
+            continue
+        prompts.setdefault(prompt_key(prompt), prompt)
+        for labeler, value in said.items():
+            own = f"{place}, {labeler}" if len(said) > 1 else place
+            if _verdict(value, verdicts) is None:
+                yield Problem(own, "bad_judgement", "the judgement is of no known value", "see docs/formats.md")
+            elif one == other:
+                yield Problem(own, "duplicate_completions", "both answers are the same", "nothing is compared")
+            else:
+                groups[prompt_key(prompt), labeler].append(Judgement(own, one, other, verdicts[value]))
+    for (key, labeler), judgements in groups.items():
+        yield from rankings(judgements[0].place, prompts[key], judgements, labeler=labeler)
+
+
+def _verdict(value: Any, verdicts: Mapping[Any, int]) -> int | None:
+    known = isinstance(value, (int, str)) and not isinstance(value, bool)
+    return verdicts.get(value) if known else None
+
+
+def rankings(place: str, prompt: str, judgements: list[Judgement], **extra: Any) -> Iterator[Output]:
+    """The rankings that the judgements of one labeler on one prompt make, and those that make none."""
+    joined, refused, broken = join(judgements)
+    if broken:
+        what = f"ties break weak transitivity: its judgements make {len(joined)} rankings"
+        yield Note(place, "weak_transitivity", what)
+    yield from (_refusal(one) for one in refused)
+    for one in joined:
+        yield from _ranking(one, prompt, extra)
+
+
+def _refusal(refused: Refused) -> Problem:
+    return Problem(refused.judgement.place, refused.kind, *REASONS[refused.kind])
+
+
+def _ranking(joined: Joined, prompt: str, extra: Mapping[str, Any]) -> Iterator[Output]:
+    places = tuple(judgement.place for judgement in joined.judgements)
+    if len({rank for _, rank in joined.ranked}) == 1:
+        yield from (Problem(p, "all_ties", "prefers nothing", "a ranking needs a preference") for p in places)
+    else:
+        yield Converted(ranking_row(prompt, joined.ranked, [], **columns(extra)), places)
+
+
+qa_demonstrations = each(qa_gold)
