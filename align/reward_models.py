@@ -120,7 +120,7 @@ def reward_config(path: str, key: str) -> PreTrainedConfig:
     if not made.endswith("ForSequenceClassification"):
         raise UserError(f"{key}: {path}: is a {made} without a head that scores, so it is no reward model")
     if config.num_labels != 1:
-        raise UserError(f"{key}: {path}: its head gives {config.num_labels} numbers; a reward model gives one")
+        raise UserError(f"{key}: {path}: its head has {config.num_labels} labels; a reward model has one")
     return config
 
 

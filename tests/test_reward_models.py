@@ -318,7 +318,7 @@ def refused(words: str, call, *args) -> None:
 
 def test_what_is_no_reward_model(world, bert, tmp_path, tiny_codec):
     save_classifier(tmp_path / "three", tiny_codec, 4, num_labels=3)
-    refused(r"reward\[0\].model: .*gives 3 numbers", load, tmp_path / "three", tiny_codec)
+    refused(r"reward\[0\].model: .*has 3 labels", load, tmp_path / "three", tiny_codec)
     refused("LlamaForCausalLM without a head", load, world / "policy", tiny_codec)
     refused("no model could be loaded", load, tmp_path / "nothing", tiny_codec)
     weights = load_file(bert / "model.safetensors")
