@@ -44,6 +44,9 @@ def main(argv: list[str]) -> None:
     config = parse(EvaluateRMConfig, argv)
     tune_cpu()
     check_parent(config.reward_model_path, "reward_model_path", ("rm",))
+    output = Path(config.output_dir)
+    if (output / "report.md").exists() and not config.overwrite_output_dir:
+        raise UserError(f"output_dir: {output} holds a report; choose another, or set overwrite_output_dir: true")
     trained = load_rankings(config.train_file, config.on_bad_rows)[0] if config.train_file else []
     rankings, data = load_held_out(config.rankings_file, "rankings_file", trained, config)
     device = Runtime(config.seed).device
@@ -75,7 +78,6 @@ def main(argv: list[str]) -> None:
     report["demonstration_mean"] = demonstration_mean(config.reward_model_path)
 
     # 4. Write.
-    output = Path(config.output_dir)
     if is_main_process():
         write_all(output, plain(report), config)
         write_jsonl(output / "scores.jsonl", [scores_row(r, s) for r, s in zip(rankings, scores, strict=True)])
