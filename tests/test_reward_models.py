@@ -159,6 +159,9 @@ def test_who_shares_the_policys_tokenizer(tmp_path, tiny_codec, chatml):
     def template(tokenizer):
         tokenizer.chat_template = CHATML
 
+    def tools(tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] ~ m.get('tool', '')")
+
     def eos(tokenizer):
         tokenizer.eos_token = "<pad>"
 
@@ -167,6 +170,7 @@ def test_who_shares_the_policys_tokenizer(tmp_path, tiny_codec, chatml):
     assert shares("same", lambda tokenizer: None)
     assert shares("one more token", lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}))
     assert not shares("template", template)
+    assert not shares("tools", tools), "though single messages look the same"
     assert not shares("eos", eos)
     assert not shares_tokenizer(str(tmp_path / "other"), tiny_codec)
     assert shares_tokenizer(str(tmp_path / "bare"), tiny_codec), "no tokenizer: it was trained on the policy's tokens"
