@@ -7,6 +7,7 @@ Names follow TRL and TrainingArguments where they mean the same. Defaults are th
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -195,14 +196,47 @@ class RMConfig(TrainerConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelTerm:
+    """`{model: PATH}` in `reward`: a reward model of any tokenizer, size and architecture."""
+
+    model: str
+    weight: float = 1.0
+    name: str = ""  # in the metrics; empty: the last part of the path
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleTerm:
+    """`{models: [PATH, PATH]}` in `reward`: several reward models, one score."""
+
+    models: tuple[str, ...]
+    combine: str = "mean"  # or "min", or "mean_minus_std": mean - coef x standard deviation over the models
+    coef: float = 1.0
+    weight: float = 1.0
+    name: str = ""  # empty: ensemble
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionTerm:
+    """`{function: package.module:name}` in `reward`: a Python function."""
+
+    function: str
+    weight: float = 1.0
+    name: str = ""  # empty: the function's name
+
+
+RewardTerm = ModelTerm | EnsembleTerm | FunctionTerm
+TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
+
+
+@dataclasses.dataclass(frozen=True)
 class PPOConfig(TrainingConfig):
     """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
 
     model_name_or_path: str = ""
-    reward_model_path: str | None = None
-    reward_function: str | None = None  # import path; alone, or added to the model's score
-    reward_function_weight: float = 1.0
-    value_model_path: str | None = None  # null: the reward model
+    reward: tuple[RewardTerm, ...] = ()  # their weighted sum
+    reward_timeout: float | None = None  # seconds a reward function may take; null: as long as it likes
+    reward_retries: int = 2  # a function that raises, hangs or miscounts is called again so many times
+    value_model_path: str | None = None  # null: a reward model that reads the policy's tokens, else the policy
     train_file: str = ""
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
@@ -241,6 +275,7 @@ class PPOConfig(TrainingConfig):
     kl_estimator: str = "k1"
     kl_target: float | None = None  # given: kl_coef adapts to hold this many nats an episode
     kl_horizon: int = 10_000
+    kl_stop: float | None = None  # given: the run ends after an iteration whose KL is over so many nats an episode
     gamma: float = 1.0
     lam: float = 0.95
     cliprange: float = 0.2
@@ -267,24 +302,17 @@ class PPOConfig(TrainingConfig):
         choose_optimizer(self.optim)
         between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
-        if not (self.reward_model_path or self.reward_function):
-            raise UserError("reward_model_path: missing; give it, or reward_function: package.module:function")
-        if not (self.value_model_path or self.reward_model_path):
-            raise UserError("value_model_path: missing; without a reward model say where the value model starts")
+        if not self.reward:
+            raise UserError("reward: missing; give [{model: PATH}], or [{function: package.module:name}]")
+        for i, term in enumerate(self.reward):
+            check_term(f"reward[{i}]", term, [term_name(other) for other in self.reward[:i]])
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise UserError(f"reward_timeout: {self.reward_timeout} seconds; give more than 0, or null for no limit")
+        if self.kl_stop is not None and self.kl_stop <= 0:
+            raise UserError(f"kl_stop: {self.kl_stop} nats; give more than 0, or null to never stop")
+        between("reward_retries", self.reward_retries, 0, 100)
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
-        if self.frozen_quantization and self.use_peft and (self.shares_reward_trunk or not self.reward_model_path):
-            raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
-
-    @property
-    def value_start(self) -> str:
-        """Where the value model comes from."""
-        return self.value_model_path or self.reward_model_path
-
-    @property
-    def shares_reward_trunk(self) -> bool:
-        """The value model is an adapter on the reward model's weights."""
-        return self.value_use_peft and self.value_start == self.reward_model_path
 
     @property
     def weighs_tokens(self) -> bool:
@@ -369,6 +397,27 @@ def between(key: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{key}: {value} is outside [{low}, {high}]")
 
 
+def term_name(term: RewardTerm) -> str:
+    """What a term of the reward is called in the metrics."""
+    if term.name or isinstance(term, EnsembleTerm):
+        return term.name or "ensemble"
+    return term.model.rstrip("/").rsplit("/", 1)[-1] if isinstance(term, ModelTerm) else term.function.split(":")[-1]
+
+
+def check_term(place: str, term: RewardTerm, taken: list[str]) -> None:
+    """Stops at a term that cannot be meant; `taken` are the names of the terms before it."""
+    if isinstance(term, EnsembleTerm):
+        choose(f"{place}.combine", term.combine, ("mean", "min", "mean_minus_std"))
+        between(f"{place}.coef", term.coef, 0, 1000)
+        if len(term.models) < 2:
+            raise UserError(f"{place}.models: {len(term.models)} is no ensemble; give two or more, or model: PATH")
+    name = term_name(term)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{place}.name: {name!r} cannot stand in a metric; write a name of letters, digits, - and _")
+    if name in taken:
+        raise UserError(f"{place}.name: {name!r} is the name of reward[{taken.index(name)}] too; give this one another")
+
+
 def exact_div(a: int, b: int, what: str) -> int:
     """a / b when it is whole; batch algebra never rounds."""
     if b <= 0 or a % b:
@@ -392,11 +441,7 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     names = [f.name for f in dataclasses.fields(cls)]
     for key, (_, place) in values.items():
         if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            raise UserError(
-                f"{place}: unknown key"
-                + (f"; did you mean {close[0]!r}?" if close else f"; {cls.__name__} in align/config.py lists the keys")
-            )
+            raise _unknown(key, place, cls)
     required = [
         f.name
         for f in dataclasses.fields(cls)
@@ -409,7 +454,17 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     return cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
 
 
+def _unknown(key: str, place: str, cls: type) -> UserError:
+    close = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(cls)], n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in align/config.py lists the keys"
+    return UserError(f"{place}: unknown key; {remedy}")
+
+
 def _fill(value: Any, run: str | None, place: str) -> Any:
+    if isinstance(value, list):
+        return [_fill(item, run, f"{place}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _fill(item, run, f"{place}.{key}") for key, item in value.items()}
     if not isinstance(value, str) or "{run}" not in value:
         return value
     if run is None:
@@ -450,7 +505,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, place: str) -> Any:
-    """A YAML scalar or a command-line string to the field's type."""
+    """A YAML value or a command-line string to the field's type."""
+    if hint == tuple[RewardTerm, ...]:
+        return _terms(value, place)
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list):
+            raise UserError(f"{place}: {value!r} is no list; write [PATH, PATH]")
+        return tuple(_convert(item, str, f"{place}[{i}]") for i, item in enumerate(value))
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value in ("null", "none", "None")):
         return None
@@ -467,6 +528,33 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{place}: {value!r} is not {'a ' + kind.__name__}")
+
+
+def _terms(value: Any, place: str) -> tuple[RewardTerm, ...]:
+    """The list `reward`; on the command line as text, in YAML or JSON."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"{place}: {value!r} is neither YAML nor JSON; write '[{{model: PATH}}]'") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise UserError(f"{place}: {value!r} is no list; write [{{model: PATH}}] or [{{function: module:name}}]")
+    return tuple(_term(item, f"{place}[{i}]") for i, item in enumerate(value))
+
+
+def _term(value: Any, place: str) -> RewardTerm:
+    kinds = [key for key in TERMS if key in value] if isinstance(value, dict) else []
+    if len(kinds) != 1:
+        raise UserError(f"{place}: {value!r} must have one of model, models and function; write {{model: PATH}}")
+    cls = TERMS[kinds[0]]
+    hints = typing.get_type_hints(cls)
+    for key in value:
+        if key not in hints:
+            name = key if isinstance(key, str) and key.isprintable() else repr(key)
+            raise _unknown(name, f"{place}.{name}", cls)
+    return cls(**{key: _convert(item, hints[key], f"{place}.{key}") for key, item in value.items()})
 
 
 def _as_int(value: Any) -> int:

@@ -20,6 +20,7 @@ from align.checkpoint import (
 )
 from align.config import PPOConfig
 from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts, refuse_eval_only
+from align.errors import UserError
 from align.generate import make_sampler
 from align.lora import (
     WithoutAdapter,
@@ -33,6 +34,7 @@ from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
     PackedModel,
+    ScalarModel,
     disable_dropout,
     load_packed_policy,
     load_scalar_model,
@@ -40,10 +42,11 @@ from align.models import (
 )
 from align.optimise import make_optimizer
 from align.quantise import quantise
-from align.rewards import FunctionReward, ModelReward, Reward, SumReward
+from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
 from align.runtime import Runtime, is_main_process
 from align.text import Codec
+from align.track import announce
 from align.update import Learner
 
 
@@ -56,16 +59,19 @@ class Inputs:
     documents: list[list[int]]  # pretraining text as tokens; empty for plain PPO
     parents: list[dict[str, Any]]
     reports: dict[str, DataReport]
+    value_start: ValueStart
 
 
 def load_inputs(config: PPOConfig) -> Inputs:
     """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
-    for role in ("reward_model_path", "value_model_path"):
-        if getattr(config, role):
-            parents.append(check_parent(getattr(config, role), role, ("rm",)))
-    require_same_tokenizer(parents)
+    if config.value_model_path:
+        parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
+        require_same_tokenizer(parents)
+    parents += check_reward_models(config.reward)
     codec = Codec.load(config.model_name_or_path)
+    start = value_start(config, codec)
+    announce(str(start))
     require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
     refuse_eval_only(prompts, report)
@@ -76,17 +82,17 @@ def load_inputs(config: PPOConfig) -> Inputs:
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
         documents = [ids[: config.ptx_max_length] for ids in codec.documents(texts)]
-    return Inputs(codec, queries, documents, parents, reports)
+    return Inputs(codec, queries, documents, parents, reports, start)
 
 
-def build_learner(config: PPOConfig, runtime: Runtime) -> Learner:
+def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
     # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
     policy_dtype, value_dtype = (
         runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
     )
     policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
-    value_model = load_scalar_model(config.value_start, config.attn_implementation, dtype=value_dtype)
+    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head, value_dtype)
     for model, peft in ((policy, config.use_peft), (value_model, config.value_use_peft)):
         if peft:
             add_adapter(model, config)
@@ -106,23 +112,24 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
     policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
+    start, loaded = value_start(config, codec), []
+
+    def only_scores(model: PackedModel) -> PackedModel:
+        loaded.append(model)
+        return frozen(model, config, runtime)
+
+    def load_scalar(path: str) -> ScalarModel | WithoutAdapter:
+        if config.value_use_peft and path == start.path:
+            return WithoutAdapter(value_model)
+        return only_scores(load_scalar_model(path, config.attn_implementation, dtype=dtype))
+
     if config.use_peft:
         ref_policy = WithoutAdapter(policy)
     else:
-        ref_policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype)
-        ref_policy = frozen(ref_policy, config, runtime)
-    parts: list[tuple[Reward, float]] = []
-    if config.reward_model_path:
-        if config.shares_reward_trunk:
-            reward_model = WithoutAdapter(value_model)
-        else:
-            reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation, dtype=dtype)
-            reward_model = frozen(reward_model, config, runtime)
-        sizes = config.per_device_rollout_batch_size, config.microbatch_tokens
-        parts.append((ModelReward(reward_model, codec.pad_id, *sizes), 1.0))
-    if config.reward_function:
-        parts.append((FunctionReward(config.reward_function, codec), config.reward_function_weight))
-    reward = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else SumReward(parts)
+        ref_policy = only_scores(load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype))
+    reward = build_reward(config, codec, load_scalar, runtime)
+    if config.frozen_quantization and not loaded:
+        raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
@@ -144,6 +151,15 @@ def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+
+def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:
+    """Says and returns why the run ends after `done` iterations: KL over the limit, where the reward means little."""
+    if config.kl_stop is None or kl <= config.kl_stop:
+        return None
+    reason = f"stopped after iteration {done}: KL {kl:.3g} nats an episode is over kl_stop {config.kl_stop:g}"
+    announce(f"{reason}; to go on, resume from checkpoint-{done} with a higher kl_stop")
+    return reason
 
 
 def save_state(
@@ -202,7 +218,8 @@ def save_policy(
     with atomic_contents(output) as folder:
         save_policy_folder(policy, folder, codec.pad_id)
         codec.save(folder)
-        save_value_folder(value_model, config.value_start, config, folder / "value_model", codec.pad_id)
+        base = inputs.value_start.path, inputs.value_start.fresh_head
+        save_value_folder(value_model, *base, config, folder / "value_model", codec.pad_id)
         if policy.adapted:
             metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
         write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

@@ -94,11 +94,13 @@ def save_policy_folder(policy: Policy, folder: Path, pad_id: int) -> None:
     load_policy(str(folder / "adapter")).save_pretrained(folder)
 
 
-def save_value_folder(model: ScalarModel, base: str, config: PPOConfig, folder: Path, pad_id: int) -> None:
-    """A sequence classifier; of LoRA merged like the policy, into `base`."""
+def save_value_folder(
+    model: ScalarModel, base: str, fresh_head: bool, config: PPOConfig, folder: Path, pad_id: int
+) -> None:
+    """A sequence classifier; of LoRA merged like the policy, into `base`, which has a head unless that was fresh."""
     if model.adapted:
         state = get_peft_model_state_dict(model.model, save_embedding_layers=False)
-        model = load_scalar_model(base)
+        model = load_scalar_model(base, fresh_head=fresh_head)
         add_adapter(model, config)
         set_peft_model_state_dict(model.model, {name: tensor.cpu() for name, tensor in state.items()})
     save_scalar_model(model, folder, pad_id)

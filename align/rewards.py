@@ -1,19 +1,39 @@
-"""Rewards: a model, a function by import path, or a weighted sum. Episodes in, one score each out."""
+"""Rewards: models and functions, and their weighted sum. Episodes in, one score each out.
+
+A reward model reads the sampled tokens where its tokenizer is the policy's, and text where it is not. What a function
+returns is checked, and asked for again where it failed. `align.reward_models` builds all this from a config.
+"""
 
 import importlib
 import math
-from collections.abc import Callable
+import queue
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.errors import UserError
 from align.lora import WithoutAdapter
 from align.models import ScalarModel
+from align.packing import token_batches
 from align.ranking import score_rows
 from align.text import Codec
-from align.types import Episode, Prompt, Rollout
+from align.types import Episode, Prompt, Rollout, Text
+
+RETRY_WAIT = 1.0  # seconds before a failed function is called again; doubles with each failure
 
 
 class Reward(Protocol):
+    """One model or one function."""
+
+    notes: dict[str, float]  # of the last call, for the log: failed tries, share of rows that were cut
+
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         """One score an episode, higher is better."""
 
@@ -25,6 +45,7 @@ class ModelReward:
         self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None
     ):
         self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
+        self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         rows = [[*e.query, *e.response] for e in episodes]
@@ -32,35 +53,218 @@ class ModelReward:
             return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
 
 
-class FunctionReward:
-    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers."""
+class TextReward:
+    """A reward model with a tokenizer, and so a prompt format, of its own: text crosses, its tokens are scored.
 
-    def __init__(self, path: str, codec: Codec):
-        self.path, self.codec, self.function = path, codec, import_function(path, "reward_function")
+    What it reads ends in `closing` where the episode ended, and in the response's last token where it did not. Rows
+    over `context` tokens lose their first ones; their share is noted as `cut`.
+    """
+
+    def __init__(
+        self, model: ScalarModel, codec: Codec, policy_codec: Codec, closing: list[int], context: int | None,
+        batch_size: int, max_tokens: int | None = None,
+    ):  # fmt: skip
+        self.model, self.codec, self.policy_codec = model, codec, policy_codec
+        self.closing, self.context, self.batch_size, self.max_tokens = closing, context, batch_size, max_tokens
+        self.notes: dict[str, float] = {}
+
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        rows = self.rows(prompts, episodes)
+        if self.context is not None:
+            self.notes = {"cut": sum(len(row) > self.context for row in rows) / len(rows)}
+            rows = [row[-self.context :] for row in rows]
+        with self.model.hold():
+            return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens)
+
+    def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
+        """Query and response in this model's own tokens."""
+        queries = self.codec.prompts([prompt.prompt for prompt in prompts])
+        responses = self.codec.responses([self.policy_codec.decode(episode.response) for episode in episodes])
+        return [
+            [*query, *response[:-1], *(self.closing if episode.finished else [])] or [self.codec.eos_id]
+            for query, response, episode in zip(queries, responses, episodes, strict=True)
+        ]
+
+
+class PairReward:
+    """A reward model that is no causal language model (DeBERTa, RoBERTa): its head reads prompt and response as a pair
+    of texts, and a response that did not end like one that did. Pairs over `context` tokens are cut on the left."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_codec: Codec, context: int | None,
+        batch_size: int, max_tokens: int | None = None,
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.policy_codec = model, tokenizer, policy_codec
+        self.context, self.batch_size, self.max_tokens = context, batch_size, max_tokens
+        self.tokenizer.truncation_side = "left"
+        self.notes: dict[str, float] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+        asked = [plain_text(prompt.prompt) for prompt in prompts]
+        answers = [self.policy_codec.decode(episode.response) for episode in episodes]
+        lengths = [len(ids) for ids in self.tokenizer(asked, answers)["input_ids"]]
+        if self.context is not None:
+            self.notes = {"cut": sum(length > self.context for length in lengths) / len(lengths)}
+        scores = [0.0] * len(episodes)
+        for rows in token_batches(lengths, self.batch_size, self.max_tokens):
+            batch = self.tokenizer(
+                [asked[i] for i in rows], [answers[i] for i in rows], padding=True, return_tensors="pt",
+                truncation=self.context is not None, max_length=self.context,
+            ).to(self.model.device)  # fmt: skip
+            for i, score in zip(rows, self.model(**batch).logits[:, 0].float().tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+
+def plain_text(prompt: Text) -> str:
+    """A prompt as a model without a chat format reads it: the messages' texts, parted by blank lines."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+class FunctionReward:
+    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers.
+
+    One that raises, returns the wrong number of scores, or takes over `timeout` seconds is called again, `retries`
+    times at most; each failure is told on stderr and noted. `key` names it in errors.
+    """
+
+    def __init__(self, path: str, codec: Codec, key: str = "reward", timeout: float | None = None, retries: int = 0):
+        self.path, self.codec, self.function = path, codec, import_function(path, key)
+        self.key, self.timeout, self.retries = key, timeout, retries
+        self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         completions = [self.codec.decode(episode.response) for episode in episodes]
         names = {name for prompt in prompts for name in prompt.columns}
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+        arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+        arguments |= {"prompts": [prompt.prompt for prompt in prompts], "completions": completions}
+        failures = 0
+        while True:
+            self.notes = {"failures": float(failures)}
+            try:
+                return numbers(within(self.timeout, lambda: self.function(**arguments)), len(episodes))
+            except Exception as error:  # a user's code may raise anything; it ends the run with one line
+                failures += 1
+                self.give_up_or_wait(error, failures)
+
+    def give_up_or_wait(self, error: Exception, failures: int) -> None:
+        what = f"{self.key}: {self.path} {fault(error)}"
+        if failures > self.retries:
+            tries = f", the last of {failures} tries" if failures > 1 else ""
+            raise UserError(f"{what}{tries}; mend the function") from error
+        print(f"warning: {what}; failure {failures}, called again", file=sys.stderr)
+        time.sleep(RETRY_WAIT * 2 ** (failures - 1))
+
+
+class Fault(Exception):
+    """What a reward function did wrong without raising."""
+
+
+def fault(error: Exception) -> str:
+    if isinstance(error, Fault):
+        return str(error)
+    first = str(error).strip().splitlines()
+    return f"raised {type(error).__name__}: {first[0] if first else ''}"
+
+
+def numbers(returned: Any, count: int) -> list[float]:
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):
+        raise Fault(f"returned {type(returned).__name__} that is no list of numbers") from None
+    if len(scores) != count:
+        raise Fault(f"returned {len(scores)} scores for {count} episodes")
+    return scores
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises; Fault if that takes over `seconds`.
+
+    Python cannot kill a thread. A call that hangs is left behind in a daemon thread: it keeps its memory and whatever
+    it holds or computes until the process ends, which it does not hold up. One that hangs in C code without releasing
+    the interpreter's lock stops this process too, and no timeout can see it; put such code into a process of its own.
+    """
+    if seconds is None:
+        return call()
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
         try:
-            scores = self.function(prompts=[prompt.prompt for prompt in prompts], completions=completions, **columns)
-        except Exception as error:  # a user's code may raise anything; it ends the run with one line
-            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise UserError(f"reward_function: {self.path} raised {what}; mend the function") from error
-        if len(scores) != len(episodes):
-            raise UserError(f"reward_function: {self.path} returned {len(scores)} scores for {len(episodes)} episodes")
-        return [float(score) for score in scores]
+            with torch.no_grad():  # a thread starts without the caller's
+                outcome.put((call(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="reward function").start()
+    try:
+        returned, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise Fault(f"returned nothing within {seconds:g} s (reward_timeout)") from None
+    if error is not None:
+        raise error
+    return returned
 
 
-class SumReward:
-    """A weighted sum of rewards."""
+@dataclass(frozen=True)
+class Term:
+    """A term of the reward: one model or function, or an ensemble of models."""
 
-    def __init__(self, parts: list[tuple[Reward, float]]):
-        self.parts = parts
+    name: str
+    weight: float
+    members: Sequence[Reward]
+    combine: str = "mean"
+    coef: float = 1.0
 
-    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        weighted = [[weight * s for s in reward(prompts, episodes)] for reward, weight in self.parts]
-        return [sum(scores) for scores in zip(*weighted, strict=True)]
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says of N episodes. `total` is trained on; `parts` are logged, each as objective/<key>:
+    scores/<term> is a term's score before its weight, deviation/<term> that of an ensemble, the rest are notes."""
+
+    total: list[float]  # N
+    parts: dict[str, list[float]]  # N each
+
+
+class RewardSum:
+    """A weighted sum of terms."""
+
+    def __init__(self, terms: Sequence[Term]):
+        self.terms = terms
+
+    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> Scores:
+        total, parts = [0.0] * len(episodes), {}
+        for term in self.terms:
+            each = [require_finite(member(prompts, episodes), prompts, term.name) for member in term.members]
+            scores = combine(each, term.combine, term.coef)
+            total = [t + term.weight * s for t, s in zip(total, scores, strict=True)]
+            parts[f"scores/{term.name}"] = scores
+            if len(each) > 1:
+                parts[f"deviation/{term.name}"] = deviations(each)
+            notes = [getattr(member, "notes", {}) for member in term.members]
+            for note in sorted({key for noted in notes for key in noted}):
+                mean = sum(noted.get(note, 0.0) for noted in notes) / len(notes)
+                parts[f"{note}/{term.name}"] = [mean] * len(episodes)
+        return Scores(total, parts)
+
+
+def combine(members: list[list[float]], how: str, coef: float) -> list[float]:
+    """M models' scores of N episodes as N scores: their mean, their least, or mean - coef x deviation.
+
+    The last two are Coste et al. 2023's worst-case and uncertainty-weighted ensembles, which use the variance where
+    this takes its root, as scores do not have its unit.
+    """
+    if how == "min":
+        return [min(scores) for scores in zip(*members, strict=True)]
+    means = [sum(scores) / len(members) for scores in zip(*members, strict=True)]
+    if how == "mean":
+        return means
+    return [mean - coef * deviation for mean, deviation in zip(means, deviations(members), strict=True)]
+
+
+def deviations(members: list[list[float]]) -> list[float]:
+    """Standard deviation over the M models of each of N episodes, divided by M; 0 for one model."""
+    return [statistics.pstdev(scores) for scores in zip(*members, strict=True)]
 
 
 class GoldJudge:
@@ -82,12 +286,12 @@ class GoldJudge:
         return {"eval/gold": total / len(prompts)}
 
 
-def require_finite(scores: list[float], prompts: list[Prompt]) -> list[float]:
+def require_finite(scores: list[float], prompts: list[Prompt], term: str) -> list[float]:
     """The scores, or an error that names the first prompt whose score is NaN or infinite."""
     for number, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
         if not math.isfinite(score):
             name = prompt.columns.get("id", f"number {number} of the batch")
-            raise UserError(f"reward: returned {score} for prompt {name!r}; a reward must be a finite number, mend it")
+            raise UserError(f"reward: {term} gave {score} for prompt {name!r}; give finite numbers")
     return scores
 
 

@@ -1,7 +1,7 @@
 """Prompts -> Rollout: sample, score, and shape the rewards of one PPO iteration (paper section 3.5)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from align.maths.returns import gae, token_rewards
 from align.models import response_logprobs, response_values
 from align.packing import token_batches
 from align.postmortem import kept_for_inspection
-from align.rewards import Reward, require_finite
+from align.rewards import RewardSum
 from align.runtime import Runtime
 from align.track import announce
 from align.types import Episode, Prompt, Rollout, pad_rows
@@ -38,7 +38,7 @@ class Actors:
     policy: nn.Module
     ref_policy: nn.Module
     value_model: nn.Module
-    reward: Reward
+    reward: RewardSum
     sampler: Sampler
     pad_id: int
 
@@ -64,15 +64,16 @@ def collect_rollout(
         kept_for_inspection(config.output_dir, tensors, about, everywhere=True),
         runtime.timed("reward"), torch.no_grad(), runtime.autocast(),
     ):  # fmt: skip
-        raw = require_finite(actors.reward(prompts, episodes), prompts)
-    raw_scores = torch.tensor(raw, device=runtime.device)
+        scored = actors.reward(prompts, episodes)
+    columns = torch.tensor([scored.total, *scored.parts.values()], device=runtime.device).T  # (B, 1 + parts)
 
     # 4. Exchange: from here on every process holds all episodes, in global order.
     tensors = {name: runtime.gather_rows(value, actors.pad_id) for name, value in tensors.items()}
-    raw_scores = runtime.gather_rows(raw_scores)
+    raw_scores, *parts = runtime.gather_rows(columns.contiguous()).unbind(1)
 
     # 5. Shape: missing-EOS rule, KL penalty a token, score on the last token; then GAE and whitening.
-    return shape_rewards(tensors, raw_scores, config, kl_coef)
+    rollout = shape_rewards(tensors, raw_scores, config, kl_coef)
+    return replace(rollout, part_scores=dict(zip(scored.parts, parts, strict=True)))
 
 
 def score_episodes(episodes: list[Episode], actors: Actors, config: PPOConfig, runtime: Runtime) -> dict[str, Tensor]:
@@ -165,9 +166,11 @@ def apply_eos_rule(scores: Tensor, finished: Tensor, penalty: float | None, mode
 
 @torch.no_grad()
 def check_step_zero(
-    rollout: Rollout, actors: Actors, config: PPOConfig, runtime: Runtime, eos_id: int, value_is_reward: bool
-) -> dict[str, float]:
+    rollout: Rollout, actors: Actors, config: PPOConfig, runtime: Runtime, eos_id: int, value_term: str | None
+) -> dict[str, float | None]:
     """Before the first update: ratio 1, KL 0 to the reference, value = score at the last token, score read at EOS.
+
+    `value_term` is the term of the reward that the value model starts as; None: there is no score to compare with.
 
     Stops the run with what is off and why it may be. Looks at the first microbatch, through the training forward.
     """
@@ -178,8 +181,9 @@ def check_step_zero(
         values = response_values(actors.value_model, head.input_ids, rows[1] + rows[2], torch.ones_like(rows[2]))[:, 0]
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
-    numbers = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
-    numbers["value_minus_score"] = float((values - head.raw_scores).abs().max()) if value_is_reward else 0.0
+    numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
+    score = head.part_scores[f"scores/{value_term}"] if value_term else None
+    numbers["value_minus_score"] = None if score is None else float((values - score).abs().max())
     warn_of_engine(rollout, config, runtime.half)
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
     if bool((at_last[rollout.finished] != eos_id).any()):
@@ -196,7 +200,7 @@ def check_step_zero(
     for name, value, limit, cause in checks:
         if config.frozen_quantization and cause != CAUSES["ratio_max_deviation"]:
             limit = EIGHT_BIT_LIMIT
-        if not value <= limit:
+        if value is not None and not value <= limit:
             raise UserError(f"step-zero check: {name} is {value:.4g}, over {limit:g}: {cause}")
     return numbers
 

@@ -9,8 +9,8 @@ from align.config import SFTConfig
 from align.data import load_demonstrations
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
-from align.models import load_packed_policy, load_scalar_model
-from align.rewards import ModelReward
+from align.models import ScalarModel, load_packed_policy, load_scalar_model
+from align.reward_models import load_reward
 from align.text import Codec
 from align.types import Prompt
 
@@ -54,6 +54,10 @@ def mean_reward(checkpoint: str, config: SFTConfig, codec: Codec) -> float:
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, batch_size=128)
     uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, 0)
     episodes = sampler(queries, uniforms, config.temperature)
-    reward = ModelReward(load_scalar_model(config.reward_model_path, config.attn_implementation), codec.pad_id, 128)
+
+    def load_scalar(path: str) -> ScalarModel:
+        return load_scalar_model(path, config.attn_implementation).eval()
+
+    reward = load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, batch_size=128)
     scores = reward([Prompt(prompt) for prompt in prompts], episodes)
     return sum(scores) / len(scores)

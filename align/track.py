@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
+from align.maths.repetition import repeated_ngrams
 from align.runtime import is_main_process
 from align.text import Codec
 from align.types import Rollout, UpdateStats
@@ -59,30 +61,37 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
     residual = masked_var(rollout.returns - rollout.values, mask)
     non_score = -kl_coef * kl
-    return {
-        "objective/scores": float(rollout.scores.mean()),
-        "objective/raw_scores": float(rollout.raw_scores.mean()),
-        "objective/kl": float(kl.mean()),
-        "objective/non_score_reward": float(non_score.mean()),
-        "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
-        "objective/entropy": stats.mean("entropy"),
-        "objective/response_tokens": float(rollout.response_lengths.float().mean()),
-        "objective/finished": float(rollout.finished.float().mean()),
-        "policy/approxkl_avg": stats.mean("approxkl"),
-        "policy/clipfrac_avg": stats.mean("policy_clipped"),
-        "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
-        "loss/policy_avg": stats.mean("policy_loss"),
-        "loss/value_avg": stats.mean("value_loss"),
-        "loss/ptx": stats.mean("ptx_loss", "ptx_tokens") if stats.sums["ptx_tokens"] else 0.0,
-        "val/clipfrac_avg": stats.mean("value_clipped"),
-        "val/ratio": stats.mean("ratio"),
-        "val/max_ratio_deviation": stats.sums["max_ratio_deviation"],
-        "val/explained_variance": float(1 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)),
-        "val/num_eos_tokens": float(rollout.finished.sum()),
-        "val/grad_norm": stats.mean("value_grad_norm", "steps"),
-        "kl_coef": kl_coef,
-        "lr": lr,
-    } | sampling_metrics(rollout, stats)
+    responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
+    repeated = repeated_ngrams(responses, rollout.response_lengths)
+    return (
+        {
+            "objective/scores": float(rollout.scores.mean()),
+            "objective/raw_scores": float(rollout.raw_scores.mean()),
+            "objective/kl": float(kl.mean()),
+            "objective/non_score_reward": float(non_score.mean()),
+            "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
+            "objective/entropy": stats.mean("entropy"),
+            "objective/response_tokens": float(rollout.response_lengths.float().mean()),
+            "objective/finished": float(rollout.finished.float().mean()),
+            "objective/repetition": float(repeated.mean()),
+            "policy/approxkl_avg": stats.mean("approxkl"),
+            "policy/clipfrac_avg": stats.mean("policy_clipped"),
+            "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
+            "loss/policy_avg": stats.mean("policy_loss"),
+            "loss/value_avg": stats.mean("value_loss"),
+            "loss/ptx": stats.mean("ptx_loss", "ptx_tokens") if stats.sums["ptx_tokens"] else 0.0,
+            "val/clipfrac_avg": stats.mean("value_clipped"),
+            "val/ratio": stats.mean("ratio"),
+            "val/max_ratio_deviation": stats.sums["max_ratio_deviation"],
+            "val/explained_variance": float(1 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)),
+            "val/num_eos_tokens": float(rollout.finished.sum()),
+            "val/grad_norm": stats.mean("value_grad_norm", "steps"),
+            "kl_coef": kl_coef,
+            "lr": lr,
+        }
+        | sampling_metrics(rollout, stats)
+        | part_metrics(rollout)
+    )
 
 
 def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
@@ -103,6 +112,16 @@ def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
         "sampling/importance_sampling_ratio/mean": float(weights.mean()),
         "sampling/importance_sampling_ratio/max": float(weights.max()),
         "sampling/masked_tokens": float((weights == 0).sum()),
+    }
+
+
+def part_metrics(rollout: Rollout) -> dict[str, float]:
+    """Each part of the reward: its mean over episodes, and of a term's scores their spread over episodes too."""
+    row = {f"objective/{name}": float(scores.mean()) for name, scores in rollout.part_scores.items()}
+    spread = {name: scores for name, scores in rollout.part_scores.items() if name.startswith("scores/")}
+    return row | {
+        f"objective/scores_std/{name.removeprefix('scores/')}": float(scores.std(correction=0))
+        for name, scores in spread.items()
     }
 
 

@@ -71,18 +71,23 @@ class Rollout:
     returns: Tensor  # (B, R)
     sampler_logprobs: Tensor | None = None  # (B, R) as the sampler's engine computed them; None where it gives none
     importance_weights: Tensor | None = None  # (B, R) of the policy loss; None: all 1
+    part_scores: Mapping[str, Tensor] = field(default_factory=dict)  # (B,) each: the reward's parts, for the log
 
     def index(self, rows: Tensor) -> "Rollout":
         """The same rollout with only `rows`, cut to their longest query + response."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        cut = {name: value[rows] for name, value in given.items()}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "part_scores"}
+        cut = {name: value[rows] for name, value in given.items() if value is not None}
         width = int((cut["query_lengths"] + cut["response_lengths"]).max())
         longest = int(cut["response_lengths"].max())
         cut["input_ids"] = cut["input_ids"][:, :width]
         for name, value in cut.items():
             if name != "input_ids" and value.dim() == 2:
                 cut[name] = value[:, :longest]
-        return Rollout(**cut)
+        return Rollout(**cut, part_scores={name: scores[rows] for name, scores in self.part_scores.items()})
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All fields by name, the parts of the reward under theirs."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "part_scores"} | dict(self.part_scores)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -83,7 +83,7 @@ def update(
             documents = next_documents(algebra.ptx)
             minibatch = rollout.index(rows.to(runtime.device))
             about = {"iteration": iteration, "epoch": epoch, "rows": rows, "documents": documents, "config": config}
-            with kept_for_inspection(config.output_dir, vars(minibatch), about):
+            with kept_for_inspection(config.output_dir, minibatch.tensors(), about):
                 parts.append(optimiser_step(minibatch, documents, learner, config, runtime))
     return UpdateStats({**UpdateStats.total(parts).sums, **sampling_mismatch(rollout, parts[0], config)})
 

@@ -21,9 +21,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.learn import build_actors, build_learner
 from align.models import load_scalar_model, save_scalar_model
+from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime
 from align.types import Prompt
@@ -72,15 +73,17 @@ def measure(policy: str, reward: str, *settings: str) -> dict[str, int]:
     """Bytes of weights (all four models), of the larger model's gradients, of optimisers, average, and the peak."""
     changes = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
     values = {
-        "model_name_or_path": policy, "reward_model_path": reward, "output_dir": "none", "ptx_coef": 0.0, "bf16": True,
+        "model_name_or_path": policy, "reward": (ModelTerm(reward),), "output_dir": "none", "ptx_coef": 0.0,
+        "bf16": True,
         "total_episodes": EPISODES, "rollout_batch_size": EPISODES, "num_mini_batches": 1, "max_new_tokens": RESPONSE,
         "per_device_train_batch_size": EPISODES, "per_device_rollout_batch_size": EPISODES,
     }  # fmt: skip
     config = PPOConfig(**(values | changes))
     runtime = Runtime(config.seed, config.bf16)
     before = psutil.Process().memory_info().rss
-    learner = build_learner(config, runtime)
-    actors = build_actors(config, SimpleNamespace(eos_id=EOS, pad_id=PAD), learner, runtime)
+    codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    actors = build_actors(config, codec, learner, runtime)
     gradients = []
     for model, optimizer in (
         (learner.policy, learner.policy_optimizer),
@@ -90,7 +93,7 @@ def measure(policy: str, reward: str, *settings: str) -> dict[str, int]:
     tokens = torch.randint(2, VOCABULARY, (EPISODES, QUERY), generator=torch.Generator().manual_seed(0)).tolist()
     rollout = collect_rollout([Query(Prompt(""), tuple(ids)) for ids in tokens], actors, config, runtime, 0.1, 0)
     update(rollout, learner, lambda count: [], config, runtime, 0)
-    models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.model
+    models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.terms[0].members[0].model
     return {
         "weights": size([t for model in models for t in (*model.parameters(), *model.buffers())]),
         "gradients": max(gradients),

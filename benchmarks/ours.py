@@ -15,11 +15,12 @@ import yaml
 from transformers import TrainingArguments
 
 from align.checkpoint import write_jsonl
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
 from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
 from align.ranking import RankingCollator, encode_rankings
+from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.text import Codec
@@ -58,7 +59,7 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
     count, batch = spec["episodes"], spec["batch"]
     queries = [Query(Prompt(""), tuple(ids)) for ids in workloads.queries(data, codec.tokenizer, spec)]
     settings = {
-        "model_name_or_path": str(model), "reward_model_path": reward_folder(model, codec), "train_file": "none",
+        "model_name_or_path": str(model), "reward": (ModelTerm(reward_folder(model, codec)),), "train_file": "none",
         "output_dir": output, "total_episodes": count, "rollout_batch_size": batch,
         "num_mini_batches": spec["minibatches"], "per_device_train_batch_size": batch // spec["minibatches"],
         "per_device_rollout_batch_size": batch, "microbatch_tokens": 1024, "max_new_tokens": spec["new_tokens"],
@@ -66,7 +67,7 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
-    learner = build_learner(config, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
     start, drawn, episodes = time.perf_counter(), 0, 0
     for iteration in range(count // batch):

@@ -16,13 +16,13 @@ from align.checkpoint import check_parent, read_manifest, start_output, write_js
 from align.config import EvaluateConfig, parse
 from align.data import load_demonstrations, load_prompts, load_rankings, load_texts
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, perplexity
+from align.evaluate.policies import Setting, answer, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.win_rate import agreement, plain
-from align.models import load_packed_policy, load_scalar_model
-from align.ranking import score_rankings
-from align.rewards import import_function
+from align.models import ScalarModel, load_packed_policy, load_scalar_model
+from align.reward_models import load_reward
+from align.rewards import Reward, import_function
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
@@ -50,10 +50,10 @@ def main(argv: list[str]) -> None:
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
-    reward_model = load_scalar_model(config.reward_model_path, config.attn_implementation).to(runtime.device)
+    reward = load_reward_model(config, codec, runtime)
     judge = import_function(config.judge, "judge")
     sizes = (config.max_new_tokens, config.per_device_batch_size)
-    setting = Setting(codec, prompts, policies["sft"], reward_model, judge, *sizes, config.seed)
+    setting = Setting(codec, prompts, policies["sft"], reward, judge, *sizes, config.seed)
 
     # 2. Every policy answers every prompt, sampled and greedy.
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}
@@ -92,6 +92,14 @@ def load(path: str, config: EvaluateConfig, runtime: Runtime):
     return load_packed_policy(path, config.attn_implementation).to(runtime.device).eval()
 
 
+def load_reward_model(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
+    def load_scalar(path: str) -> ScalarModel:
+        return load_scalar_model(path, config.attn_implementation).to(runtime.device)
+
+    size, device = config.per_device_batch_size, runtime.device
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
+
+
 def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
     rows = [(name, policy, []) for name, policy in policies.items()]
     if config.few_shot_file and "base" in policies:
@@ -101,7 +109,7 @@ def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
 
 
 def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
-    scored = score_rankings(setting.reward_model, rankings, setting.codec, setting.batch_size)
+    pairs = scored(rankings, setting)
     gold = [
         [
             setting.judge({"prompt": r.prompt, **r.columns}, text, done).likert
@@ -110,7 +118,7 @@ def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranki
         for r in rankings
     ]
     manifest = read_manifest(config.reward_model_path)
-    report = ranking_accuracy(scored, config.seed) | {"gold_accuracy": gold_accuracy(scored, gold, config.seed)}
+    report = ranking_accuracy(pairs, config.seed) | {"gold_accuracy": gold_accuracy(pairs, gold, config.seed)}
     report["demonstration_mean"] = manifest.metrics["demonstration_mean"] if manifest else None
     agreed = agreement(rankings, config.seed)
     return {"rm": report, "labelers": {"agreement": agreed.interval if agreed else None}}

@@ -17,13 +17,14 @@ import sys
 
 from tqdm import trange
 
-from align.checkpoint import latest_checkpoint, start_output
+from align.checkpoint import latest_checkpoint, plain, start_output
 from align.config import PPOConfig, parse
 from align.data import Cursor
 from align.evaluate.report import plot_overoptimisation
 from align.learn import (
     build_actors,
     build_learner,
+    kl_stop_reason,
     load_inputs,
     load_state,
     save_policy,
@@ -54,30 +55,28 @@ def main(argv: list[str]) -> None:
     checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
-    learner = build_learner(config, runtime)
+    learner = build_learner(config, inputs.value_start, runtime)
     actors = build_actors(config, codec, learner, runtime)
-    prompt_cursor = Cursor(len(inputs.queries), config.seed)
-    document_cursor = Cursor(max(len(inputs.documents), 1), config.seed + 1)
-    first, kl_coef, step_zero, row = 0, config.kl_coef, {}, {}
+    prompts = Cursor(len(inputs.queries), config.seed)
+    documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
+    first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
-        first, kl_coef, step_zero = load_state(checkpoint, learner, prompt_cursor, document_cursor, runtime)
+        first, kl_coef, step_zero = load_state(checkpoint, learner, prompts, documents, runtime)
     metrics = Metrics(output, first if checkpoint else None)
     transcripts = Transcripts(output, first if checkpoint else None)
-    runtime.start_tracker("align", vars(config), output.name, str(output))
+    runtime.start_tracker("align", plain(config), output.name, str(output))
+    judge = GoldJudge(config.judge, codec)
 
     def next_documents(count: int) -> list[list[int]]:
-        return [inputs.documents[i] for i in document_cursor.take(count)]
-
-    judge = GoldJudge(config.judge, codec)
+        return [inputs.documents[i] for i in documents.take(count)]
 
     # 4. Iterate: rollout, update, log.
     for iteration in trange(first, algebra.iterations, desc="ppo", disable=not runtime.is_main):
         set_learning_rates(learner, config, iteration, algebra.iterations)
-        queries = [inputs.queries[i] for i in prompt_cursor.take(algebra.rollout)]
+        queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
         rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
         if iteration == 0:
-            value_is_reward = not config.value_model_path and not config.reward_function
-            step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, value_is_reward)
+            step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
         stats = update(rollout, learner, next_documents, config, runtime, iteration)
         row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
         if config.kl_target is not None:
@@ -88,13 +87,14 @@ def main(argv: list[str]) -> None:
         runtime.track(row, done)
         if config.transcript_iterations and iteration % config.transcript_iterations == 0:
             transcripts.write(iteration, rollout, codec)
-        if config.save_iterations and done % config.save_iterations == 0:
-            save_state(
-                output, done, learner, prompt_cursor, document_cursor, kl_coef, step_zero, config, codec, runtime
-            )
+        stopped = kl_stop_reason(row["objective/kl"], config, done)
+        if stopped or (config.save_iterations and done % config.save_iterations == 0):
+            save_state(output, done, learner, prompts, documents, kl_coef, step_zero, config, codec, runtime)
+        if stopped:
+            break
 
     # 5. Save the averaged policy, the manifest last.
-    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, **row}, runtime)
+    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, "stopped": stopped, **row}, runtime)
     runtime.end()
     if config.judge and runtime.is_main:
         plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")

@@ -30,6 +30,7 @@ from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.optimise import trainer_optim, trainer_optimizers
+from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
 from align.text import Codec
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     train, validation, reports = load_rows(config, codec)
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
+        reward_config(config.reward_model_path, "reward_model_path")
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
     set_seed(config.seed)

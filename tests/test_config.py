@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from align import config as configs
 from align.config import (
     BaseConfig,
+    EnsembleTerm,
     EvaluateConfig,
     EvaluateRMConfig,
+    FunctionTerm,
+    ModelTerm,
     PPOConfig,
     RMConfig,
     SFTConfig,
     StageConfig,
     exact_div,
     parse,
+    term_name,
 )
 from align.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PPO = ["--output_dir", "out", "--reward_model_path", "rm", "--ptx_coef", "0"]
+PPO = ["--output_dir", "out", "--reward", "[{model: rm}]", "--ptx_coef", "0"]
 
 # A new knob must delete or justify one: change the list together with docs and presets.
 FIELDS = {
@@ -57,14 +61,14 @@ FIELDS = {
         adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
-        model_name_or_path reward_model_path reward_function reward_function_weight value_model_path
+        model_name_or_path reward reward_timeout reward_retries value_model_path
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
         max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
-        kl_coef kl_estimator kl_target kl_horizon gamma lam cliprange cliprange_value
+        kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations save_total_limit transcript_iterations judge
     """,
@@ -161,15 +165,6 @@ def test_defaults_are_the_papers():
     assert (rm.num_train_epochs, rm.learning_rate, rm.per_device_train_batch_size) == (1.0, 9e-6, 64)
 
 
-def test_int8_needs_a_model_that_only_scores():
-    """The reference has its own weights without LoRA; the reward has, unless the value model lies on them."""
-    int8 = ("--frozen_quantization", "int8")
-    assert ppo(*int8, "--use_peft", "true").frozen_quantization == "int8"
-    assert ppo(*int8, "--value_use_peft", "true").shares_reward_trunk
-    apart = ppo(*int8, "--use_peft", "true", "--value_use_peft", "true", "--value_model_path", "other")
-    assert not apart.shares_reward_trunk and apart.value_start == "other"
-
-
 # Types
 
 
@@ -238,6 +233,73 @@ def test_run_fills_in_paths(tmp_path):
     assert "ppo.yaml: train_file" in message and "--run" in message
 
 
+# The list `reward`
+
+TERMS = (
+    ModelTerm("runs/x/rm"),
+    EnsembleTerm(("a", "b/c"), "mean_minus_std", 0.5, 2.0, "crowd"),
+    FunctionTerm("mine:short", weight=0.5),
+)
+
+
+def test_reward_in_a_file(tmp_path):
+    text = """
+reward:
+  - model: "{run}/rm"
+  - {models: [a, b/c], combine: mean_minus_std, coef: 0.5, weight: 2, name: crowd}
+  - function: mine:short
+    weight: 5e-1
+"""
+    start = ["--output_dir", "o", "--ptx_coef", "0", "--config", yaml_file(tmp_path, text)]
+    config = parse(PPOConfig, [*start, "--run", "runs/x"])
+    assert config.reward == TERMS
+    assert [term_name(term) for term in TERMS] == ["rm", "crowd", "short"]
+    assert "ppo.yaml: reward[0].model: '{run}/rm' names a run" in fails(start=start)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{model: runs/x/rm}, {models: [a, b/c], combine: mean_minus_std, coef: .5, weight: 2, name: crowd}, "
+        "{function: mine:short, weight: 0.5}]",
+        '[{"model": "{run}/rm"}, {"models": ["a", "b/c"], "combine": "mean_minus_std", "coef": 0.5, "weight": 2.0, '
+        '"name": "crowd"}, {"function": "mine:short", "weight": 0.5}]',
+    ],
+    ids=["yaml", "json"],
+)
+def test_reward_on_the_command_line(text):
+    assert ppo("--reward", text, "--run", "runs/x").reward == TERMS
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("runs/tiny/rm", ["--reward", "'runs/tiny/rm' is no list", "{model: PATH}"]),
+        ("[", ["--reward", "neither YAML nor JSON"]),
+        ("[a]", ["--reward[0]: 'a' must have one of model, models and function"]),
+        ("[{weight: 1}]", ["--reward[0]", "must have one of"]),
+        ("[{model: a, function: b:c}]", ["--reward[0]", "must have one of"]),
+        ("[{model: a}, {function: b:c, weight: x}]", ["--reward[1].weight: 'x' is not a float"]),
+        ("[{model: a, weight: .nan}]", ["--reward[0].weight"]),
+        ("[{model: a, wieght: 1}]", ["--reward[0].wieght: unknown key; did you mean 'weight'?"]),
+        ("[{model: a, coef: 1}]", ["--reward[0].coef: unknown key", "ModelTerm"]),
+        ('[{model: a, "x\\ny": 1}]', ["--reward[0].'x\\ny': unknown key"]),
+        ("[{model: [a]}]", ["--reward[0].model", "not a str"]),
+        ("[{models: a}]", ["--reward[0].models: 'a' is no list"]),
+        ("[{models: [a, {b: c}]}]", ["--reward[0].models[1]", "not a str"]),
+        ("[{models: [a]}]", ["reward[0].models: 1 is no ensemble"]),
+        ("[{models: [a, b], combine: max}]", ["reward[0].combine: 'max'", "mean, min, mean_minus_std"]),
+        ("[{models: [a, b], coef: -1}]", ["reward[0].coef", "outside"]),
+        ("[{model: x/rm}, {model: y/rm/}]", ["reward[1].name: 'rm' is the name of reward[0] too"]),
+        ("[{model: a, name: b c}]", ["reward[0].name: 'b c' cannot stand in a metric"]),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_reward(text, parts):
+    message = fails("--reward", text)
+    assert all(part in message for part in parts), message
+
+
 # Mistakes: one line, the place, the remedy
 
 
@@ -279,16 +341,15 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),
-        (["--reward_model_path", "null"], ["reward_model_path", "reward_function"]),
-        (["--reward_model_path", "null", "--reward_function", "a:b"], ["value_model_path", "missing"]),
+        (["--reward", "null"], ["reward: missing", "{model: PATH}", "{function: package.module:name}"]),
+        (["--reward_timeout", "0"], ["reward_timeout", "more than 0"]),
+        (["--reward_retries", "-1"], ["reward_retries", "outside"]),
+        (["--kl_stop", "0"], ["kl_stop", "more than 0"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
+        (["--reward", "[]"], ["reward: missing"]),
         (["--optim", "adam"], ["optim", "'adam'", "adamw_torch_fused", "muon"]),
         (["--lora_r", "0"], ["lora_r", "outside"]),
         (["--frozen_quantization", "int4"], ["frozen_quantization", "'int4'", "int8"]),
-        (
-            ["--frozen_quantization", "int8", "--use_peft", "true", "--value_use_peft", "true"],
-            ["frozen_quantization", "no model is left", "null"],
-        ),
         (["--config", "no/such.yaml"], ["no/such.yaml", "give an existing file"]),
     ],
     ids=str,

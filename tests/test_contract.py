@@ -26,7 +26,7 @@ FLOORS = (
     {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
     {"generate", "ranking", "update", "readers"},
-    {"rewards"},
+    {"rewards", "reward_models"},
     {"rollout", "evaluate"},
     {"validate", "convert", "stats"},
 )

@@ -146,7 +146,7 @@ def check_metrics(a: Path, b: Path, keys: tuple[str, ...]) -> None:
 
 def ppo_flags(world: Path) -> dict:
     return {
-        "model_name_or_path": world / "policy", "reward_model_path": world / "reward",
+        "model_name_or_path": world / "policy", "reward": f"[{{model: {world / 'reward'}}}]",
         "train_file": world / "prompts.jsonl", "pretraining_file": world / "text.jsonl", "bf16": "false",
         "total_episodes": 32, "rollout_batch_size": 16, "num_mini_batches": 2, "per_device_train_batch_size": 3,
         "per_device_rollout_batch_size": 4, "max_prompt_length": 64, "max_new_tokens": 8, "ptx_coef": 0.5,

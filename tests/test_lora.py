@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from align.config import PPOConfig
+from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import GenerateSampler, TorchSampler, make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
@@ -27,6 +28,8 @@ from align.models import (
 )
 from align.optimise import MuonAdamW
 from align.packing import pack_rows
+from align.reward_models import value_start
+from align.rewards import RewardSum, Term
 from align.rollout import Actors, Query, check_step_zero, collect_rollout
 from align.runtime import Runtime
 from align.types import Prompt
@@ -61,7 +64,7 @@ def config_of(folder, **changes) -> PPOConfig:
         "per_device_train_batch_size": 4, "per_device_rollout_batch_size": 16, "use_peft": True, "lora_r": 4,
         "lora_alpha": 8, "learning_rate": 1e-2, "value_learning_rate": 1e-2,
     }  # fmt: skip
-    paths = {"model_name_or_path": str(folder / "policy"), "reward_model_path": str(folder / "reward")}
+    paths = {"model_name_or_path": str(folder / "policy"), "reward": (ModelTerm(str(folder / "reward")),)}
     return PPOConfig(output_dir="out", pretraining_file="t", **(paths | values | changes))
 
 
@@ -173,9 +176,9 @@ def test_two_trunks_serve_four_models(folder, runtime):
 
     def counted(**changes) -> tuple[int, Learner]:
         config = config_of(folder, **changes)
-        learner = build_learner(config, runtime)
+        learner = build_learner(config, value_start(config, CODEC), runtime)
         actors = build_actors(config, CODEC, learner, runtime)
-        models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.model
+        models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.terms[0].members[0].model
         return bytes_stored(*models), learner
 
     policy, reward = (bytes_stored(load(str(folder / name))) for load, name in (
@@ -211,10 +214,8 @@ def test_ppo_losses_and_gradients_are_those_of_a_dense_model(folder, runtime, at
         stats = optimiser_step(rollout, [[5, 9, 33, 2, 1], [40, 41, 1]], learner, config, runtime)
         return learner.policy_optimizer.grads, learner.value_optimizer.grads, stats
 
-    actors = Actors(
-        dense, copy.deepcopy(dense), dense_value, lambda prompts, episodes: [float(i % 3) for i in range(12)],
-        make_sampler(dense, EOS, PAD, 16), PAD,
-    )  # fmt: skip
+    reward = RewardSum([Term("reward", 1.0, [lambda prompts, episodes: [float(i % 3) for i in range(12)]])])
+    actors = Actors(dense, copy.deepcopy(dense), dense_value, reward, make_sampler(dense, EOS, PAD, 16), PAD)
     rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
     ours, theirs = stepped(policy, value_model, rollout), stepped(dense, dense_value, rollout)
     for name, value in theirs[2].sums.items():
@@ -303,14 +304,40 @@ def test_twenty_merges_leave_no_trace(folder):
 
 
 def test_optim_and_gradient_checkpointing_reach_both_models(folder, runtime):
-    learner = build_learner(config_of(folder, optim="muon", gradient_checkpointing=True), runtime)
+    config = config_of(folder, optim="muon", gradient_checkpointing=True)
+    start = value_start(config, CODEC)
+    learner = build_learner(config, start, runtime)
     for model, optimizer in (
         (learner.policy, learner.policy_optimizer),
         (learner.value_model, learner.value_optimizer),
     ):
         assert model.inner.is_activation_checkpointing and model.training
         assert isinstance(optimizer.optimizer, MuonAdamW)
-    assert not build_learner(config_of(folder), runtime).policy.inner.is_activation_checkpointing
+    assert not build_learner(config_of(folder), start, runtime).policy.inner.is_activation_checkpointing
+
+
+def test_int8_needs_a_model_that_only_scores(folder, runtime):
+    """The reference has its own weights without LoRA; the reward has, unless the value model lies on them."""
+    both = {"use_peft": True, "value_use_peft": True, "frozen_quantization": "int8"}
+    apart = str(folder / "other")
+    save_scalar_model(load_scalar_model(str(folder / "reward")), apart, PAD)
+    for changes, left in (({}, False), ({"value_use_peft": False}, True), ({"value_model_path": apart}, True)):
+        config = config_of(folder, **(both | changes))
+        learner = build_learner(config, value_start(config, CODEC), runtime)
+        with nullcontext() if left else pytest.raises(UserError, match="frozen_quantization: .*no model is left"):
+            build_actors(config, CODEC, learner, runtime)
+
+
+def test_a_value_adapter_on_the_policy_with_a_fresh_head(folder, runtime, tmp_path):
+    """Where a function alone is the reward: trained, saved, merged and read again."""
+    config = config_of(folder, value_use_peft=True, reward=(FunctionTerm("math:sqrt"),))
+    start = value_start(config, CODEC)
+    assert (start.path, start.fresh_head) == (str(folder / "policy"), True)
+    value_model = build_learner(config, start, runtime).value_model
+    shake(value_model)
+    save_value_folder(value_model, start.path, start.fresh_head, config, tmp_path / "out", PAD)
+    again = load_scalar_model(str(tmp_path / "out"))
+    assert float((scores_of(again) - scores_of(value_model)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("value_use_peft", [False, True])
@@ -318,12 +345,12 @@ def test_optim_and_gradient_checkpointing_reach_both_models(folder, runtime):
 def test_P2_P3_P4_step_zero_and_training_under_lora(folder, runtime, value_use_peft, checkpointing):
     """Ratio 1, KL 0 and value = score at the start; then adapters and head move, and no frozen weight does."""
     config = config_of(folder, value_use_peft=value_use_peft, gradient_checkpointing=checkpointing)
-    learner = build_learner(config, runtime)
+    learner = build_learner(config, value_start(config, CODEC), runtime)
     actors = build_actors(config, CODEC, learner, runtime)
     before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
     value_before = {name: p.detach().clone() for name, p in learner.value_model.named_parameters()}
     rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
-    numbers = check_step_zero(rollout, actors, config, runtime, EOS, value_is_reward=True)
+    numbers = check_step_zero(rollout, actors, config, runtime, EOS, value_term="reward")
     assert numbers["kl"] == 0 and max(numbers.values()) < 1e-5
     again = rollout
     for iteration in range(2):
@@ -338,7 +365,7 @@ def test_P2_P3_P4_step_zero_and_training_under_lora(folder, runtime, value_use_p
     fresh = load_packed_policy(str(folder / "policy"))
     reward = load_scalar_model(str(folder / "reward"))
     assert torch.equal(logprobs_of(actors.ref_policy), logprobs_of(fresh))
-    assert torch.equal(scores_of(actors.reward.model), scores_of(reward))
+    assert torch.equal(scores_of(actors.reward.terms[0].members[0].model), scores_of(reward))
 
 
 def test_P17_toy_bandit_with_adapters(tiny_llama, folder, runtime):
@@ -349,8 +376,9 @@ def test_P17_toy_bandit_with_adapters(tiny_llama, folder, runtime):
         folder, value_use_peft=True, rollout_batch_size=64, total_episodes=64, num_mini_batches=4,
         per_device_train_batch_size=64, missing_eos_penalty=None, lora_r=8, lora_alpha=32,
     )  # fmt: skip
-    learner = build_learner(config, runtime)
-    actors = dataclasses.replace(build_actors(config, CODEC, learner, runtime), reward=share_of_low_tokens)
+    learner = build_learner(config, value_start(config, CODEC), runtime)
+    reward = RewardSum([Term("low", 1.0, [share_of_low_tokens])])
+    actors = dataclasses.replace(build_actors(config, CODEC, learner, runtime), reward=reward)
     shares, kls = [], []
     for iteration in range(12):
         rollout = collect_rollout(make_queries(64), actors, config, runtime, 0.0, iteration)
@@ -385,7 +413,7 @@ def test_a_finished_value_model_is_merged(folder, tmp_path):
     add_adapter(value_model, config)
     shake(value_model)
     expected = scores_of(value_model)
-    save_value_folder(value_model, config.value_start, config, tmp_path / "out", PAD)
+    save_value_folder(value_model, str(folder / "reward"), False, config, tmp_path / "out", PAD)
     assert torch.equal(scores_of(value_model), expected), "saving changes nothing"
     again = scores_of(load_scalar_model(str(tmp_path / "out")))
     assert float((again - expected).abs().max()) < 1e-5

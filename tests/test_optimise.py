@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor
 
 import stages.rm
 import stages.sft
-from align.config import OPTIMIZERS, PPOConfig, RMConfig, SFTConfig
+from align.config import OPTIMIZERS, ModelTerm, PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
 from align.optimise import (
     Muon,
@@ -110,7 +110,7 @@ def test_optim_names_what_the_trainer_makes(config_class):
 
 
 def ppo_config(**changes) -> PPOConfig:
-    return PPOConfig("out", reward_model_path="r", ptx_coef=0.0, **changes)
+    return PPOConfig("out", reward=(ModelTerm("r"),), ptx_coef=0.0, **changes)
 
 
 def stepped(make) -> list[torch.Tensor]:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
 from align.learn import build_actors, build_learner
 from align.models import load_packed_policy, load_scalar_model, response_logprobs, save_scalar_model
 from align.quantise import Int8Linear, quantise
+from align.reward_models import value_start
 from align.rollout import Query, check_step_zero, collect_rollout
 from align.runtime import Runtime
 from align.types import Prompt
@@ -103,16 +104,17 @@ def test_stage_3_scores_with_rounded_models_and_trains_the_others(tmp_path):
     policy = saved(tmp_path)
     save_scalar_model(load_scalar_model(policy, fresh_head=True), tmp_path / "reward", 0)
     config = PPOConfig(
-        output_dir="out", model_name_or_path=policy, reward_model_path=str(tmp_path / "reward"), ptx_coef=0.0,
+        output_dir="out", model_name_or_path=policy, reward=(ModelTerm(str(tmp_path / "reward")),), ptx_coef=0.0,
         rollout_batch_size=8, total_episodes=8, num_mini_batches=1, max_new_tokens=6, frozen_quantization="int8",
     )  # fmt: skip
     runtime = Runtime(seed=0)
-    learner = build_learner(config, runtime)
-    actors = build_actors(config, SimpleNamespace(eos_id=1, pad_id=0), learner, runtime)
-    for model in (actors.ref_policy, actors.reward.model):
+    codec = SimpleNamespace(eos_id=1, pad_id=0)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    actors = build_actors(config, codec, learner, runtime)
+    for model in (actors.ref_policy, actors.reward.terms[0].members[0].model):
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14
     assert not any(isinstance(m, Int8Linear) for m in [*learner.policy.modules(), *learner.value_model.modules()])
     queries = [Query(Prompt("p"), (5 + i, 9, 3)) for i in range(8)]
     rollout = collect_rollout(queries, actors, config, runtime, 0.1, 0)
-    numbers = check_step_zero(rollout, actors, config, runtime, 1, value_is_reward=True)
+    numbers = check_step_zero(rollout, actors, config, runtime, 1, value_term="reward")
     assert 0 < numbers["kl"] < 0.2 and 0 < numbers["value_minus_score"] < 0.2

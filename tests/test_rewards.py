@@ -2,14 +2,16 @@
 
 import math
 import sys
+import threading
 import types
 
 import pytest
 import torch
 
+import align.rewards
 from align.errors import UserError
 from align.models import ScalarModel, load_scalar_model
-from align.rewards import FunctionReward, ModelReward, SumReward, import_function, require_finite
+from align.rewards import FunctionReward, ModelReward, RewardSum, Term, combine, deviations, import_function
 from align.types import Episode, Prompt
 
 EPISODES = [Episode((5, 6), (7, 1), True), Episode((9,), (10, 11, 12), False), Episode((30, 31, 32), (1,), True)]
@@ -71,23 +73,143 @@ def test_function_reward_has_trls_signature(functions, tiny_codec):
     assert seen["id"] == ["x", "y", None] and seen["extra"] == [None, 3, None]
 
 
-def test_function_reward_that_miscounts(functions, tiny_codec):
-    functions.reward = lambda prompts, completions, **columns: [1.0]
-    with pytest.raises(UserError, match="returned 1 scores for 3 episodes"):
-        FunctionReward("some_rewards:reward", tiny_codec)(PROMPTS, EPISODES)
+@pytest.fixture
+def naps(monkeypatch) -> list[float]:
+    """Seconds slept between tries, none of them really."""
+    slept: list[float] = []
+    monkeypatch.setattr(align.rewards.time, "sleep", slept.append)
+    return slept
 
 
-def test_sum_is_weighted():
-    parts = [(lambda prompts, episodes: [1.0, 2.0, 3.0], 0.5), (lambda prompts, episodes: [10.0, 0.0, -10.0], 2.0)]
-    assert SumReward(parts)(PROMPTS, EPISODES) == [20.5, 1.0, -18.5]
-    assert SumReward(parts[:1])(PROMPTS, EPISODES) == [0.5, 1.0, 1.5]
+def function_reward(codec, **limits) -> FunctionReward:
+    return FunctionReward("some_rewards:reward", codec, "reward[1].function", **limits)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0], "returned 1 scores for 3 episodes"),
+        (None, "returned NoneType that is no list of numbers"),
+        ([1.0, None, 2.0], "returned list that is no list of numbers"),
+        (["a", "b", "c"], "returned list that is no list of numbers"),
+    ],
+)
+def test_what_is_no_score_an_episode(functions, tiny_codec, returned, words):
+    functions.reward = lambda prompts, completions, **columns: returned
+    with pytest.raises(UserError, match=words) as error:
+        function_reward(tiny_codec)(PROMPTS, EPISODES)
+    assert str(error.value) == f"reward[1].function: some_rewards:reward {words}; mend the function"
+
+
+def test_a_function_that_fails_is_called_again(functions, tiny_codec, naps, capsys):
+    outcomes = [OSError("no route\nto host"), [1.0], [4, 5, 6], [7, 8, 9]]
+
+    def reward(prompts, completions, **columns):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    functions.reward = reward
+    scorer = function_reward(tiny_codec, retries=2)
+    assert scorer(PROMPTS, EPISODES) == [4.0, 5.0, 6.0] and scorer.notes == {"failures": 2.0}
+    assert naps == [1.0, 2.0]
+    lines = capsys.readouterr().err.splitlines()
+    name = "warning: reward[1].function: some_rewards:reward"
+    assert lines == [
+        f"{name} raised OSError: no route; failure 1, called again",
+        f"{name} returned 1 scores for 3 episodes; failure 2, called again",
+    ]
+    assert scorer(PROMPTS, EPISODES) == [7.0, 8.0, 9.0] and scorer.notes == {"failures": 0.0}
+
+
+def test_a_function_that_always_fails_is_named_after_the_limit(functions, tiny_codec, naps):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        return 1 / 0
+
+    functions.reward = reward
+    with pytest.raises(UserError) as error:
+        function_reward(tiny_codec, retries=2)(PROMPTS, EPISODES)
+    assert str(error.value) == (
+        "reward[1].function: some_rewards:reward raised ZeroDivisionError: division by zero, the last of 3 tries; "
+        "mend the function"
+    )
+    assert len(calls) == 3 and naps == [1.0, 2.0]
+
+
+def test_a_function_that_hangs_is_left_behind_and_called_again(functions, tiny_codec, naps, capsys):
+    released, calls = threading.Event(), []
+
+    def reward(prompts, completions, **columns):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) != 2:
+            released.wait(30)
+        return [1, 2, 3]
+
+    functions.reward = reward
+    try:
+        scorer = function_reward(tiny_codec, timeout=0.2, retries=1)
+        assert scorer(PROMPTS, EPISODES) == [1.0, 2.0, 3.0] and scorer.notes == {"failures": 1.0}
+        assert "returned nothing within 0.2 s (reward_timeout); failure 1" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"returned nothing within 0.2 s \(reward_timeout\), the last of 2 tries"):
+            scorer(PROMPTS, EPISODES)
+        assert calls == [False] * 4, "no call builds a graph"
+    finally:
+        released.set()
+
+
+def test_what_a_function_raises_in_its_thread_is_what_the_user_reads(functions, tiny_codec):
+    functions.reward = lambda prompts, completions, **columns: {}["missing"]
+    with pytest.raises(UserError, match="raised KeyError: 'missing'"):
+        function_reward(tiny_codec, timeout=30)(PROMPTS, EPISODES)
+
+
+def constant(*scores: float):
+    return lambda prompts, episodes: list(scores)
+
+
+def test_sum_is_weighted_and_its_terms_are_kept_apart():
+    terms = [Term("a", 0.5, [constant(1.0, 2.0, 3.0)]), Term("b", 2.0, [constant(10.0, 0.0, -10.0)])]
+    scored = RewardSum(terms)(PROMPTS, EPISODES)
+    assert scored.total == [20.5, 1.0, -18.5]
+    assert scored.parts == {"scores/a": [1.0, 2.0, 3.0], "scores/b": [10.0, 0.0, -10.0]}
+
+
+def test_ensembles_by_hand():
+    # Episode 1: 1, 3, 5, mean 3, variance (4 + 0 + 4) / 3. Episode 2: 0, 0, 6, mean 2, variance (4 + 4 + 16) / 3 = 8.
+    members = [[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]]
+    first, second = (8 / 3) ** 0.5, 8**0.5
+    assert deviations(members) == pytest.approx([first, second])
+    assert combine(members, "mean", 9.0) == [3.0, 2.0]
+    assert combine(members, "min", 9.0) == [1.0, 0.0]
+    assert combine(members, "mean_minus_std", 0.5) == pytest.approx([3 - first / 2, 2 - second / 2])
+    assert combine(members[:1], "mean_minus_std", 5.0) == [1.0, 0.0], "one model does not deviate"
+
+
+def test_an_ensemble_in_the_sum():
+    members = [constant(1.0, 0.0, 2.0), constant(3.0, 0.0, -2.0)]
+    scored = RewardSum([Term("e", 10.0, members, "min"), Term("f", 1.0, [constant(1.0, 1.0, 1.0)])])(PROMPTS, EPISODES)
+    assert scored.total == [11.0, 1.0, -19.0]
+    assert scored.parts["scores/e"] == [1.0, 0.0, -2.0] and scored.parts["deviation/e"] == [1.0, 0.0, 2.0]
+    assert "deviation/f" not in scored.parts
+
+
+def test_failed_tries_reach_the_log(functions, tiny_codec, naps):
+    outcomes = [[], [1, 2, 3]]
+    functions.reward = lambda prompts, completions, **columns: outcomes.pop(0)
+    terms = [Term("f", 1.0, [function_reward(tiny_codec, retries=1)])]
+    assert RewardSum(terms)(PROMPTS, EPISODES).parts["failures/f"] == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_names_its_prompt(bad):
-    assert require_finite([1.0, 2.0, 3.0], PROMPTS) == [1.0, 2.0, 3.0]
-    with pytest.raises(UserError, match=rf"reward: returned {bad} for prompt 'y'"):
-        require_finite([1.0, bad, bad], PROMPTS)
+def test_a_score_that_is_not_finite_names_its_term_and_prompt(bad):
+    good = constant(1.0, 2.0, 3.0)
+    terms = [Term("a", 1.0, [good]), Term("b", 0.0, [good, constant(1.0, bad, bad)], "min")]
+    with pytest.raises(UserError, match=rf"reward: b gave {bad} for prompt 'y'"):
+        RewardSum(terms)(PROMPTS, EPISODES)
 
 
 @pytest.mark.parametrize("path", ["math", "no.such.module:f", "math:no_such_name", ":f", "math:"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
 from align.models import Policy, add_residual_dropout, load_scalar_model
-from align.rewards import ModelReward
+from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Actors, Query, apply_eos_rule, check_step_zero, collect_rollout, shape_rewards
 from align.runtime import Runtime
 from align.types import Prompt
@@ -31,7 +31,11 @@ def runtime():
 
 def config_of(**changes) -> PPOConfig:
     values = SHARED | {"max_new_tokens": 6, "per_device_rollout_batch_size": 4, "per_device_train_batch_size": 3}
-    return PPOConfig(output_dir="out", model_name_or_path="m", reward_model_path="r", **(values | changes))
+    return PPOConfig(output_dir="out", model_name_or_path="m", reward=(ModelTerm("r"),), **(values | changes))
+
+
+def rewarded(reward) -> RewardSum:
+    return RewardSum([Term("model", 1.0, [reward])])
 
 
 def make_queries(count: int) -> list[Query]:
@@ -58,7 +62,7 @@ def actors(request, tiny_llama, tmp_path) -> Actors:
     assert policy.packed == reward_model.packed == request.param
     sampler = make_sampler(policy, EOS, PAD, 4)
     reference, value_model = copy.deepcopy(policy), copy.deepcopy(reward_model)
-    return Actors(policy, reference, value_model, ModelReward(reward_model, PAD, 4), sampler, PAD)
+    return Actors(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, 4)), sampler, PAD)
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_P3_kl_to_the_reference_is_0(rollout):
 
 
 def test_P2_P3_P4_step_zero_passes(rollout, actors, runtime):
-    numbers = check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+    numbers = check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
     assert numbers["ratio_max_deviation"] < 1e-5 and numbers["kl"] < 1e-6 and numbers["value_minus_score"] < 1e-4
 
 
@@ -138,39 +142,39 @@ def with_dropout(policy: Policy) -> Policy:
 def test_P4_dropout_in_training_mode_is_caught(rollout, actors, runtime):
     with_dropout(actors.policy)
     with pytest.raises(UserError, match="step-zero check: ratio_max_deviation .*dropout"):
-        check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+        check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
 
 
 def test_P4_another_temperature_is_caught(rollout, actors, runtime):
     with pytest.raises(UserError, match="step-zero check: ratio_max_deviation .*temperature"):
-        check_step_zero(rollout, actors, config_of(temperature=0.7), runtime, EOS, value_is_reward=True)
+        check_step_zero(rollout, actors, config_of(temperature=0.7), runtime, EOS, value_term="model")
 
 
 def test_P3_another_reference_is_caught(actors, runtime):
     changed = dataclasses.replace(actors, ref_policy=nudged(actors.ref_policy))
     rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, iteration=0)
     with pytest.raises(UserError, match="step-zero check: kl "):
-        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
+        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_term="model")
 
 
 def test_P2_another_value_model_is_caught(actors, runtime):
     changed = dataclasses.replace(actors, value_model=nudged(actors.value_model))
     rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, iteration=0)
     with pytest.raises(UserError, match="step-zero check: value_minus_score "):
-        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
-    assert check_step_zero(rollout, changed, config_of(), runtime, EOS, False)["value_minus_score"] == 0.0
+        check_step_zero(rollout, changed, config_of(), runtime, EOS, value_term="model")
+    assert check_step_zero(rollout, changed, config_of(), runtime, EOS, None)["value_minus_score"] is None
 
 
 def test_a_finished_response_without_eos_is_caught(rollout, actors, runtime):
     wrong = dataclasses.replace(rollout, finished=torch.ones_like(rollout.finished))
     with pytest.raises(UserError, match="step-zero check: a finished response does not end in EOS"):
-        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_is_reward=True)
+        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_term="model")
 
 
 def test_nan_never_passes_the_step_zero_check(rollout, actors, runtime):
-    wrong = dataclasses.replace(rollout, raw_scores=torch.full_like(rollout.raw_scores, float("nan")))
+    wrong = dataclasses.replace(rollout, part_scores={"scores/model": torch.full((16,), float("nan"))})
     with pytest.raises(UserError, match="step-zero check: value_minus_score is nan"):
-        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_is_reward=True)
+        check_step_zero(wrong, actors, config_of(), runtime, EOS, value_term="model")
 
 
 def test_P7_rewards_sum_to_score_minus_kl(actors, runtime):
@@ -251,7 +255,7 @@ def test_a_reward_that_is_not_finite_names_the_prompt_and_keeps_the_batch(actors
     def broken(prompts, episodes):
         return [bad if prompt.columns["id"] == "row-5" else 0.0 for prompt in prompts]
 
-    changed = dataclasses.replace(actors, reward=broken)
+    changed = dataclasses.replace(actors, reward=rewarded(broken))
     config = dataclasses.replace(config_of(), output_dir=str(tmp_path))
     with pytest.raises(UserError, match=f"'row-5'.*; its batch is in {tmp_path / 'stopped-0'}") as error:
         collect_rollout(make_queries(16), changed, config, runtime, BETA, 3)
@@ -286,7 +290,7 @@ def test_P4_logprobs_of_the_sampler_may_stand_for_those_of_the_training_forward(
     assert set(map(id, read)) == {id(actors.ref_policy)}, "the policy has no forward pass of its own"
     assert torch.equal(sampled.input_ids, recomputed.input_ids)
     assert float((sampled.logprobs - recomputed.logprobs).abs().max()) < 1e-4
-    numbers = check_step_zero(sampled, actors, config, runtime, EOS, value_is_reward=True)
+    numbers = check_step_zero(sampled, actors, config, runtime, EOS, value_term="model")
     assert numbers["ratio_max_deviation"] < 1e-4 and numbers["kl"] < 1e-3
 
 
@@ -307,7 +311,7 @@ def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime
     def check(**changes):
         config = config_of(**changes)
         rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
-        check_step_zero(rollout, changed, config, runtime, EOS, value_is_reward=True)
+        check_step_zero(rollout, changed, config, runtime, EOS, value_term="model")
         return capsys.readouterr().out
 
     with pytest.raises(UserError, match="ratio_max_deviation is .*, over 0.001: .*temperature.*old_logprobs: sampler"):
@@ -317,7 +321,7 @@ def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime
 
 
 def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
-    check_step_zero(rollout, actors, config_of(), runtime, EOS, value_is_reward=True)
+    check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
     assert capsys.readouterr().out == ""
 
 
@@ -337,10 +341,10 @@ def test_P4_in_half_precision_the_mean_is_bounded(actors, old_logprobs, shift, p
     drawn[0, 0] -= shift * int(rollout.response_mask[:3].sum())  # all on one token of the first microbatch
     rollout = dataclasses.replace(rollout, logprobs=drawn, ref_logprobs=drawn, sampler_logprobs=drawn)
     if passes:
-        check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
+        check_step_zero(rollout, actors, config, half, EOS, value_term="model")
     else:
         with pytest.raises(UserError, match=r"mean \|log ratio\| is 0.06, over 0.05"):
-            check_step_zero(rollout, actors, config, half, EOS, value_is_reward=True)
+            check_step_zero(rollout, actors, config, half, EOS, value_term="model")
 
 
 @pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])
@@ -349,10 +353,10 @@ def test_P3_in_half_precision_the_mean_is_bounded(actors, shift, passes):
     rollout = collect_rollout(make_queries(16), actors, config_of(), half, BETA, 0)
     rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs - shift)
     if passes:
-        check_step_zero(rollout, actors, config_of(), half, EOS, value_is_reward=True)
+        check_step_zero(rollout, actors, config_of(), half, EOS, value_term="model")
     else:
         with pytest.raises(UserError, match=r"mean \|log policy - log ref_policy\| is 0.06, over 0.05: .*reference"):
-            check_step_zero(rollout, actors, config_of(), half, EOS, value_is_reward=True)
+            check_step_zero(rollout, actors, config_of(), half, EOS, value_term="model")
 
 
 def test_K4_weights_of_an_engine_that_says_other_numbers(actors, runtime):
@@ -380,7 +384,7 @@ def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors
     changed = dataclasses.replace(actors, sampler=sampler)
     rollout = collect_rollout(make_queries(16), changed, config_of(), runtime, BETA, 0)
     assert rollout.sampler_logprobs is None and rollout.index(torch.tensor([0])).sampler_logprobs is None
-    check_step_zero(rollout, changed, config_of(), runtime, EOS, value_is_reward=True)
+    check_step_zero(rollout, changed, config_of(), runtime, EOS, value_term="model")
     with pytest.raises(UserError, match="importance_weight_cap.*this sampler gives no log-probabilities"):
         collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=2.0), runtime, BETA, 0)
     with pytest.raises(UserError, match="old_logprobs: sampler, but this sampler gives none"):

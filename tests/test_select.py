@@ -94,6 +94,50 @@ def test_S5_mean_reward_samples_the_checkpoint_and_scores_it(tiny_codec, tmp_pat
     assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
 
 
+def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp_path):
+    """Its tokens are bytes, its prompt format and EOS are its own; transformers generates and scores as the oracle."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = Tokenizer(models.BPE({token: i for i, token in enumerate(["</s>", *alphabet])}, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    other = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="</s>")
+    other.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}</s>{% else %} / {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    def config(size: int, **changes) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            bos_token_id=None, eos_token_id=tiny_codec.eos_id, **changes,
+        )  # fmt: skip
+
+    policy = LlamaForCausalLM(config(len(tiny_codec.tokenizer))).eval()
+    policy.save_pretrained(tmp_path / "policy")
+    judge = LlamaForSequenceClassification(config(len(other), num_labels=1)).eval()
+    judge.save_pretrained(tmp_path / "rm")
+    other.save_pretrained(tmp_path / "rm")
+    prompts = ["hot", "a cow", "三种水果"]
+    rows = "".join(f'{{"prompt": "{p}", "completion": "x"}}\n' for p in prompts)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    settings = config_of(
+        tmp_path, reward_model_path=str(tmp_path / "rm"), validation_file=str(tmp_path / "rows.jsonl"),
+        max_new_tokens=5, temperature=0.0,
+    )  # fmt: skip
+    total = 0.0
+    for prompt in prompts:
+        query = tiny_codec.prompt(prompt)
+        ids = policy.generate(torch.tensor([query]), max_new_tokens=5, do_sample=False)[0, len(query) :].tolist()
+        answer = f"user: {prompt} / assistant: {tiny_codec.decode(ids)}" + "</s>" * (ids[-1] == tiny_codec.eos_id)
+        tokens = other(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        total += float(judge(tokens).logits[0, 0].detach())
+    assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 3, abs=1e-4)
+
+
 class Rates(TrainerCallback):
     def __init__(self):
         self.used = []

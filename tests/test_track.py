@@ -92,6 +92,23 @@ def test_ppo_metrics_goldens(rollout):
     assert all(math.isfinite(value) for value in row.values()), "junk in the padding reached a metric"
 
 
+def test_parts_of_the_reward_in_the_metrics(rollout):
+    parts = {"scores/rm": torch.tensor([1.0, 5.0]), "failures/f": torch.tensor([0.0, 1.0])}
+    row = ppo_metrics(dataclasses.replace(rollout, part_scores=parts), UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
+    found = {key: row[key] for key in row if key.endswith(("/rm", "/f"))}
+    assert found == {"objective/scores/rm": 3.0, "objective/scores_std/rm": 2.0, "objective/failures/f": 0.5}
+
+
+def test_repetition_reads_responses_alone(rollout):
+    ids = torch.tensor([[7, 7, 7, 7, 7, 0, 0], [7, 4, 4, 4, 4, 0, 0]])  # a query of 3 and a response of 2; 1 and 4
+    lengths = {"query_lengths": torch.tensor([3, 1]), "response_lengths": torch.tensor([2, 4])}
+    wide = {name: torch.zeros(2, 4) for name in ("logprobs", "ref_logprobs", "values", "returns")}
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    changed = dataclasses.replace(rollout, input_ids=ids, response_mask=mask, **lengths, **wide)
+    row = ppo_metrics(changed, UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
+    assert row["objective/repetition"] == pytest.approx(0.25), "0 of no 3-gram, 1 of 2"
+
+
 def test_sampling_metrics_goldens(rollout):
     assert not [key for key in ppo_metrics(rollout, UpdateStats(SUMS), 0.5, 1e-4) if key.startswith("sampling/")]
     sums = SUMS | {"mismatch": 0.5, "mismatch_kl": 0.25, "max_mismatch": 0.375, "mismatch_tokens": 5.0}

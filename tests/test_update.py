@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import align.update
-from align.config import PPOConfig
+from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
 from align.learn import build_actors, build_learner, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
-from align.rewards import ModelReward
+from align.reward_models import value_start
+from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Actors, Query, collect_rollout, token_weights
 from align.runtime import Runtime
 from align.types import Episode, Prompt
@@ -53,7 +54,7 @@ def config_of(**changes) -> PPOConfig:
         "per_device_train_batch_size": 16, "per_device_rollout_batch_size": 16, "max_grad_norm": 1e9,
     }  # fmt: skip
     return PPOConfig(
-        output_dir="out", model_name_or_path="m", reward_model_path="r", pretraining_file="t", **(values | changes)
+        output_dir="out", model_name_or_path="m", reward=(ModelTerm("r"),), pretraining_file="t", **(values | changes)
     )
 
 
@@ -79,7 +80,7 @@ def reward_of(folder, packed: bool = True):
 
 def actors_of(model, folder, reward=None, packed: bool = True) -> Actors:
     policy = Policy(model, packed)
-    reward = reward or ModelReward(reward_of(folder, packed), PAD, 16)
+    reward = RewardSum([Term("reward", 1.0, [reward or ModelReward(reward_of(folder, packed), PAD, 16)])])
     sampler = make_sampler(policy, EOS, PAD, 64)
     return Actors(policy, copy.deepcopy(policy), reward_of(folder, packed), reward, sampler, PAD)
 
@@ -423,7 +424,7 @@ def test_P13_512_episodes_are_8_steps_of_64_each_episode_once_an_epoch(setup, ru
         return SimpleNamespace(sums={"tokens": 1.0})
 
     monkeypatch.setattr(align.update, "optimiser_step", spy)
-    config = PPOConfig(output_dir="o", reward_model_path="r", ptx_coef=0.0, num_ppo_epochs=2)
+    config = PPOConfig(output_dir="o", reward=(ModelTerm("r"),), ptx_coef=0.0, num_ppo_epochs=2)
     assert (config.rollout_batch_size, config.num_mini_batches) == (512, 8)
     update(many, recorder(setup.actors), lambda count: [], config, runtime, 0)
     assert [len(part) for part in seen] == [64] * 16
@@ -441,7 +442,7 @@ def test_P13_optimisers_step_once_a_minibatch(setup, runtime):
 
 
 def test_P13_batch_algebra_is_whole():
-    algebra = BatchAlgebra.of(PPOConfig(output_dir="o", reward_model_path="r", pretraining_file="t"), 1)
+    algebra = BatchAlgebra.of(PPOConfig(output_dir="o", reward=(ModelTerm("r"),), pretraining_file="t"), 1)
     assert (algebra.rollout, algebra.minibatch, algebra.ptx, algebra.iterations) == (512, 64, 512, 500)
     for changes, processes in (
         ({"rollout_batch_size": 10, "num_mini_batches": 4}, 1),
@@ -454,7 +455,7 @@ def test_P13_batch_algebra_is_whole():
 
 
 def test_P14_learning_rates():
-    config = PPOConfig(output_dir="o", reward_model_path="r", pretraining_file="t", learning_rate=2e-6)
+    config = PPOConfig(output_dir="o", reward=(ModelTerm("r"),), pretraining_file="t", learning_rate=2e-6)
     learner = SimpleNamespace(
         policy_optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
         value_optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
@@ -483,19 +484,18 @@ def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
             num_mini_batches=2, max_grad_norm=1.0, ema_decay=0.9, learning_rate=1e-3, value_learning_rate=1e-3,
             microbatch_tokens=40,
         ),
-        model_name_or_path=str(folder / "policy"), reward_model_path=str(folder / "reward"),
+        model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),),
     )  # fmt: skip
-    learner = build_learner(config, runtime)
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
+    learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
-    assert (actors.reward.batch_size, actors.reward.max_tokens) == (16, 40)
-    names = {"reference": actors.ref_policy, "reward": actors.reward.model}
+    reward = actors.reward.terms[0].members[0]
+    assert (reward.batch_size, reward.max_tokens) == (16, 40)
+    names = {"reference": actors.ref_policy, "reward": reward.model}
     before = {name: digest(model) for name, model in names.items()}
     trained = {"policy": learner.policy, "value": learner.value_model}
     started = {name: digest(model) for name, model in trained.items()}
-    assert digest(actors.ref_policy) == digest(learner.policy) and digest(actors.reward.model) == digest(
-        learner.value_model
-    )
+    assert started == {"policy": before["reference"], "value": before["reward"]}
     for iteration in range(3):
         rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, iteration)
         update(rollout, learner, lambda count: [], config, runtime, iteration)
@@ -586,8 +586,8 @@ def test_what_is_not_finite_in_an_update_stops_it_and_its_batch_is_kept(setup, r
     assert about["config"]["num_mini_batches"] == 3 and about["documents"] == DOCUMENTS[:2] and len(about["rows"]) == 4
     expected = setup.moved.index(torch.tensor(about["rows"]))
     kept = load_file(tmp_path / "run" / "stopped-0" / "batch.safetensors")
-    named = {name: value for name, value in vars(expected).items() if value is not None}
-    assert kept.keys() == named.keys() and {"input_ids", "logprobs", "advantages", "sampler_logprobs"} <= kept.keys()
+    named = {name: value for name, value in expected.tensors().items() if value is not None}
+    assert kept.keys() == named.keys() and {"input_ids", "logprobs", "scores/reward", "sampler_logprobs"} <= kept.keys()
     assert all(torch.equal(kept[name], value) for name, value in named.items())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["stopped-0"], "nothing half written beside it"
 

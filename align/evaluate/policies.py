@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from align.generate import make_sampler, uniform_numbers
-from align.models import Policy, ScalarModel, document_nll, response_logprobs
+from align.models import Policy, document_nll, response_logprobs
 from align.packing import token_batches
-from align.ranking import score_rows
+from align.ranking import score_rankings
+from align.rewards import ModelReward, Reward
 from align.runtime import Runtime
 from align.text import Codec
-from align.types import Episode, Prompt, pad_rows
+from align.types import Episode, Prompt, Ranking, pad_rows
 
 Judge = Callable[[dict[str, Any], str, bool], Any]  # (row, response, finished) -> object with likert and as_dict()
 
@@ -26,7 +27,7 @@ class Setting:
     codec: Codec
     prompts: list[Prompt]
     sft: torch.nn.Module
-    reward_model: ScalarModel
+    reward: Reward
     judge: Judge
     max_new_tokens: int
     batch_size: int
@@ -56,11 +57,22 @@ def answer(
     with torch.no_grad(), runtime.autocast():
         here = sequence_logprobs(policy, episodes, setting, runtime.device)
         there = sequence_logprobs(setting.sft, own, setting, runtime.device)
-        closed = [[*e.query, *e.response] if e.finished else [*e.query, *e.response, codec.eos_id] for e in own]
-        proxies = score_rows(setting.reward_model, closed, codec.pad_id, setting.batch_size)
+        closed = [e if e.finished else Episode(e.query, (*e.response, codec.eos_id), True) for e in own]
+        proxies = setting.reward([prompts[i] for i in picked], closed)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
     return runtime.gather_list(rows)
+
+
+def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, list[float]]]:
+    """Each ranking with its completions' scores."""
+    reward, codec = setting.reward, setting.codec
+    if isinstance(reward, ModelReward):
+        return score_rankings(reward.model, rankings, codec, setting.batch_size)
+    prompts = [Prompt(ranking.prompt) for ranking in rankings for _ in ranking.completions]
+    answers = codec.responses([completion for ranking in rankings for completion in ranking.completions])
+    scores = iter(reward(prompts, [Episode((), tuple(answer), True) for answer in answers]))
+    return [(ranking, [next(scores) for _ in ranking.completions]) for ranking in rankings]
 
 
 def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:

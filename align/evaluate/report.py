@@ -263,11 +263,12 @@ def _fields_table(evaluation: Mapping[str, Any]) -> Table:
 
 def _reward_table(summary: Mapping[str, Any]) -> Table:
     rm, agreement = summary["rm"], summary["labelers"]["agreement"]
+    zero = rm["demonstration_mean"]
     rows = [
         ["accuracy against labelers", str(Interval(**rm["accuracy"]))],
         ["accuracy against gold", str(Interval(**rm["gold_accuracy"])) if rm["gold_accuracy"] else "no pair differs"],
         ["agreement of two labelers", str(Interval(**agreement)) if agreement else NO_VALUE],
-        ["mean score of demonstrations", f"{rm['demonstration_mean']:.2g}"],
+        ["mean score of demonstrations", NO_VALUE if zero is None else f"{zero:.2g}"],
     ]
     note = f"Over {rm['pairs']} held-out pairs; 95% intervals clustered by prompt."
     return Table("Reward model", note, ["measure", "value"], rows)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import read_manifest
 from align.data import contents, ranking_length
-from align.errors import UserError
 from align.models import ScalarModel, load_scalar_model
 from align.packing import pack_rows, token_batches
 from align.ranking import score_rankings, score_rows
+from align.reward_models import closing_tokens, has_linear_score, load_classifier, reward_config
 from align.text import Codec
 from align.types import Ranking, Text
 
@@ -44,15 +44,6 @@ class ClosedCodec(Codec):
 
     def responses(self, completions: list[Text]) -> list[list[int]]:
         return [[*row[:-1], *self.closing] for row in super().responses(completions)]
-
-
-def closing_tokens(codec: Codec) -> list[int]:
-    """What the chat template writes after an answer, which may be more than EOS; EOS without a template."""
-    if codec.tokenizer.chat_template is None:
-        return [codec.eos_id]
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = codec.tokenizer.apply_chat_template(messages, tokenize=False).rpartition("answer")[2]
-    return codec.tokenizer(text, add_special_tokens=False)["input_ids"] or [codec.eos_id]
 
 
 @dataclass(frozen=True)
@@ -105,27 +96,15 @@ def load_scorer(
     dtype: torch.dtype = torch.float32,
 ) -> Scorer:
     """The reward model at a folder or hub id. Raises UserError, naming the config key `role`, when it is none."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            bare = AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{role}: {path}: no sequence classifier ({first}); give a reward model's folder") from None
-    named = (config.architectures or ["?"])[0]
-    if named != type(bare).__name__ or config.num_labels != 1:
-        what = f"is a {named}" if named != type(bare).__name__ else f"has {config.num_labels} labels"
-        raise UserError(f"{role}: {path}: {what}, not a sequence classifier with 1 label; give a reward model's folder")
+    config = reward_config(path, role)
+    if not has_linear_score(config):
+        model, tokenizer, context = load_classifier(path, role, dtype)
+        return ClassifierScorer(model.to(device), tokenizer, context)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(getattr(bare, "score", None), nn.Linear):
-        model, codec = load_scalar_model(path, attn_implementation, dtype=dtype).to(device).eval(), Codec.load(path)
-        if read_manifest(path) is None:  # not of this pipeline
-            codec = ClosedCodec(codec.tokenizer, closing_tokens(codec))
-        return ScalarScorer(model, codec, context)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    limits = [limit for limit in (context, tokenizer.model_max_length) if limit and limit < 1e9]
-    return ClassifierScorer(model.to(device).eval(), tokenizer, min(limits, default=None))
+    model, codec = load_scalar_model(path, attn_implementation, dtype=dtype).to(device).eval(), Codec.load(path)
+    if read_manifest(path) is None:  # not of this pipeline
+        codec = ClosedCodec(codec.tokenizer, closing_tokens(codec, ours=False))
+    return ScalarScorer(model, codec, context)
 
 
 def score_spread(scorer: Scorer, rankings: list[Ranking], batch_size: int, seed: int) -> dict[str, Any]:

@@ -9,7 +9,9 @@
     D = {"gold": I, "gain_vs_sft": I, "win_rate_vs_sft": I};  I = {"mean", "low", "high"}
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
-no two labelers make possible, and for `step_zero` when no policy was trained with PPO. All else is a finite number.
+no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
+policy was trained with PPO, and for its `value_minus_score` when the value model started from no term of the reward.
+All else is a finite number.
 """
 
 import math
@@ -109,8 +111,16 @@ def _check_sections(summary: Mapping[str, Any]) -> list[str]:
         problems += _check_policy(policy, f"policies.{name}")
     trained = policies["ppo"] is not None or policies["ppo_ptx"] is not None
     if summary["step_zero"] is not None or trained:
-        problems += _numbers(summary["step_zero"], STEP_ZERO_KEYS, "step_zero")
+        problems += _check_step_zero(summary["step_zero"])
     return problems
+
+
+def _check_step_zero(numbers: Any) -> list[str]:
+    problems = _keys(numbers, STEP_ZERO_KEYS, "step_zero")
+    if problems:
+        return problems
+    compared = [key for key in STEP_ZERO_KEYS if key != "value_minus_score" or numbers[key] is not None]
+    return [problem for key in compared for problem in _number(numbers[key], f"step_zero.{key}")]
 
 
 def _check_seconds(seconds: Any) -> list[str]:
@@ -137,7 +147,8 @@ def _check_rm(rm: Any) -> list[str]:
     problems += _interval(rm["accuracy"], "rm.accuracy", rate=True)
     if rm["gold_accuracy"] is not None:
         problems += _interval(rm["gold_accuracy"], "rm.gold_accuracy", rate=True)
-    problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
+    if rm["demonstration_mean"] is not None:
+        problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
     if type(rm["pairs"]) is not int or rm["pairs"] < 0:
         problems.append(f"rm.pairs is {rm['pairs']!r}, not a count")
     return problems

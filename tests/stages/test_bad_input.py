@@ -51,7 +51,7 @@ def test_unknown_key(refused, tmp_path, stage):
     "stage, key",
     [
         ("sft", "model_name_or_path"), ("collect", "model_name_or_path"), ("rm", "model_name_or_path"),
-        ("ppo", "model_name_or_path"), ("ppo", "reward_model_path"), ("evaluate", "reward_model_path"),
+        ("ppo", "model_name_or_path"), ("ppo", "value_model_path"), ("evaluate", "reward_model_path"),
         ("sft", "reward_model_path"), ("evaluate", "sft_path"),
     ],
 )  # fmt: skip
@@ -66,7 +66,6 @@ def test_missing_checkpoint(refused, tmp_path, stage, key):
         ("sft", "model_name_or_path", "rm"),
         ("rm", "model_name_or_path", "ppo"),
         ("ppo", "model_name_or_path", "base"),
-        ("ppo", "reward_model_path", "sft"),
         ("ppo", "value_model_path", "sft"),
         ("evaluate", "reward_model_path", "sft"),
         ("collect", "model_name_or_path", "rm"),
@@ -81,8 +80,30 @@ def test_wrong_stage(refused, mini, tmp_path, stage, key, given):
 def test_a_reward_model_without_a_head_and_without_a_manifest(refused, mini, tmp_path):
     shutil.copytree(mini.run / "sft", tmp_path / "foreign", ignore=shutil.ignore_patterns("checkpoint-*"))
     (tmp_path / "foreign" / "manifest.json").unlink()
-    refused("ppo", "score", reward_model_path=tmp_path / "foreign", output_dir=tmp_path / "out")
+    refused("ppo", "score", reward=f"[{{model: {tmp_path / 'foreign'}}}]", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        ("[{{model: {run}/gone}}]", ["reward[0].model", "no such checkpoint"]),
+        ("[{{model: {run}/rm}}, {{models: [{run}/rm, {run}/sft]}}]", ["reward[1].models[1]", "comes from stage sft"]),
+        ("[{{model: {run}/rm, weight: heavy}}]", ["--reward[0].weight", "'heavy' is not a float"]),
+        ("[{{model: {run}/rm}}, {{model: {run}/rm}}]", ["reward[1].name", "'rm' is the name of reward[0] too"]),
+    ],
+)
+def test_a_reward_that_cannot_be(refused, mini, tmp_path, reward, words):
+    refused("ppo", *words, reward=reward.format(run=mini.run), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_looks_at_its_reward_model_before_it_trains(refused, mini, tmp_path):
+    shutil.copytree(mini.run / "base", tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    words = ["reward_model_path", "LlamaForCausalLM without a head"]
+    refused("sft", *words, reward_model_path=tmp_path / "foreign", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tampered_weights(refused, mini, tmp_path):
@@ -139,21 +160,22 @@ def test_a_training_that_overflows_stops_and_keeps_its_batch(refused, mini, tmp_
 
 
 def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
-    refused("ppo", "reward", "nan", "stopped-0", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
+    refused("ppo", "reward", "nan", "stopped-0", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out" / "stopped-0").iterdir())
     assert kept == ["batch.json", "batch.safetensors"]
     # What is kept is no run: the folder may be used again as it is.
-    refused("ppo", "reward", "nan", "stopped-0", reward_function="bad_rewards:nan", output_dir=tmp_path / "out")
+    refused("ppo", "reward", "nan", "stopped-0", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
 
 
 def test_reward_that_returns_too_few(refused, rewards_module, tmp_path):
-    refused("ppo", "returned 1 scores for 16", reward_function="bad_rewards:short", output_dir=tmp_path / "out")
+    changes = {"reward": "[{function: bad_rewards:short}]", "reward_retries": 0}
+    refused("ppo", "returned 1 scores for 16", **changes, output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
 
 
 def test_reward_that_cannot_be_imported(refused, tmp_path):
-    refused("ppo", "reward_function", reward_function="no.such:thing", output_dir=tmp_path / "out")
+    refused("ppo", "reward[0].function", reward="[{function: no.such:thing}]", output_dir=tmp_path / "out")
     assert empty(tmp_path / "out")
 
 

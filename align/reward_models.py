@@ -1,0 +1,198 @@
+"""The config's `reward` as objects: which reward models read the policy's tokens and which read text, and where the
+value model starts.
+
+A reward model may have any tokenizer, size and architecture. It reads the sampled tokens where its tokenizer makes the
+same ones of the same text; otherwise it reads the text of prompt and response in its own prompt format. The value
+model must read the policy's tokens, so it starts from a reward model that does, or else from the policy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
+from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
+from align.errors import UserError
+from align.models import ScalarModel
+from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
+from align.runtime import Runtime
+from align.text import Codec
+from align.track import announce
+
+LoadScalar = Callable[[str], ScalarModel]
+PROBES = ("Name three animals.", "用中文说出三种水果。", "def f(x):\n    return 2 * x  # twice")
+
+
+def model_paths(term: RewardTerm, place: str) -> dict[str, str]:
+    """Config key -> path of a term's reward models."""
+    if isinstance(term, EnsembleTerm):
+        return {f"{place}.models[{j}]": path for j, path in enumerate(term.models)}
+    return {f"{place}.model": term.model} if isinstance(term, ModelTerm) else {}
+
+
+def check_reward_models(terms: tuple[RewardTerm, ...]) -> list[dict[str, Any]]:
+    """Manifest entries of the reward models: finished ones of ours, or other people's."""
+    paths = [pair for i, term in enumerate(terms) for pair in model_paths(term, f"reward[{i}]").items()]
+    return [check_parent(path, key, ("rm",)) for key, path in paths]
+
+
+def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runtime: Runtime) -> RewardSum:
+    """The weighted sum that `reward` asks for, and a line for the user on each term."""
+    sizes = config.per_device_rollout_batch_size, config.microbatch_tokens
+    terms = []
+    for i, term in enumerate(config.reward):
+        place, name = f"reward[{i}]", term_name(term)
+        if isinstance(term, FunctionTerm):
+            limits = config.reward_timeout, config.reward_retries
+            members: list[Reward] = [FunctionReward(term.function, codec, f"{place}.function", *limits)]
+            what = [f"function {term.function}"]
+        else:
+            paths = model_paths(term, place)
+            kind = runtime.compute_dtype, runtime.device
+            members = [load_reward(path, key, codec, load_scalar, *sizes, *kind) for key, path in paths.items()]
+            what = [describe(path, member) for path, member in zip(paths.values(), members, strict=True)]
+        announce(f"reward {name}, weight {term.weight:g}: {'; '.join(what)}")
+        how = (term.combine, term.coef) if isinstance(term, EnsembleTerm) else ()
+        terms.append(Term(name, term.weight, members, *how))
+    return RewardSum(terms)
+
+
+def load_reward(
+    path: str, key: str, codec: Codec, load_scalar: LoadScalar, batch_size: int, max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> Reward:  # fmt: skip
+    """A reward model, reading what it can: the policy's tokens (`codec`'s), its own, or pairs of texts.
+
+    `load_scalar` loads, and places and freezes as the caller likes, what has a linear head; the rest goes to `device`.
+    """
+    config = reward_config(path, key)
+    if not has_linear_score(config):
+        model, tokenizer, context = load_classifier(path, key, dtype)
+        return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
+    if shares_tokenizer(path, codec):
+        return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens)
+    own = Codec.load(path)
+    closing = closing_tokens(own, read_manifest(path) is not None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens)
+
+
+def load_classifier(
+    path: str, key: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int | None]:
+    """A frozen classifier with the head it was trained with, its tokenizer, and how many tokens it can read."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: {path}: could not be loaded ({first}); give a classifier and its tokenizer") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[0]
+        raise UserError(f"{key}: {path}: has no trained head ({missing} is missing), so it is no reward model")
+    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+    context = min((limit for limit in limits if limit and limit < 1e9), default=None)
+    return model.requires_grad_(False).eval(), tokenizer, context
+
+
+def reward_config(path: str, key: str) -> PreTrainedConfig:
+    """The model's config, after checking that it says: a classifier with one number out."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: {path}: no model could be loaded ({first}); give a folder or hub id") from None
+    made = (config.architectures or ["unknown"])[0]
+    if not made.endswith("ForSequenceClassification"):
+        raise UserError(f"{key}: {path}: is a {made} without a head that scores, so it is no reward model")
+    if config.num_labels != 1:
+        raise UserError(f"{key}: {path}: its head has {config.num_labels} labels; a reward model has one")
+    return config
+
+
+def has_linear_score(config: PreTrainedConfig) -> bool:
+    """A causal language model's body with a linear head `score`, which `ScalarModel` reads."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def shares_tokenizer(path: str, codec: Codec) -> bool:
+    """Whether a model reads the policy's tokens as they are: it knows each of them under the same number, ends with the
+    same, and makes the same of a prompt and a response (template, BOS, merges). So does a folder without tokenizer."""
+    if Path(path).is_dir() and tokenizer_sha256(path) is None:
+        return True
+    try:
+        own = Codec.load(path)
+    except UserError:  # no EOS, as BERT's has none
+        return False
+    if not codec.tokenizer.get_vocab().items() <= own.tokenizer.get_vocab().items():
+        return False
+    if own.tokenizer.chat_template != codec.tokenizer.chat_template:  # may differ in what no probe has, as tools
+        return False
+    probes = list(PROBES)  # as responses they end in EOS
+    return own.prompts(probes) == codec.prompts(probes) and own.responses(probes) == codec.responses(probes)
+
+
+def closing_tokens(codec: Codec, ours: bool) -> list[int]:
+    """What follows a response that ended. Reward models of this pipeline learned EOS; others what their chat template
+    writes after an answer, which may be more (a newline after <|im_end|>), or EOS where there is no template."""
+    if ours or codec.tokenizer.chat_template is None:
+        return [codec.eos_id]
+    mark = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    text = codec.tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
+    return codec.tokenizer(text, add_special_tokens=False)["input_ids"] or [codec.eos_id]
+
+
+def describe(path: str, reward: Reward) -> str:
+    """What a reward model reads, and whether its zero means something."""
+    reads = {
+        ModelReward: "reads the sampled tokens",
+        TextReward: "has another tokenizer, so it reads text",
+        PairReward: "is no causal language model, so it reads pairs of texts",
+    }[type(reward)]
+    if read_manifest(path) is not None:
+        return f"{path} {reads}"
+    return f"{path} {reads} (no manifest: its 0 is not the mean of demonstrations, see missing_eos_penalty)"
+
+
+@dataclass(frozen=True)
+class ValueStart:
+    """Where the value model starts."""
+
+    path: str
+    fresh_head: bool = False
+    term: str | None = None  # of the reward, whose score is the value at a response's last token before training
+
+    def __str__(self) -> str:
+        if self.fresh_head:
+            return f"value model: {self.path} with a fresh head, as no reward model reads its tokens; no score to check"
+        compared = f"the score of {self.term}" if self.term else "no score"
+        return f"value model: {self.path}, compared with {compared} at step zero"
+
+
+def value_start(config: PPOConfig, codec: Codec) -> ValueStart:
+    """`value_model_path`, else the first reward model that reads the policy's tokens, else the policy (section 3.5)."""
+    models = {term.model: term_name(term) for term in reversed(config.reward) if isinstance(term, ModelTerm)}
+    if config.value_model_path:
+        return ValueStart(config.value_model_path, term=models.get(config.value_model_path))
+    for i, term in enumerate(config.reward):
+        for key, path in model_paths(term, f"reward[{i}]").items():
+            if has_linear_score(reward_config(path, key)) and shares_tokenizer(path, codec):
+                return ValueStart(path, term=models.get(path))
+    return ValueStart(config.model_name_or_path, fresh_head=True)
