@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from align.attention import Layout
 from align.maths.logprobs import draw
-from align.models import Policy
+from align.models import Decoder, Policy
 from align.packing import Pack, pack_rows, token_batches
 from align.types import Episode
 
@@ -82,8 +82,9 @@ class TorchSampler(Engine):
             return []
         was_training = self.policy.training
         self.policy.eval()
-        with self.policy.hold(), tqdm(total=len(queries), desc=self.progress, disable=self.progress is None) as bar:
-            state = Slots(queries, uniforms.to(self.policy.device), temperature, self)
+        bar = tqdm(total=len(queries), desc=self.progress, disable=self.progress is None)
+        with bar, self.policy.decoding() as decode:
+            state = Slots(queries, uniforms.to(self.policy.device), temperature, self, decode)
             while state.running:
                 bar.update(state.retire())
                 state.refill()
@@ -96,8 +97,11 @@ class TorchSampler(Engine):
 class Slots:
     """The rows being written: one query each, with its keys and values. S slots; a free one holds the query -1."""
 
-    def __init__(self, queries: list[list[int]], uniforms: Tensor, temperature: float, sampler: TorchSampler):
-        self.queries, self.uniforms, self.temperature, self.sampler = queries, uniforms, temperature, sampler
+    def __init__(
+        self, queries: list[list[int]], uniforms: Tensor, temperature: float, sampler: TorchSampler, decode: Decoder
+    ):
+        self.queries, self.uniforms, self.temperature = queries, uniforms, temperature
+        self.sampler, self.decode = sampler, decode
         device, size = uniforms.device, min(sampler.batch_size, len(queries))
         self.waiting = deque(sorted(range(len(queries)), key=lambda i: -len(queries[i])))
         self.cache = KeyValues(size, len(queries[self.waiting[0]]) + uniforms.shape[1])
@@ -164,7 +168,7 @@ class Slots:
 
     def draw(self, slots: Tensor, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> None:
         """One forward pass over N tokens; a token is drawn for each of `slots` from the states `at` (both (S,))."""
-        logits = self.sampler.policy.next_logits(input_ids, position_ids, layout, at)  # (S, V)
+        logits = self.decode(input_ids, position_ids, layout, at)  # (S, V)
         query, count = self.query[slots], self.count[slots]
         drawn, logprobs = draw(logits, self.uniforms[query, count], self.temperature)  # (S,), (S,)
         self.tokens[query, count], self.logprobs[query, count] = drawn, logprobs

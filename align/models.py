@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +29,7 @@ from align.errors import UserError
 from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
 from align.packing import Pack, pack_rows, packed_states, padded_states, rows_of, set_packed
+from align.prepack import prepack
 from align.types import pad_rows
 
 
@@ -219,15 +221,36 @@ class Policy(PackedModel):
         real = (places.flatten() >= 0).nonzero().squeeze(1)
         return logits[torch.zeros_like(pack.input_ids).index_copy(0, places.flatten()[real], real)[at]]
 
-    def next_logits(self, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> Tensor:
-        """Logits behind the states `at` of N tokens, for a sampler. (N,), (N,), (S,) -> (S, V)"""
-        with self.half() as cast:
-            inputs = layout_inputs(input_ids, position_ids, layout)
-            if not self.plain_head:
-                return Recast(self.inner, cast)(**inputs).logits[0][at]
-            hidden = Recast(self.inner.base_model, cast)(**inputs).last_hidden_state[0][at]
-            head = self.inner.get_output_embeddings()
-            return nn.functional.linear(hidden, cast(head.weight), None if head.bias is None else cast(head.bias))
+    @contextmanager
+    def decoding(self) -> Iterator["Decoder"]:
+        """For a sampler: weights cast and laid out once for many short calls. Without gradients, and while no weight
+        changes; the model itself is not to be called meanwhile."""
+        model, head = (
+            (self.inner.base_model, self.inner.get_output_embeddings()) if self.plain_head else (self.inner, None)
+        )
+        linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
+        with torch.no_grad(), self.half() as cast:
+            weights = {name: cast(p) for name, p in model.named_parameters(remove_duplicate=False)}
+            weights |= {name: prepack(weights[name]) for name in linears}
+            last = () if head is None else (prepack(cast(head.weight)), None if head.bias is None else cast(head.bias))
+            with _reparametrize_module(model, weights):  # what functional_call does at each call
+                yield Decoder(model, *last)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A policy as a sampler calls it."""
+
+    model: nn.Module
+    head: Tensor | None = None  # (V, d); None: the model makes its logits itself
+    bias: Tensor | None = None  # (V,)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> Tensor:
+        """Logits behind the states `at` of N tokens. (N,), (N,), (S,) -> (S, V)"""
+        out = self.model(**layout_inputs(input_ids, position_ids, layout))
+        if self.head is None:
+            return out.logits[0][at]
+        return nn.functional.linear(out.last_hidden_state[0][at], self.head, self.bias)
 
 
 HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")

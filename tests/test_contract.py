@@ -22,7 +22,7 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 # generate, ranking and update call the models' forward passes, which read the packs of packing.
 FLOORS = (
     {"maths", "types", "config", "errors", "runtime"},
-    {"attention"},
+    {"attention", "prepack"},
     {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
     {"generate", "ranking", "update", "readers"},

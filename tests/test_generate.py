@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Co
 
 from align import generate
 from align.generate import GenerateSampler, TorchSampler, left_pad, make_sampler, uniform_numbers
-from align.models import Policy, response_logprobs
+from align.models import Decoder, Policy, response_logprobs
 
 PAD, EOS = 0, 1
 QUERIES = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14], [20, 21], [33, 3, 44, 45], [60, 61, 62, 63, 50, 51, 52], [5, 6]]
@@ -172,7 +172,7 @@ def test_long_queries_of_like_length_share_a_padded_group(policy, llama):
 def test_finished_rows_leave_their_slots_to_the_next_queries(policy):
     """Continuous batching: forward passes are far fewer than those of fixed batches, which wait for their longest."""
     passes = []
-    read = Policy.next_logits
+    read = Decoder.__call__
 
     def spy(self, input_ids, *rest):
         passes.append(len(input_ids))
@@ -180,7 +180,7 @@ def test_finished_rows_leave_their_slots_to_the_next_queries(policy):
 
     queries, uniforms = QUERIES * 8, restless(56, 30)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "next_logits", spy)
+        patch.setattr(Decoder, "__call__", spy)
         episodes = sample(policy, queries, uniforms, 7)
     written = sum(len(e.response) for e in episodes)
     fixed = sum(max(len(e.response) for e in episodes[i : i + 7]) for i in range(0, 56, 7))
