@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from align.attention import PACKED, causal_attention, layout_inputs, masked_attention
 
 MAX_PADDING = 0.04  # of a group's tokens
+LOOSE_PADDING = 0.08  # where rows are short and alike: a second group would cost more than the padding
 BLOCK_TOKENS = 192  # prefixes with their rows share a dense mask up to this many tokens
 
 
@@ -89,17 +90,18 @@ class Pack:
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Pack:
-    """Plain rows; what a group pads is `pad_id`."""
-    return pack_continuations([()], [rows], pad_id)
+def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, max_padding: float = MAX_PADDING) -> Pack:
+    """Plain rows; what a group pads, by at most `max_padding` of its tokens, is `pad_id`."""
+    return pack_continuations([()], [rows], pad_id, max_padding)
 
 
 def pack_continuations(
-    prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Sequence[int]]], pad_id: int = 0
-) -> Pack:
+    prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Sequence[int]]], pad_id: int = 0,
+    max_padding: float = MAX_PADDING,
+) -> Pack:  # fmt: skip
     """`rows[i]` continue `prefixes[i]`, which is computed once. Rows count over all prefixes in order."""
     assert all(own for own in rows), "a prefix without rows"
-    packing = Packing(pad_id)
+    packing = Packing(pad_id, max_padding)
     for prefix, own in zip(prefixes, rows, strict=True):
         if prefix and len(prefix) + sum(map(len, own)) <= BLOCK_TOKENS:
             packing.add_to_block(prefix, own)
@@ -111,8 +113,8 @@ def pack_continuations(
 class Packing:
     """A pack in the making."""
 
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, max_padding: float = MAX_PADDING):
+        self.pad_id, self.max_padding = pad_id, max_padding
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.rows: list[Row] = []
@@ -126,7 +128,7 @@ class Packing:
             self.parts.append(Group(prefix_start, 1, len(prefix)))
             self.append(prefix, 0)
         placed: dict[int, Row] = {}
-        for members in like_lengths([len(row) for row in own]):
+        for members in like_lengths([len(row) for row in own], self.max_padding):
             length = max(len(own[i]) for i in members)
             self.parts.append(Group(len(self.tokens), len(members), length, prefix_start, len(prefix)))
             for i in members:
@@ -176,12 +178,12 @@ class Packing:
         )
 
 
-def like_lengths(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in groups, longest first, padded to their longest by at most `MAX_PADDING` of their tokens."""
+def like_lengths(lengths: Sequence[int], max_padding: float = MAX_PADDING) -> Iterator[list[int]]:
+    """Indices in groups, longest first, padded to their longest by at most `max_padding` of their tokens."""
     members: list[int] = []
     real = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if members and (len(members) + 1) * lengths[members[0]] * (1 - MAX_PADDING) > real + lengths[i]:
+        if members and (len(members) + 1) * lengths[members[0]] * (1 - max_padding) > real + lengths[i]:
             yield members
             members, real = [], 0
         members.append(i)
@@ -224,7 +226,7 @@ class PackCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: list[dict]) -> dict[str, Pack | Tensor]:
-        pack = pack_rows([row["input_ids"] for row in rows], self.pad_id)
+        pack = pack_rows([row["input_ids"] for row in rows], self.pad_id, LOOSE_PADDING)
         labels = torch.full_like(pack.input_ids, -100)
         for row, place in zip(rows, pack.rows, strict=True):
             learned = row.get("labels", row["input_ids"])[1:]  # the token before a row's first is another row's
