@@ -90,14 +90,14 @@ class Pack:
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, max_padding: float = MAX_PADDING) -> Pack:
-    """Plain rows; what a group pads, by at most `max_padding` of its tokens, is `pad_id`."""
+def pack_rows(rows: Sequence[Sequence[int]], pad_id: int = 0, max_padding: float | None = None) -> Pack:
+    """Plain rows; what a group pads, by at most `max_padding` (MAX_PADDING) of its tokens, is `pad_id`."""
     return pack_continuations([()], [rows], pad_id, max_padding)
 
 
 def pack_continuations(
     prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Sequence[int]]], pad_id: int = 0,
-    max_padding: float = MAX_PADDING,
+    max_padding: float | None = None,
 ) -> Pack:  # fmt: skip
     """`rows[i]` continue `prefixes[i]`, which is computed once. Rows count over all prefixes in order."""
     assert all(own for own in rows), "a prefix without rows"
@@ -113,8 +113,8 @@ def pack_continuations(
 class Packing:
     """A pack in the making."""
 
-    def __init__(self, pad_id: int, max_padding: float = MAX_PADDING):
-        self.pad_id, self.max_padding = pad_id, max_padding
+    def __init__(self, pad_id: int, max_padding: float | None = None):
+        self.pad_id, self.max_padding = pad_id, MAX_PADDING if max_padding is None else max_padding
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.rows: list[Row] = []

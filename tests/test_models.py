@@ -14,7 +14,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from align import packing
 from align.attention import PACKED
 from align.errors import UserError
 from align.models import (
@@ -100,14 +99,13 @@ def test_a_fresh_head_needs_the_seed_alone(policy_folder):
 
 
 @pytest.mark.parametrize("extra, junk", [(0, PAD), (7, PAD), (3, 59), (3, EOS)])
-def test_R8_score_under_padding_and_batch_mates(scalar, monkeypatch, extra, junk):
+def test_R8_score_under_padding_and_batch_mates(scalar, extra, junk):
     expected = one_by_one(scalar, ROWS)
     with torch.no_grad():
         # Out of padded rows, at the state after the last token, as the step-zero check reads it.
         scores = response_values(scalar, pad(ROWS, junk, extra), sizes(ROWS), torch.ones(5, dtype=torch.long))
         assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
-        monkeypatch.setattr(packing, "MAX_PADDING", 0.99)  # one group, padded to its longest row
-        pack = pack_rows(ROWS, junk)
+        pack = pack_rows(ROWS, junk, max_padding=0.99)  # one group, padded to its longest row
         assert len(pack.parts) == 1 and len(pack.input_ids) == 5 * 8 > sum(map(len, ROWS))
         scores = scalar(pack, pack.starts + sizes(ROWS) - 1)
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)

@@ -323,9 +323,9 @@ def test_layout_by_hand(monkeypatch):
     assert places.tolist() == [[*none, 8, 9, -1], [*none, 10, 11, -1], [*none, 5, 6, 7]]
 
 
-def test_layout_of_plain_rows_by_hand(monkeypatch):
-    monkeypatch.setattr(packing, "MAX_PADDING", 0.34)  # 1 of 2 x 4 and 3 of 3 x 4 tokens are not too much, 6 of 16 are
-    pack = pack_rows([[5, 6], [7], [8, 9, 10, 11], [12, 13, 14]], pad_id=63)
+def test_layout_of_plain_rows_by_hand():
+    # 1 of 2 x 4 and 3 of 3 x 4 tokens are not too much, 6 of 16 are.
+    pack = pack_rows([[5, 6], [7], [8, 9, 10, 11], [12, 13, 14]], 63, 0.34)
     assert pack.input_ids.tolist() == [8, 9, 10, 11, 12, 13, 14, 63, 5, 6, 63, 63, 7]
     assert pack.position_ids.tolist() == [0, 1, 2, 3] * 3 + [0]
     assert pack.starts.tolist() == [8, 12, 0, 4] and pack.parts == (Group(0, 3, 4), Group(12, 1, 1))
