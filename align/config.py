@@ -10,12 +10,14 @@ import math
 import re
 import types
 import typing
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from align.errors import UserError
+from align.runtime import has_bf16
 
 Config = TypeVar("Config")
 
@@ -26,7 +28,7 @@ class StageConfig:
 
     output_dir: str
     seed: int = 0
-    bf16: bool = False  # autocast to bfloat16; master weights stay float32
+    bf16: bool = False  # autocast to bfloat16, master weights stay float32; "auto": where the hardware multiplies in it
     attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
@@ -450,6 +452,8 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     for name in required:
         if name not in values:
             raise UserError(f"{name}: missing; set it in the config file or with --{name}")
+    if "bf16" in values:
+        values["bf16"] = _bf16(*values["bf16"])
     filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
     return cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
 
@@ -458,6 +462,16 @@ def _unknown(key: str, place: str, cls: type) -> UserError:
     close = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(cls)], n=1)
     remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in align/config.py lists the keys"
     return UserError(f"{place}: unknown key; {remedy}")
+
+
+def _bf16(value: Any, place: str) -> tuple[bool, str]:
+    """`auto` as what it means on this machine, so that a manifest says what was computed."""
+    if value == "auto":
+        return has_bf16(), place
+    value = _convert(value, bool, place)
+    if value and not has_bf16():
+        warnings.warn(f"{place}: this hardware has no bfloat16 products and is very slow in it; set auto", stacklevel=2)
+    return value, place
 
 
 def _fill(value: Any, run: str | None, place: str) -> Any:

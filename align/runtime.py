@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, is_bf16_available, parse_flag_from_env
 from torch import Tensor
 
 
@@ -168,6 +168,19 @@ def wait_for_everyone() -> None:
 def on_cpu() -> bool:
     """No accelerator here, or the launcher says not to use it."""
     return state().device.type == "cpu"
+
+
+def has_bf16() -> bool:
+    """The hardware multiplies in bfloat16. Without, it computes the same, a hundred times slower than in float32 (a CPU
+    with AVX2 alone: docs/LOG.md). May be asked before there is a process group."""
+    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_bf16_available()
+
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, x86, ARM, ARM
 
 
 def seed_everything(seed: int) -> None:

@@ -1,4 +1,5 @@
-"""Ours against the peer: a table, and results.json beside this file (or with --growth: growth.json and plots).
+"""Ours against the peer: a table, and results.json beside this file, results-fp32.json for hardware without bfloat16
+products (or with --growth: growth.json and plots).
 
 python -m benchmarks --data FOLDER --peer PEER_PYTHON --model MODEL [--workloads 'ppo-*,toy-rm-qa'] [--repeats 3]
 python -m benchmarks --growth --peer PEER_PYTHON --model MODEL [--point_seconds 60] [--minutes 10]
@@ -12,11 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from align.errors import UserError
-from align.runtime import tune_cpu
+from align.runtime import has_bf16, tune_cpu
 from benchmarks import compare, workloads
 
 HERE = Path(__file__).parent
 PEER_VERSION = "1.12.0"  # the last with PPO
+RESULTS = {"bf16": "results.json", "fp32": "results-fp32.json"}
 
 
 def main() -> None:
@@ -26,6 +28,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="SmolLM2-135M, exported; the other models are made beside it")
     parser.add_argument("--workloads", default="*", help="names or patterns, with commas between")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16" if has_bf16() else "fp32",
+        help="of the products, on both sides; weights that are trained are float32. Default: the hardware's best",
+    )  # fmt: skip
     parser.add_argument("--growth", action="store_true", help="measure growth instead")
     parser.add_argument(
         "--point_seconds", type=float, default=60, help="a point of growth that takes longer is left out"
@@ -39,12 +45,15 @@ def main() -> None:
         if options.growth:
             from benchmarks.growth import grow
 
-            grow(options.model, options.peer, options.point_seconds, 60 * options.minutes, options.output)
+            sides = compare.Sides(options.model, "none", options.peer, options.precision)
+            grow(sides, options.point_seconds, 60 * options.minutes, options.output)
             return
+        sides = compare.Sides(options.model, options.data, options.peer, options.precision)
+        results = options.output / RESULTS[options.precision]
         entries = []
         for name in specs:
-            entries.append(compare.compare(name, options.model, options.data, options.peer, options.repeats))
-            compare.merge(entries[-1], options.output / "results.json")
+            entries.append(compare.compare(name, sides, options.repeats))
+            compare.merge(entries[-1], results)
             print(compare.table(entries[-1:]), flush=True)
         print("\n" + compare.table(entries))
     except UserError as error:

@@ -1,8 +1,8 @@
 """Ours against the peer's on one workload, by turns, in processes of their own; the entry of results.json.
 
 The ratio is ours / peer's of neighbouring runs: their geometric mean, with the least and the greatest as its spread.
-The limit is the rate of a 2048-cubed bfloat16 product measured before each run, over the operations that the workload
-needs (docs/benchmarks.md); a result says what part of it was reached.
+The limit is the rate of a 2048-cubed product in the runs' precision, measured before each run, over the operations that
+the workload needs (docs/benchmarks.md); a result says what part of it was reached.
 """
 
 import json
@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -22,27 +23,37 @@ from benchmarks import workloads
 ROOT = Path(__file__).parent.parent
 
 
-def command(side: str, names: str, spec: dict, model: str, data: str, peer: str) -> list[str]:
-    """Of the peer's side only PPO needs another Python: the newest TRL has the other trainers."""
-    if side == "ours":
-        return [sys.executable, "-m", "benchmarks.ours", model, names, data]
-    python = peer if spec["kind"] == "ppo" else sys.executable
-    return [python, str(ROOT / "benchmarks" / "peer.py"), model, names, data]
+@dataclass(frozen=True)
+class Sides:
+    """What both sides are run with."""
+
+    model: str
+    data: str
+    peer: str  # a Python with the last TRL that has PPO
+    precision: str  # of the products: bf16 or fp32
+
+    def command(self, side: str, names: str, spec: dict) -> list[str]:
+        """Of the peer's side only PPO needs another Python: the newest TRL has the other trainers."""
+        if side == "ours":
+            bf16 = str(self.precision == "bf16").lower()
+            return [sys.executable, "-m", "benchmarks.ours", self.model, names, self.data, f"bf16={bf16}"]
+        python = self.peer if spec["kind"] == "ppo" else sys.executable
+        return [python, str(ROOT / "benchmarks" / "peer.py"), self.model, names, self.data, self.precision]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def compare(name: str, model: str, data: str, peer: str, repeats: int) -> dict:
+def compare(name: str, sides: Sides, repeats: int) -> dict:
     """Pairs of runs; which side goes first changes from pair to pair."""
     runs: dict[str, list[dict]] = {"ours": [], "peer": []}
     limits = []
     for repeat in range(repeats):
         for side in ("ours", "peer")[:: 1 if repeat % 2 == 0 else -1]:
-            limits.append(matrix_limit())
-            runs[side].append(run(name, command(side, name, workloads.SPECS[name], model, data, peer)))
-    return result(name, runs, mean(limits))
+            limits.append(matrix_limit(sides.precision))
+            runs[side].append(run(name, sides.command(side, name, workloads.SPECS[name])))
+    return result(name, runs, mean(limits)) | {"precision": sides.precision}
 
 
 def run(name: str, command: list[str]) -> dict:
@@ -102,12 +113,13 @@ def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def matrix_limit(size: int = 2048, repeats: int = 20) -> float:
-    """Operations a second of a bfloat16 matrix product."""
+def matrix_limit(precision: str, size: int = 2048, repeats: int = 20) -> float:
+    """Operations a second of a matrix product."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(size, size, dtype=dtype, device=device)
     float((a @ a)[0, 0])
     start = time.perf_counter()
     for _ in range(repeats):

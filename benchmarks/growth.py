@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from align.checkpoint import write_json
 from align.errors import UserError
 from benchmarks import workloads
-from benchmarks.compare import ROOT, command, environment, failure, machine, parse
+from benchmarks.compare import ROOT, Sides, environment, failure, machine, parse
 
 LABELS = {
     "length": "response length (tokens)",
@@ -33,7 +33,7 @@ LABELS = {
 COLOURS = {"ours": "#1f6fb4", "peer": "#c8601c"}
 
 
-def grow(model: str, peer: str, point_seconds: float, seconds: float, folder: Path) -> list[dict]:
+def grow(sides: Sides, point_seconds: float, seconds: float, folder: Path) -> list[dict]:
     """Every point of every axis, ours first, the peer in what is left of `seconds`; growth.json and the plots."""
     end = time.monotonic() + seconds
     taken: dict[str, dict[str, dict]] = {"ours": {}, "peer": {}}
@@ -41,13 +41,14 @@ def grow(model: str, peer: str, point_seconds: float, seconds: float, folder: Pa
         for axis, specs in workloads.GROWTH.items():
             names = [f"{axis}-{size}" for size in specs]
             names = [names[0], *names]
-            line = command(side, ",".join(names), next(iter(specs.values())), model, "none", peer)
+            line = sides.command(side, ",".join(names), next(iter(specs.values())))
             points = measure(line, names, point_seconds, end)
             next(points, None)  # the first point for the first time: everything is touched, nothing counts
             for point in points:
                 taken[side][point["workload"]] = point
                 print(f"{side} {point['workload']}: {point['rate']:.2f} {point['unit']}", flush=True)
     entries = [entry(axis, size, taken, point_seconds) for axis, specs in workloads.GROWTH.items() for size in specs]
+    entries = [point | {"precision": sides.precision} for point in entries]
     write_json(folder / "growth.json", entries)
     plot_all(entries, folder)
     return entries

@@ -210,8 +210,8 @@ def test_sides_take_turns(monkeypatch):
         return a_run(1, 1)
 
     monkeypatch.setattr(compare, "run", run)
-    monkeypatch.setattr(compare, "matrix_limit", lambda: 1.0)
-    compare.compare("ppo-fixed", "model", "data", "python", repeats=3)
+    monkeypatch.setattr(compare, "matrix_limit", lambda precision: 1.0)
+    compare.compare("ppo-fixed", compare.Sides("model", "data", "python", "bf16"), repeats=3)
     assert order == ["ours", "peer", "peer", "ours", "ours", "peer"]
 
 

@@ -25,6 +25,7 @@ from align.config import (
     term_name,
 )
 from align.errors import UserError
+from align.runtime import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 PPO = ["--output_dir", "out", "--reward", "[{model: rm}]", "--ptx_coef", "0"]
@@ -214,6 +215,18 @@ def test_yaml_values(tmp_path, text, expected):
 def test_command_line_values(argv, key, expected):
     got = getattr(ppo(*argv), key)
     assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_auto_is_what_the_hardware_has(monkeypatch, has):
+    monkeypatch.setattr("align.config.has_bf16", lambda: has)
+    assert ppo("--bf16", "auto").bf16 is has
+
+
+def test_bf16_on_hardware_without_it_is_obeyed_and_said(monkeypatch):
+    monkeypatch.setattr("align.config.has_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="--bf16.*very slow.*auto"):
+        assert ppo("--bf16", "true").bf16 is True
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -477,3 +490,13 @@ def test_fuzz_yaml_text(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_text(text, encoding="utf-8", errors="ignore")
     parses_or_says_why([*PPO, "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("instructions", "has"), [({"avx2": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True),
+                              ({"architecture": "aarch64", "bf16": True}, True), ({}, False)],
+)  # fmt: skip
+def test_has_bf16_reads_the_cpus_instructions(monkeypatch, instructions, has):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions)
+    assert has_bf16() is has
