@@ -1,6 +1,7 @@
 """Weights of linear layers laid out for oneDNN's kernels once, where a CPU multiplies few rows by them many times.
 
-torch lays a bfloat16 weight out anew at each product: with 64 rows a third of its time (docs/benchmarks.md).
+torch lays a bfloat16 weight out anew at each product, with 64 rows a third of its time, and gives a float32 product to
+a library that lays it out too (docs/benchmarks.md).
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 64  # that the layout is chosen for; any number may be multiplied
+LARGE = 2**18  # numbers in a matrix
 
 
 class Prepacked(Tensor):
@@ -35,6 +37,15 @@ class Prepacked(Tensor):
 
 
 def prepack(weight: Tensor) -> Tensor:
-    """The weight laid out, where that is another layout and pays: matrices in bfloat16 on a CPU with oneDNN."""
-    known = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.dim() == 2
-    return Prepacked(weight.detach().contiguous()) if known and torch.backends.mkldnn.is_available() else weight
+    """The weight laid out, where that is another layout and pays; else itself."""
+    return Prepacked(weight.detach().contiguous()) if pays(weight) else weight
+
+
+def pays(weight: Tensor) -> bool:
+    """Matrices on a CPU with oneDNN: in bfloat16 where it has kernels for it (AVX-512 or newer), in float32 large ones,
+    whose products take longer than the detour of calling them."""
+    if weight.device.type != "cpu" or weight.dim() != 2 or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 and weight.numel() >= LARGE
