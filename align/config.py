@@ -343,7 +343,7 @@ class EvaluateConfig(StageConfig):
     ppo_path: str | None = None
     ppo_ptx_path: str | None = None
     reward_model_path: str = ""
-    judge: str = ""  # import path, e.g. data.world.judge:judge
+    judge: str | None = None  # import path, e.g. data.world.judge:judge; null: the reward model compares instead
     prompts_file: str = ""
     few_shot_file: str | None = None
     text_file: str = ""
@@ -444,18 +444,18 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     for key, (_, place) in values.items():
         if key not in names:
             raise _unknown(key, place, cls)
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    for name in required:
+    for name in _required(cls):
         if name not in values:
             raise UserError(f"{name}: missing; set it in the config file or with --{name}")
     if "bf16" in values:
         values["bf16"] = _bf16(*values["bf16"])
     filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
     return cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
+
+
+def _required(cls: type) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
 
 
 def _unknown(key: str, place: str, cls: type) -> UserError:
@@ -522,14 +522,20 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     """A YAML value or a command-line string to the field's type."""
     if hint == tuple[RewardTerm, ...]:
         return _terms(value, place)
-    if hint == tuple[str, ...]:
+    if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise UserError(f"{place}: {value!r} is no list; write [PATH, PATH]")
-        return tuple(_convert(item, str, f"{place}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(item, typing.get_args(hint)[0], f"{place}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {value!r} is no mapping; write `name: value` lines")
+        return {str(key): _convert(item, typing.get_args(hint)[1], f"{place}.{key}") for key, item in value.items()}
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value in ("null", "none", "None")):
         return None
     kind = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        return _nested(kind, value, place)
     try:
         if kind is bool:
             return _as_bool(value)
@@ -562,12 +568,21 @@ def _term(value: Any, place: str) -> RewardTerm:
     kinds = [key for key in TERMS if key in value] if isinstance(value, dict) else []
     if len(kinds) != 1:
         raise UserError(f"{place}: {value!r} must have one of model, models and function; write {{model: PATH}}")
-    cls = TERMS[kinds[0]]
+    return _nested(TERMS[kinds[0]], value, place)
+
+
+def _nested(cls: type[Config], value: Any, place: str) -> Config:
+    """A mapping as a `cls`; an unknown key is an error, and so is a missing one."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {value!r} is no mapping; write `key: value` lines")
     hints = typing.get_type_hints(cls)
     for key in value:
         if key not in hints:
             name = key if isinstance(key, str) and key.isprintable() else repr(key)
             raise _unknown(name, f"{place}.{name}", cls)
+    for name in _required(cls):
+        if name not in value:
+            raise UserError(f"{place}.{name}: missing; {cls.__name__} needs it")
     return cls(**{key: _convert(item, hints[key], f"{place}.{key}") for key, item in value.items()})
 
 

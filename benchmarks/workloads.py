@@ -17,7 +17,7 @@ MODELS = {
     "6M": {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704},
     "28M": {"vocab_size": 16384, "hidden_size": 384, "num_hidden_layers": 12, "intermediate_size": 1024},
 }
-SMOLLM2 = "135M"  # and the one that is exported (benchmarks/export_model.py)
+SMOLLM2 = "135M"  # and the one that is exported (data/gguf.py)
 
 FIXED = {
     "kind": "ppo", "model": SMOLLM2, "source": "random", "episodes": 64, "batch": 32, "minibatches": 2,

@@ -3,6 +3,9 @@
     every policy answers the same held-out prompts, sampled (temperature 1) and greedy; a judge scores each answer;
     win rate and paired gain against SFT with 95% intervals; KL to SFT, perplexity on plain text, length, share finished
 
+Without a judge the reward model compares: what PPO climbed, so a gain there shows that it climbed, not that answers are
+better. Read the transcripts.
+
 Policies: base, base with a few-shot prefix ("prompted"), SFT, PPO and PPO-ptx where they were trained.
 
     python -m stages.evaluate --config configs/tiny/evaluate.yaml --run runs/tiny
@@ -19,6 +22,7 @@ from align.errors import UserError
 from align.evaluate.policies import Setting, answer, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
+from align.evaluate.summary import by_reward_model
 from align.evaluate.win_rate import agreement, plain
 from align.models import ScalarModel, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> None:
     runtime = Runtime(config.seed, config.bf16)
     policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
     reward = load_reward_model(config, codec, runtime)
-    judge = import_function(config.judge, "judge")
+    judge = import_function(config.judge, "judge") if config.judge else None
     sizes = (config.max_new_tokens, config.per_device_batch_size)
     setting = Setting(codec, prompts, policies["sft"], reward, judge, *sizes, config.seed)
 
@@ -67,6 +71,7 @@ def main(argv: list[str]) -> None:
 
     # 3. The reward model against labelers and judge, and the labelers against each other.
     evaluation = {"preset": config.preset, "policies": measured, **judges_report(config, setting, rankings)}
+    evaluation["by_reward_model"] = by_reward_model(measured, config.seed)
     evaluation["step_zero"] = step_zero(config)
     evaluation["seconds"] = seconds_so_far(config.run_dir, "evaluate")
     evaluation["transcripts"] = pick_transcripts(evaluation, config.num_transcripts, config.seed)
@@ -110,18 +115,19 @@ def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
 
 def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
     pairs = scored(rankings, setting)
-    gold = [
-        [
-            setting.judge({"prompt": r.prompt, **r.columns}, text, done).likert
-            for text, done in zip(r.completions, r.columns.get("finished") or [True] * len(r.completions), strict=True)
-        ]
-        for r in rankings
-    ]
+    gold = [gold_scores(ranking, setting) for ranking in rankings] if setting.judge else None
     manifest = read_manifest(config.reward_model_path)
-    report = ranking_accuracy(pairs, config.seed) | {"gold_accuracy": gold_accuracy(pairs, gold, config.seed)}
+    report = ranking_accuracy(pairs, config.seed)
+    report["gold_accuracy"] = gold_accuracy(pairs, gold, config.seed) if gold else None
     report["demonstration_mean"] = manifest.metrics["demonstration_mean"] if manifest else None
     agreed = agreement(rankings, config.seed)
     return {"rm": report, "labelers": {"agreement": agreed.interval if agreed else None}}
+
+
+def gold_scores(ranking: Ranking, setting: Setting) -> list[float]:
+    row, finished = {"prompt": ranking.prompt, **ranking.columns}, ranking.columns.get("finished")
+    done = finished or [True] * len(ranking.completions)
+    return [setting.judge(row, text, end).likert for text, end in zip(ranking.completions, done, strict=True)]
 
 
 def step_zero(config: EvaluateConfig) -> dict[str, float] | None:

@@ -33,13 +33,19 @@ Series = tuple[str, str, str]  # metric name, label, colour
 
 
 def plot_policies(summary: Mapping[str, Any], path: Path) -> Path:
-    """Gold score of every trained policy in a summary.json, sampled and greedy, with 95% intervals."""
+    """Gold score of every trained policy in a summary.json, sampled and greedy, with 95% intervals.
+
+    Of a summary without a judge the reward model's score.
+    """
+    unjudged = summary.get("by_reward_model")
     policies = {name: summary["policies"][name] for name in POLICIES if summary["policies"].get(name)}
-    figure, (axes,) = _figure(1, 1, (7.5, 4.4), "Does each stage improve the gold score?")
+    what = "reward model's score" if unjudged else "gold score"
+    figure, (axes,) = _figure(1, 1, (7.5, 4.4), f"Does each stage improve the {what}?")
     if not policies:
         return _save(figure, path, empty=axes)
     for offset, mode, hatch in ((-0.2, "sampled", ""), (0.2, "greedy", "///")):
-        intervals = [plain(policy[mode]["gold"]) for policy in policies.values()]
+        found = [unjudged[name][mode]["score"] if unjudged else policies[name][mode]["gold"] for name in policies]
+        intervals = [plain(interval) for interval in found]
         x = np.arange(len(policies)) + offset
         colours = [COLOURS[name] for name in policies]
         means = [i["mean"] for i in intervals]
@@ -49,11 +55,14 @@ def plot_policies(summary: Mapping[str, Any], path: Path) -> Path:
         for at, interval in zip(x, intervals, strict=True):
             axes.text(at, interval["high"] + 0.06, f"{interval['mean']:.2f}", ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(len(policies)), [LABELS[name] for name in policies])
-    axes.set_ylabel("gold score (Likert, 1 to 7)")
-    axes.set_ylim(1, 7)
+    axes.set_ylabel("score (demonstrations: 0)" if unjudged else "gold score (Likert, 1 to 7)")
+    if unjudged:
+        axes.axhline(0, color=FAINT, linewidth=1)
+    else:
+        axes.set_ylim(1, 7)
     axes.bar(0, 0, color=INK, label="sampled (temperature 1)")
     axes.bar(0, 0, color="white", edgecolor=INK, hatch="///", label="greedy (temperature 0)")
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="lower right" if unjudged else "upper left", frameon=False)
     return _save(figure, path)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.generate import make_sampler, uniform_numbers
+from align.maths.repetition import repeated_ngrams
 from align.models import Policy, document_nll, response_logprobs
 from align.packing import token_batches
 from align.ranking import score_rankings
@@ -28,7 +29,7 @@ class Setting:
     prompts: list[Prompt]
     sft: torch.nn.Module
     reward: Reward
-    judge: Judge
+    judge: Judge | None  # None: the reward model alone compares
     max_new_tokens: int
     batch_size: int
     seed: int
@@ -78,15 +79,17 @@ def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, lis
 def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:
     response = setting.codec.decode(episode.response)
     row = {"prompt": prompt.prompt, **prompt.columns}
-    judged = setting.judge(row, response, episode.finished)
-    fields = {name: value for name, value in judged.as_dict().items() if name != "likert"}
-    shown = {key: row.get(key) for key in ("id", "prompt", "use_case", "language", "constraint")}
+    judged = setting.judge(row, response, episode.finished) if setting.judge else None
+    fields = {name: value for name, value in judged.as_dict().items() if name != "likert"} if judged else {}
+    shown = {key: row.get(key) for key in ("id", "prompt", "use_case", "source", "language", "constraint")}
+    tokens = torch.tensor([episode.response])
     return shown | {
         "response": response.strip(),
-        "likert": judged.likert,
+        "likert": judged.likert if judged else None,
         "fields": fields,
         "finished": episode.finished,
         "response_tokens": len(episode.response),
+        "repetition": float(repeated_ngrams(tokens, torch.tensor([len(episode.response)]))),
     }
 
 

@@ -27,6 +27,7 @@ from align.evaluate.plots import (
 from align.evaluate.summary import (
     MODES,
     POLICIES,
+    REWARD_KEYS,
     Record,
     check_summary,
     policy_summary,
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 NUM_TRANSCRIPTS = 20
+WARNING = "Prompts and answers stand as data and models gave them and may offend."
 TEMPLATE = "report.html.jinja"
 NO_VALUE = "-"
 
@@ -75,12 +77,22 @@ class Table:
 
 
 def tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = None) -> list[Table]:
-    """The tables of a run: policies, gold by use case and by language, the judge's fields, the reward model."""
+    """The tables of a run: policies, gold by use case and by language, the judge's fields, the reward model.
+
+    Without a judge the reward model's view of the policies, and its score by source and by language.
+    """
     summary = summary or summarise(evaluation)
+    if "by_reward_model" in summary:
+        return [
+            _proxy_table(summary),
+            _mean_by(evaluation, "source", "proxy", "Reward model's score by source of the prompt"),
+            _mean_by(evaluation, "language", "proxy", "Reward model's score by language"),
+            _reward_table(summary),
+        ]
     return [
         _policies_table(summary),
-        _gold_by(evaluation, "use_case", "Gold score by use case"),
-        _gold_by(evaluation, "language", "Gold score by language"),
+        _mean_by(evaluation, "use_case", "likert", "Gold score by use case"),
+        _mean_by(evaluation, "language", "likert", "Gold score by language"),
         _fields_table(evaluation),
         _reward_table(summary),
     ]
@@ -92,17 +104,22 @@ def write_tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | Non
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """Whether each PPO policy is better than SFT, in one sentence each: the interval of the paired gain decides."""
-    lines = []
+    """Whether each PPO policy is better than SFT, in one sentence each: the interval of the paired gain decides.
+
+    Without a judge: whether the reward model, which PPO climbed, says so.
+    """
+    lines, unjudged = [], summary.get("by_reward_model")
     for name in ("ppo", "ppo_ptx"):
         for mode in MODES if summary["policies"][name] else ():
-            numbers = summary["policies"][name][mode]
+            numbers = (unjudged or summary["policies"])[name][mode]
             gain, rate = Interval(**numbers["gain_vs_sft"]), Interval(**numbers["win_rate_vs_sft"])
             if gain.low > 0:
                 verdict = "is better than SFT"
             else:
                 verdict = "is worse than SFT" if gain.high < 0 else "does not differ measurably from SFT"
-            lines.append(f"{LABELS[name]}, {mode}, {verdict}: paired gain {gain}, win rate {rate}.")
+            who = " by the reward model that it climbed" if unjudged else ""
+            size = f" ({numbers['gain_in_deviations']:.2f} standard deviations)" if unjudged else ""
+            lines.append(f"{LABELS[name]}, {mode}, {verdict}{who}: paired gain {gain}{size}, win rate {rate}.")
     return lines
 
 
@@ -114,11 +131,11 @@ def pick_transcripts(
     records = policies["sft"][mode]
     by_case: dict[str, list[int]] = {}
     for i in np.random.default_rng(seed).permutation(len(records)):
-        by_case.setdefault(str(records[i].get("use_case")), []).append(int(i))
-    # the first of every use case, then the second of every one, ...
+        by_case.setdefault(str(records[i].get("use_case") or records[i].get("source")), []).append(int(i))
+    # the first of every use case (or source), then the second of every one, ...
     turns = sorted((turn, case, i) for case, rows in by_case.items() for turn, i in enumerate(rows))
     chosen = sorted(i for _, _, i in turns[:n])
-    shared = ("id", "prompt", "use_case", "language", "constraint")
+    shared = ("id", "prompt", "use_case", "source", "language", "constraint")
     return [
         {key: records[i].get(key) for key in shared}
         | {"responses": {name: policy[mode][i] for name, policy in policies.items()}}
@@ -129,8 +146,10 @@ def pick_transcripts(
 def transcripts_table(rows: Sequence[Mapping[str, Any]], policies: Sequence[str], n: int) -> str:
     """The first n transcripts as a Markdown table: a prompt a row, a policy a column, gold scores before the texts."""
     header = ["prompt", *(LABELS.get(name, name) for name in policies)]
-    body = [[str(row["prompt"]), *(_answer(row["responses"].get(name)) for name in policies)] for row in rows[:n]]
-    note = "The gold score (1 to 7) stands before each answer."
+    body = [
+        [shown_prompt(row["prompt"]), *(_answer(row["responses"].get(name)) for name in policies)] for row in rows[:n]
+    ]
+    note = f"The gold score (1 to 7), or where nobody judged the reward model's, stands before each answer. {WARNING}"
     return Table("Transcripts", note, header, body).markdown() + "\n"
 
 
@@ -147,9 +166,11 @@ def write_plots(
     `training` holds the rows of metrics.jsonl for each PPO policy, `sft` those of the SFT run.
     """
     folder = Path(folder)
-    plots = {"Gold score of each policy": plot_policies(summary, folder / "policies.png")}
+    unjudged = "by_reward_model" in summary
+    caption = f"{'Score by the reward model' if unjudged else 'Gold score'} of each policy"
+    plots = {caption: plot_policies(summary, folder / "policies.png")}
     for name in ("ppo_ptx", "ppo"):
-        if evaluation["policies"].get(name):
+        if evaluation["policies"].get(name) and not unjudged:
             caption = f"Gold score by use case, {LABELS[name]} and SFT"
             plots[caption] = plot_use_cases(evaluation, folder / f"use_cases_{name}.png", name)
         if (training or {}).get(name):
@@ -196,6 +217,9 @@ def write_report(
         transcripts=rows,
         policies=names,
         labels=LABELS,
+        warning=WARNING,
+        score=_score,
+        shown_prompt=shown_prompt,
         seconds={k: v for k, v in summary["seconds"].items() if v is not None},
         num_prompts=len(evaluation["policies"]["sft"]["sampled"]),
     )
@@ -232,20 +256,39 @@ def _policies_table(summary: Mapping[str, Any]) -> Table:
     return Table("Policies", note, ["policy", *columns, "proxy", "KL", "perplexity", "tokens", "finished"], rows)
 
 
-def _gold_by(evaluation: Mapping[str, Any], column: str, title: str) -> Table:
-    """Gold of the sampled answers, a row for each value of `column`, a column for each trained policy."""
+def _proxy_table(summary: Mapping[str, Any]) -> Table:
+    """What the reward model and plain counts say of each policy's answers."""
+    rows = []
+    for name, modes in summary["by_reward_model"].items():
+        for mode, numbers in modes.items():
+            cells = [str(Interval(**numbers[key])) for key in REWARD_KEYS]
+            gain, perplexity = f"{numbers['gain_in_deviations']:.2f}", f"{summary['policies'][name]['perplexity']:.2f}"
+            rows.append([f"{LABELS[name]}, {mode}", *cells, gain, perplexity])
+    columns = ["score", "gain", "win rate", "KL", "tokens", "finished", "repetition", "gain / sd", "perplexity"]
+    note = (
+        "No judge: score is the reward model's, which PPO climbed, so a gain says that it climbed. Gain and win rate "
+        "(ties half) against SFT on the same prompts; gain / sd in standard deviations of SFT's scores. KL to SFT in "
+        "nats per episode; finished ends in EOS; repetition is the share of 3-grams that stood before; perplexity is "
+        "on held-out text. Brackets: 95% intervals."
+    )
+    return Table("Policies by the reward model", note, ["policy", *columns], rows)
+
+
+def _mean_by(evaluation: Mapping[str, Any], column: str, key: str, title: str) -> Table:
+    """Mean of a number of the sampled answers, a row for each value of `column`, a column for each trained policy."""
     policies = _trained(evaluation)
     groups: dict[str, dict[str, list[float]]] = {}
     for name, policy in policies.items():
         for record in policy["sampled"]:
             cells = groups.setdefault(str(record.get(column) or "unknown"), {})
-            cells.setdefault(name, []).append(float(record["likert"]))
+            cells.setdefault(name, []).append(float(record[key]))
     rows = []
     for value, cells in sorted(groups.items()):
         prompts = max(len(golds) for golds in cells.values())
         rows.append([value, str(prompts), *(_mean_cell(cells.get(name, [])) for name in policies)])
     header = [column.replace("_", " "), "prompts", *(LABELS[name] for name in policies)]
-    return Table(title, "Mean Likert of sampled answers, with 95% intervals.", header, rows)
+    what = "Likert" if key == "likert" else "score"
+    return Table(title, f"Mean {what} of sampled answers, with 95% intervals.", header, rows)
 
 
 def _fields_table(evaluation: Mapping[str, Any]) -> Table:
@@ -266,7 +309,7 @@ def _reward_table(summary: Mapping[str, Any]) -> Table:
     zero = rm["demonstration_mean"]
     rows = [
         ["accuracy against labelers", str(Interval(**rm["accuracy"]))],
-        ["accuracy against gold", str(Interval(**rm["gold_accuracy"])) if rm["gold_accuracy"] else "no pair differs"],
+        ["accuracy against gold", str(Interval(**rm["gold_accuracy"])) if rm["gold_accuracy"] else NO_VALUE],
         ["agreement of two labelers", str(Interval(**agreement)) if agreement else NO_VALUE],
         ["mean score of demonstrations", NO_VALUE if zero is None else f"{zero:.2g}"],
     ]
@@ -286,7 +329,17 @@ def _mean_cell(golds: Sequence[float]) -> str:
 
 
 def _answer(record: Record | None) -> str:
-    return NO_VALUE if record is None else f"({record['likert']:g}) {record['response']}"
+    return NO_VALUE if record is None else f"({_score(record)}) {record['response']}"
+
+
+def _score(record: Record) -> str:
+    """The judge's number, or the reward model's where nobody judged."""
+    return f"{record['proxy']:.2f}" if record.get("likert") is None else f"{record['likert']:g}"
+
+
+def shown_prompt(prompt: Any) -> str:
+    """A prompt as people read it; of a conversation a line a message, its role before it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def _trained(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -8,6 +8,11 @@
     P = {"sampled": D, "greedy": D, "proxy", "kl", "perplexity", "response_tokens", "finished"} or null
     D = {"gold": I, "gain_vs_sft": I, "win_rate_vs_sft": I};  I = {"mean", "low", "high"}
 
+Without a judge every D holds nulls and "by_reward_model" is added, {policy: {mode: R}}: what the reward model, which is
+also what PPO climbed, says of the same answers.
+    R = {"score": I, "gain_vs_sft": I, "gain_in_deviations", "win_rate_vs_sft": I,
+         "kl": I, "response_tokens": I, "finished": I, "repetition": I}
+
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
 no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
 policy was trained with PPO, and for its `value_minus_score` when the value model started from no term of the reward.
@@ -21,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import UserError
-from align.evaluate.win_rate import mean_interval, paired_gain, plain, win_rate
+from align.evaluate.win_rate import mean_interval, paired_gain, plain, rate_interval, win_rate
 
 SCHEMA = 1
 POLICIES = ("base", "prompted", "sft", "ppo", "ppo_ptx")
@@ -31,14 +36,20 @@ RECORD_MEANS = ("proxy", "kl", "response_tokens", "finished")
 RM_KEYS = ("accuracy", "gold_accuracy", "demonstration_mean", "pairs")
 STEP_ZERO_KEYS = ("ratio_max_deviation", "kl", "value_minus_score")
 
+REWARD_KEYS = ("score", "gain_vs_sft", "win_rate_vs_sft", "kl", "response_tokens", "finished", "repetition")
+GOLD_KEYS = ("gold", "gain_vs_sft", "win_rate_vs_sft")
+
 Record = Mapping[str, Any]  # one prompt's answer: id, prompt, response, likert, fields, finished, proxy, kl, ...
 
 
 def policy_summary(records: Sequence[Record], sft_records: Sequence[Record], seed: int) -> dict[str, dict[str, float]]:
-    """D of the schema: gold (mean Likert), paired gain and win rate against SFT on the same prompts, by position."""
-    ids, sft_ids = ([r.get("id", r.get("prompt")) for r in rows] for rows in (records, sft_records))
-    if ids != sft_ids:
-        raise ValueError("records and SFT records are not the answers to the same prompts in the same order")
+    """D of the schema: gold (mean Likert), paired gain and win rate against SFT on the same prompts, by position.
+
+    All null where no judge read the answers.
+    """
+    _require_same_prompts(records, sft_records)
+    if not judged(records):
+        return dict.fromkeys(GOLD_KEYS)
     gold, sft_gold = ([float(r["likert"]) for r in rows] for rows in (records, sft_records))
     return plain(
         {
@@ -47,6 +58,43 @@ def policy_summary(records: Sequence[Record], sft_records: Sequence[Record], see
             "win_rate_vs_sft": win_rate(gold, sft_gold, seed),
         }
     )
+
+
+def judged(records: Sequence[Record]) -> bool:
+    """Whether a judge scored every answer."""
+    return all(record.get("likert") is not None for record in records)
+
+
+def _require_same_prompts(records: Sequence[Record], sft_records: Sequence[Record]) -> None:
+    named, sft_named = ([(r.get("id"), r.get("prompt")) for r in rows] for rows in (records, sft_records))
+    if named != sft_named:
+        raise ValueError("records and SFT records are not the answers to the same prompts in the same order")
+
+
+def by_reward_model(policies: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """{policy: {mode: R}} of the schema, for every policy that was trained."""
+    return {
+        name: {mode: _reward_numbers(policy[mode], policies["sft"][mode], seed) for mode in MODES}
+        for name, policy in policies.items()
+        if policy
+    }
+
+
+def _reward_numbers(records: Sequence[Record], sft_records: Sequence[Record], seed: int) -> dict[str, Any]:
+    _require_same_prompts(records, sft_records)
+    scores, sft_scores = ([float(r["proxy"]) for r in rows] for rows in (records, sft_records))
+    gain, spread = paired_gain(scores, sft_scores), float(np.std(sft_scores, ddof=1))
+    finished = sum(bool(record["finished"]) for record in records)
+    numbers = {
+        "score": mean_interval(scores),
+        "gain_vs_sft": gain,
+        "win_rate_vs_sft": win_rate(scores, sft_scores, seed),
+        "finished": rate_interval(finished, len(records)),
+        **{key: mean_interval([r[key] for r in records]) for key in ("kl", "response_tokens", "repetition")},
+    }
+    return plain({key: numbers[key] for key in REWARD_KEYS}) | {
+        "gain_in_deviations": gain.mean / spread if spread else 0.0  # standard deviations of SFT's scores
+    }
 
 
 def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -68,13 +116,17 @@ def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         "policies": {name: _policy(policies.get(name), policies["sft"], seed) for name in POLICIES},
         "step_zero": {key: step_zero[key] for key in STEP_ZERO_KEYS} if step_zero else None,
     }
+    if not judged(policies["sft"]["sampled"]):
+        summary["by_reward_model"] = by_reward_model(policies, seed)
     check_summary(summary)
     return summary
 
 
 def check_summary(summary: Mapping[str, Any]) -> None:
     """Raise ValueError, naming every place, where `summary` leaves the schema above."""
-    problems = _keys(summary, ("schema", "preset", "seconds", "labelers", "rm", "policies", "step_zero"), "summary")
+    sections = ("schema", "preset", "seconds", "labelers", "rm", "policies", "step_zero")
+    unjudged = isinstance(summary, Mapping) and "by_reward_model" in summary
+    problems = _keys(summary, (*sections, "by_reward_model") if unjudged else sections, "summary")
     if not problems:
         problems = _check_sections(summary)
     if problems:
@@ -110,6 +162,7 @@ def _check_sections(summary: Mapping[str, Any]) -> list[str]:
     for name, policy in policies.items():
         problems += _check_policy(policy, f"policies.{name}")
     trained = policies["ppo"] is not None or policies["ppo_ptx"] is not None
+    problems += _check_by_reward_model(summary.get("by_reward_model", {}))
     if summary["step_zero"] is not None or trained:
         problems += _check_step_zero(summary["step_zero"])
     return problems
@@ -121,6 +174,21 @@ def _check_step_zero(numbers: Any) -> list[str]:
         return problems
     compared = [key for key in STEP_ZERO_KEYS if key != "value_minus_score" or numbers[key] is not None]
     return [problem for key in compared for problem in _number(numbers[key], f"step_zero.{key}")]
+
+
+def _check_by_reward_model(table: Any) -> list[str]:
+    problems = []
+    for name, modes in table.items():
+        for mode in MODES:
+            place = f"by_reward_model.{name}.{mode}"
+            wrong = _keys(modes[mode], (*REWARD_KEYS, "gain_in_deviations"), place)
+            rates = ("win_rate_vs_sft", "finished")
+            problems += wrong or [
+                problem
+                for key in REWARD_KEYS
+                for problem in _interval(modes[mode][key], f"{place}.{key}", rate=key in rates)
+            ]
+    return problems
 
 
 def _check_seconds(seconds: Any) -> list[str]:
@@ -170,8 +238,8 @@ def _check_policy(policy: Any, place: str) -> list[str]:
 
 
 def _check_mode(mode: Any, place: str) -> list[str]:
-    problems = _keys(mode, ("gold", "gain_vs_sft", "win_rate_vs_sft"), place)
-    if problems:
+    problems = _keys(mode, GOLD_KEYS, place)
+    if problems or all(mode[key] is None for key in GOLD_KEYS):
         return problems
     problems += _interval(mode["gold"], f"{place}.gold")
     problems += _interval(mode["gain_vs_sft"], f"{place}.gain_vs_sft")

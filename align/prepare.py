@@ -1,0 +1,312 @@
+"""`align prepare --config FILE --data_dir FOLDER`: the files of a run from public data, as one YAML file says.
+
+    data_dir/*  --read, limit, exclude-->  rows  --by a hash of the first question-->  NAME.jsonl, NAME_validation.jsonl
+
+A prompt's split is the same in every file of the run, so nothing that any stage holds out is trained on by any other.
+A source may be held out whole (`split: validation`); a training row that asks one of its questions is dropped and named
+(`held_out_elsewhere`). Beside the files lie `card.json` (counts, digests, prompts that sources share) and
+`dropped.jsonl` (place and reason of every unit that was dropped or mended). No message repeats a row's text.
+"""
+
+import hashlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.checkpoint import atomic_folder, sha256_file, write_json, write_jsonl
+from align.config import choose, parse
+from align.convert import decorated, prompt_of
+from align.data import Problem, check_splits, contents, parse_row, prompt_key, split_of
+from align.errors import UserError
+from align.readers import FORMATS, KINDS, Conversion, read
+from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
+from align.readers.files import read_records
+from align.types import Demonstration, Ranking
+
+SPLITS = ("train", "validation")
+USAGE = "usage: align prepare --config FILE --data_dir FOLDER [--run DIR] [--seed N]"
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """`{file, field, column}`: leaves out rows whose `column` is a value of `field` in `file`."""
+
+    file: str
+    field: str
+    column: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one format that are read together."""
+
+    files: tuple[str, ...]  # under data_dir
+    format: str | None = None  # null: found from the fields
+    source: str | None = None  # of the rows that name none; null: the file's name
+    language: str | None = None
+    split: str | None = None  # all rows there; null: by the hash
+    context_characters: int | None = None  # cut passages and stories before a question; 0: none
+    document_characters: int = DOCUMENT_CHARACTERS
+    max_characters: int | None = None  # of prompt and longest completion; longer rows are dropped and counted
+    max_rows: int | None = None  # drawn by a hash of the prompt
+    exclude: Exclusion | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise UserError("files: empty; name at least one file under data_dir")
+        choose("format", self.format or "trl", tuple(FORMATS))
+        choose("split", self.split or "train", SPLITS)
+
+
+@dataclass(frozen=True)
+class Output:
+    """NAME.jsonl and NAME_validation.jsonl: rows of one kind from several sources."""
+
+    kind: str
+    sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        choose("kind", self.kind, KINDS)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    output_dir: str
+    outputs: dict[str, Output]
+    data_dir: str = ""
+    seed: int = 0  # of the split and of what max_rows draws
+    validation_share: float = 0.1  # of the prompts
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise UserError(f"validation_share: {self.validation_share}; give a share between 0 and 1")
+
+
+@dataclass
+class Part:
+    """What became of one source: rows by split and everything that was dropped."""
+
+    name: str  # of the output
+    source: Source
+    conversion: Conversion
+    rows: dict[str, list[tuple[str, Row]]] = field(default_factory=lambda: {split: [] for split in SPLITS})  # place
+    problems: list[Problem] = field(default_factory=list)
+    over_max_rows: int = 0
+
+    def label(self) -> str:
+        return f"{self.name} from {', '.join(self.source.files)}"
+
+    def prompts(self) -> set[str]:
+        return {prompt_key(prompt_of(row)) for rows in self.rows.values() for _, row in rows}
+
+
+def main(argv: list[str]) -> int:
+    """0 when the files were written. Raises UserError when they cannot be."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    config = parse(PrepareConfig, argv)
+    if not Path(config.data_dir).is_dir() or not config.data_dir:
+        raise UserError(
+            f"data_dir: {config.data_dir or 'missing'}: no such folder; give the data's (make: DATA=FOLDER)"
+        )
+    parts = [part for name, output in config.outputs.items() for part in read_output(name, output, config)]
+    drop_held_out(parts)
+    drop_repeated_prompts([part for part in parts if config.outputs[part.name].kind == "prompt"])
+    for part in parts:
+        draw(part, config.seed)
+    files = gather(parts, config)
+    save(config, files, parts)
+    for part in parts:
+        counts = ", ".join(f"{len(rows)} {split}" for split, rows in part.rows.items())
+        reasons = Counter(problem.kind for problem in part.problems)
+        dropped = "".join(f"; {count} {kind}" for kind, count in reasons.most_common())
+        print(f"{part.conversion.summary()}\n  {part.label()}: {counts}{dropped}; {part.over_max_rows} over max_rows")
+    for line in shared_prompts(parts):
+        print(line)
+    print(f"every dropped and mended row by its place in {config.output_dir}/dropped.jsonl")
+    print(f"{config.output_dir}: " + ", ".join(f"{name} {len(rows)}" for name, rows in files.items()))
+    return 0
+
+
+def read_output(name: str, output: Output, config: PrepareConfig) -> Iterator[Part]:
+    """The converted sources of one output, long and excluded rows dropped, the others split."""
+    for source in output.sources:
+        paths = [str(Path(config.data_dir) / file) for file in source.files]
+        options = Options(source.context_characters, source.document_characters)
+        for conversion in read(paths, source.format, output.kind, options):
+            part = Part(name, source, conversion)
+            fill(part, config)
+            yield part
+
+
+def fill(part: Part, config: PrepareConfig) -> None:
+    """Sort a source's rows into the splits. Raises UserError when one marked `eval_only` would be trained on."""
+    source, shares = part.source, {"train": 1 - config.validation_share, "validation": config.validation_share}
+    excluded = excluded_values(source.exclude, config.data_dir) if source.exclude else set()
+    rows = decorated(part.conversion, source.source, source.language)
+    for converted, row in zip(part.conversion.rows, rows, strict=True):
+        place = converted.places[0]
+        if source.exclude and str(row.get(source.exclude.column)) in excluded:
+            part.problems.append(Problem(place, "excluded", f"is named in {source.exclude.file}", "as configured"))
+            continue
+        if source.max_characters and characters(part.conversion.kind, place, row) > source.max_characters:
+            what = f"is over {source.max_characters} characters"
+            part.problems.append(Problem(place, "too_long", what, "raise max_characters to keep it"))
+            continue
+        split = source.split or split_of(split_key(part.conversion.kind, row), shares, config.seed)
+        if split == "train" and row.get("eval_only"):
+            raise UserError(f"{place}: is for evaluation only and would be trained on; set split: validation")
+        part.rows[split].append((place, row))
+
+
+def excluded_values(exclusion: Exclusion, data_dir: str) -> set[str]:
+    records = read_records(str(Path(data_dir) / exclusion.file))
+    found = {str(row[exclusion.field]) for _, row in records if isinstance(row, dict) and exclusion.field in row}
+    if not found:
+        raise UserError(
+            f"exclude: no row of {exclusion.file} has the field {exclusion.field!r}; name one that they have"
+        )
+    return found
+
+
+def split_key(kind: str, row: Row) -> Any:
+    """What a row is split by: its prompt; of prose the whole work that a document was cut from, where it has an id."""
+    return str(row["id"]) if kind == "text" and row.get("id") is not None else prompt_of(row)
+
+
+def characters(kind: str, place: str, row: Row) -> int:
+    """Of the prompt and the longest completion, or of the document."""
+    record = parse_row(kind, place, row, Counter())
+    if isinstance(record, str):
+        return len(record)
+    answers = [record.completion] if isinstance(record, Demonstration) else []
+    answers = record.completions if isinstance(record, Ranking) else answers
+    return len(contents(record.prompt)) + max((len(contents(answer)) for answer in answers), default=0)
+
+
+def opening(row: Row) -> str:
+    """The first question, by which rows are split: all prompts of one conversation tree share it."""
+    prompt = prompt_of(row)
+    if isinstance(prompt, str):
+        return prompt_key(prompt)
+    return prompt_key(next((turn["content"] for turn in prompt if turn["role"] == "user"), contents(prompt)))
+
+
+def drop_held_out(parts: list[Part]) -> None:
+    """Take training rows out that ask what some source holds out, and name that source."""
+    asking = [part for part in parts if part.conversion.kind != "text"]
+    held: dict[str, str] = {}
+    for part in asking:
+        for _, row in part.rows["validation"]:
+            held.setdefault(opening(row), part.label())
+    for part in asking:
+        kept = []
+        for place, row in part.rows["train"]:
+            other = held.get(opening(row))
+            if other is None:
+                kept.append((place, row))
+            else:
+                what = f"its first question is held out in {other}"
+                part.problems.append(Problem(place, "held_out_elsewhere", what, "it is evaluated on, not trained on"))
+        part.rows["train"] = kept
+
+
+def drop_repeated_prompts(parts: list[Part]) -> None:
+    """Each prompt once, over all sources of prompts."""
+    seen: dict[str, str] = {}
+    for part, split in itertools.product(parts, SPLITS):
+        kept = []
+        for place, row in part.rows[split]:
+            first = seen.setdefault(prompt_key(prompt_of(row)), place)
+            if first == place:
+                kept.append((place, row))
+            else:
+                part.problems.append(Problem(place, "repeated_prompt", f"is also at {first}", "it is taken once"))
+        part.rows[split] = kept
+
+
+def draw(part: Part, seed: int) -> None:
+    """Keep `max_rows` rows, drawn by a hash of the first question, so that rows of one tree stay together."""
+    limit = part.source.max_rows
+    everything = [(split, place, row) for split, rows in part.rows.items() for place, row in rows]
+    if limit is None or len(everything) <= limit:
+        return
+    ranks = [hashlib.sha256(f"draw {seed} {part.name}\n{opening(row)}".encode()).digest() for _, _, row in everything]
+    drawn = set(sorted(range(len(everything)), key=lambda i: ranks[i])[:limit])
+    part.over_max_rows = len(everything) - limit
+    part.rows = {split: [] for split in SPLITS}
+    for i, (split, place, row) in enumerate(everything):
+        if i in drawn:
+            part.rows[split].append((place, row))
+
+
+def gather(parts: list[Part], config: PrepareConfig) -> dict[str, list[Row]]:
+    """File name -> rows. Raises UserError when an output would have no rows, or a prompt lay on both sides."""
+    files = {}
+    for name in config.outputs:
+        for split, suffix in zip(SPLITS, ("", "_validation"), strict=True):
+            rows = [row for part in parts if part.name == name for _, row in part.rows[split]]
+            if rows:
+                files[f"{name}{suffix}"] = rows
+        if not any(file in files for file in (name, f"{name}_validation")):
+            raise UserError(f"outputs.{name}: none of its sources gives a row; raise its limits")
+    asking = [part for part in parts if part.conversion.kind != "text"]
+    by_split = {split: [opening(row) for part in asking for _, row in part.rows[split]] for split in SPLITS}
+    for problem in check_splits(by_split):
+        raise UserError(f"{problem}")
+    return files
+
+
+def shared_prompts(parts: list[Part]) -> list[str]:
+    """A line for each two sources with prompts in common; what they share lies on one side of the split."""
+    found = []
+    asking = [(part.label(), part.prompts()) for part in parts if part.conversion.kind != "text"]
+    for (first, mine), (second, theirs) in itertools.combinations(asking, 2):
+        common = len(mine & theirs)
+        if common:
+            found.append(f"{second}: {common} of its {len(theirs)} prompts are also in {first}, in the same split")
+    return found
+
+
+def save(config: PrepareConfig, files: dict[str, list[Row]], parts: list[Part]) -> None:
+    """Write all files and the card, or none."""
+    output = Path(config.output_dir)
+    if output.exists() and any(output.iterdir()) and not (output / "card.json").is_file():
+        raise UserError(f"output_dir: {output} holds something else than prepared data; choose another")
+    reasons = [
+        {"output": part.name, **vars(one)}
+        for part in parts
+        for one in (*part.conversion.problems, *part.problems, *part.conversion.notes)
+    ]
+    card = {
+        "config": config,
+        "rows": {name: len(rows) for name, rows in files.items()},
+        "sources": [describe(part) for part in parts],
+        "shared_prompts": shared_prompts(parts),
+    }
+    with atomic_folder(output) as folder:
+        for name, rows in files.items():
+            write_jsonl(folder / f"{name}.jsonl", rows)
+        write_jsonl(folder / "dropped.jsonl", reasons)
+        write_json(folder / "card.json", card)
+
+
+def describe(part: Part) -> dict[str, Any]:
+    conversion = part.conversion
+    return {
+        "output": part.name,
+        "sha256": {path: sha256_file(path) for path in conversion.paths},
+        "format": conversion.format,
+        "units_read": conversion.units,
+        "units_used": conversion.used,
+        "rows_read": len(conversion.rows),
+        "rows": {split: len(rows) for split, rows in part.rows.items()},
+        "over_max_rows": part.over_max_rows,
+        "dropped": dict(Counter(one.kind for one in (*conversion.problems, *part.problems))),
+        "notes": dict(Counter(note.kind for note in conversion.notes)),
+    }
