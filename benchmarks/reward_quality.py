@@ -1,0 +1,224 @@
+"""Is a reward model trained on whole rankings as good as TRL's, trained on the same rankings' untied pairs?
+
+    python -m benchmarks.reward_quality --data FOLDER --model MODEL --output runs/reward-quality [--scale 2] [--seeds 3]
+
+Same base, head, tokens, rates, schedule, epochs and number of optimiser steps; only the batch element differs: a prompt
+with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each of the two sides' runs is a process of its
+own; one that is done is not run again, so a stopped benchmark goes on where it was. Writes results.json with held-out
+accuracy, paired gain and 95% intervals by prompt, pooled over seeds: overall, K > 2, by source, beside length alone.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from align.checkpoint import write_json, write_jsonl
+from align.data import load_rankings
+from align.evaluate.reward_report import prompts_of, right, untied_pairs
+from align.evaluate.win_rate import accuracy_gain, accuracy_interval, plain
+from align.models import load_scalar_model, save_scalar_model
+from align.prepare import main as prepare
+from align.ranking import encode_rankings, score_rankings, split_pairs
+from align.runtime import tune_cpu
+from align.text import Codec
+from align.types import Ranking
+from stages import rm
+
+CONFIG = Path(__file__).with_suffix(".yaml")
+TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # prompts of each source, times --scale
+HELD_OUT = {"en_100_tree": 60, "dev_feedback": 120, "harmless-base-test": 200}
+PROMPTS_A_STEP = 8
+SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0, "bf16": True}
+SIDES = ("ours", "trl")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.reward_quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="folder laid out as docs/benchmarks.md says")
+    parser.add_argument("--model", required=True, help="folder of the base model or of an SFT model")
+    parser.add_argument("--output", default="runs/reward-quality")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the training prompts")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--run", nargs=2, metavar=("SIDE", "SEED"), help="one run alone (what each process does)")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if args.run:
+        side, seed = args.run[0], int(args.run[1])
+        return {"ours": train_ours, "trl": train_trl}[side](args.model, output, seed)
+    if not (output / "train.jsonl").exists():
+        make_data(args.data, output, args.scale)
+    for seed, side in itertools.product(range(args.seeds), SIDES):
+        if (output / f"{side}-{seed}.json").exists():
+            continue
+        print(f"==> {side}, seed {seed}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.reward_quality", *argv, "--run", side, str(seed)]
+        subprocess.run(command, check=True)
+    results = report(output, args)
+    write_json(output / "results.json", results)
+    print_table(results)
+
+
+def make_data(data: str, output: Path, scale: float) -> None:
+    """train.jsonl and held_out.jsonl: the first prompts of each source on either side of the split."""
+    prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", data])
+    pick("rankings", {name: round(count * scale) for name, count in TRAIN.items()}, output, "train")
+    pick("rankings_validation", HELD_OUT, output, "held_out")
+
+
+def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
+    kept, taken = [], Counter()
+    for line in (output / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        taken[row["source"]] += 1
+        if taken[row["source"]] <= counts[row["source"]]:
+            kept.append(row)
+    write_jsonl(output / f"{to}.jsonl", kept)
+
+
+def train_ours(model: str, output: Path, seed: int) -> None:
+    folder = output / f"model-ours-{seed}"
+    data = output / "data"
+    settings = SETTINGS | {
+        "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
+        "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
+        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_STEP,
+        "per_device_eval_batch_size": 32, "max_length": 2048,
+    }  # fmt: skip
+    start = time.perf_counter()
+    rm.main([f"--{key}={value}" for key, value in settings.items()])
+    finish(output, "ours", seed, str(folder), time.perf_counter() - start)
+
+
+def train_trl(model: str, output: Path, seed: int) -> None:
+    """TRL's RewardTrainer on every untied pair; the same tokens, first weights and number of steps as ours."""
+    from trl import RewardConfig, RewardTrainer
+
+    tune_cpu()
+    codec, folder = Codec.load(model), output / f"model-trl-{seed}"
+    rankings = load_rankings(str(output / "train.jsonl"))[0]
+    pairs = [pair_row(element["ranking"]) for element in split_pairs(encode_rankings(rankings, codec))]
+    steps = math.ceil(len(rankings) / PROMPTS_A_STEP)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = other_token(tokenizer)  # it would mask the EOS at which a score is read
+    save_first_weights(model, folder / "start", codec, seed)
+    start_model = AutoModelForSequenceClassification.from_pretrained(folder / "start", num_labels=1)
+    start_model.config.pad_token_id = tokenizer.pad_token_id
+    args = RewardConfig(
+        **SETTINGS, output_dir=str(folder), seed=seed, num_train_epochs=1, per_device_train_batch_size=8,
+        gradient_accumulation_steps=max(1, round(len(pairs) / steps / 8)), max_length=None, weight_decay=0.0,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
+        gradient_checkpointing=False, report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=5,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        model=start_model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(folder))
+    codec.save(folder)
+    steps_taken = trainer.state.global_step
+    finish(output, "trl", seed, str(folder), seconds, {"pairs": len(pairs), "steps": steps_taken})
+
+
+def pair_row(ranking) -> dict[str, list[int]]:
+    """A pair's tokens, in the trainer's names; the lower rank is the better."""
+    better, worse = sorted(range(2), key=lambda i: ranking.ranks[i])
+    query = list(ranking.query)
+    return {
+        "chosen_ids": query + list(ranking.responses[better]),
+        "rejected_ids": query + list(ranking.responses[worse]),
+    }
+
+
+def other_token(tokenizer) -> str:
+    return next(token for token in tokenizer.all_special_tokens if token not in (tokenizer.eos_token, None))
+
+
+def save_first_weights(model: str, folder: Path, codec: Codec, seed: int) -> None:
+    """The base with the very head that stage `rm` starts from with this seed."""
+    set_seed(seed)
+    save_scalar_model(load_scalar_model(model, fresh_head=True), folder, codec.pad_id)
+
+
+def finish(output: Path, side: str, seed: int, folder: str, seconds: float, more: dict | None = None) -> None:
+    """Score the held-out rankings, both sides by one code, and write the run's result last."""
+    rankings = load_rankings(str(output / "held_out.jsonl"))[0]
+    scores = [row for _, row in score_rankings(load_scalar_model(folder).eval(), rankings, Codec.load(folder), 32)]
+    write_json(output / f"{side}-{seed}.json", {"seconds": seconds, "scores": scores, **(more or {})})
+
+
+def report(output: Path, args: argparse.Namespace) -> dict:
+    rankings = load_rankings(str(output / "held_out.jsonl"))[0]
+    training = load_rankings(str(output / "train.jsonl"))[0]
+    runs = {
+        side: [json.loads((output / f"{side}-{seed}.json").read_text()) for seed in range(args.seeds)] for side in SIDES
+    }
+    groups = {"all": rankings, "k_over_2": [r for r in rankings if len(r.ranks) > 2]}
+    groups |= {source: [r for r in rankings if r.columns["source"] == source] for source in HELD_OUT}
+    return {
+        "model": args.model,
+        "seeds": args.seeds,
+        "training": {
+            "prompts": len(training),
+            "pairs": len(untied_pairs([(r, [0.0] * len(r.ranks)) for r in training])),
+        },
+        "seconds": {side: [run["seconds"] for run in found] for side, found in runs.items()},
+        "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items()},
+    }
+
+
+def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ranking]) -> dict:
+    """Accuracy of both sides on the pairs of `group`, each pair's averaged over seeds, and their difference."""
+    chosen = {id(ranking) for ranking in group}
+    correct: dict[str, np.ndarray] = {}
+    by_seed: dict[str, list[float]] = {}
+    for side, found in runs.items():
+        seeds = []
+        for run in found:
+            scored = [(r, s) for r, s in zip(rankings, run["scores"], strict=True) if id(r) in chosen]
+            pairs = untied_pairs(scored)
+            seeds.append(right(pairs))
+        correct[side], by_seed[side] = np.mean(seeds, axis=0), [float(one.mean()) for one in seeds]
+    prompts = prompts_of(pairs)
+    longer = (np.sign([a - b for a, b in (pair.lengths for pair in pairs)]) + 1) / 2
+    numbers = {side: accuracy_interval(correct[side], prompts, 0) for side in SIDES}
+    return plain(
+        {
+            "pairs": len(pairs),
+            "prompts": len(group),
+            **numbers,
+            "by_seed": by_seed,
+            "difference": accuracy_gain(correct["ours"], correct["trl"], prompts, 0),
+            "length_only": accuracy_interval(longer, prompts, 0),
+            "gain_over_length": accuracy_gain(correct["ours"], longer, prompts, 0),
+        }
+    )
+
+
+def print_table(results: dict) -> None:
+    def show(interval: dict[str, float]) -> str:
+        return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+    print("| held-out pairs | ours | TRL | ours - TRL | the longer is better |\n|---|---|---|---|---|")
+    for name, row in results["held_out"].items():
+        cells = " | ".join(show(row[key]) for key in (*SIDES, "difference", "length_only"))
+        print(f"| {name} ({row['pairs']}) | {cells} |")
+    seconds = {side: round(sum(found)) for side, found in results["seconds"].items()}
+    print(f"trained on {results['training']}, {results['seeds']} seeds; seconds {seconds}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
