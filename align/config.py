@@ -93,6 +93,7 @@ class SFTConfig(TrainerConfig):
     """Stage 1: demonstrations -> policy (paper section 3.5, App. C.1 and C.3)."""
 
     model_name_or_path: str = ""
+    chat_template_path: str | None = None  # a Jinja file for a tokenizer that has none; it is saved with the policy
     train_file: str = ""
     validation_file: str = ""
     pretraining_file: str | None = None

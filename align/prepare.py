@@ -307,6 +307,7 @@ def describe(part: Part) -> dict[str, Any]:
         "rows_read": len(conversion.rows),
         "rows": {split: len(rows) for split, rows in part.rows.items()},
         "over_max_rows": part.over_max_rows,
-        "dropped": dict(Counter(one.kind for one in (*conversion.problems, *part.problems))),
+        "dropped": dict(Counter(problem.kind for problem in conversion.problems)),  # units, by the reader
+        "left_out": dict(Counter(problem.kind for problem in part.problems)),  # rows, by this config
         "notes": dict(Counter(note.kind for note in conversion.notes)),
     }

@@ -4,11 +4,16 @@ A prompt that is a conversation goes through the tokenizer's chat template with 
 is plain text is one user message when the tokenizer has a chat template, and is taken as it stands otherwise. A
 response is the completion's own tokens followed by EOS, so a sequence trained on always starts with the sequence
 sampled from, token for token.
+
+What is learned is known from that join, never from the template: one without `{% generation %}` marks, or without a
+generation prompt, masks the prompt all the same. Where a template refuses system messages, they stand before the first
+question instead.
 """
 
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.errors import UserError
@@ -28,12 +33,18 @@ class Codec:
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @staticmethod
-    def load(path: str) -> "Codec":
+    def load(path: str, chat_template_path: str | None = None) -> "Codec":
+        """The tokenizer of a folder or hub id; with a template in place of its own, where one is given."""
         try:
-            return Codec(AutoTokenizer.from_pretrained(path), path)
+            codec = Codec(AutoTokenizer.from_pretrained(path), path)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(f"{path}: no tokenizer could be loaded ({first}); give a checkpoint folder") from None
+        if chat_template_path:
+            codec.tokenizer.chat_template = _read_template(chat_template_path)
+            if "question" not in codec.render("question"):
+                raise UserError(f"chat_template_path: {chat_template_path}: leaves the question out; mend the template")
+        return codec
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -56,6 +67,20 @@ class Codec:
         if self.tokenizer.chat_template is None:
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        try:
+            return self._apply(messages)
+        except TemplateError as error:
+            folded = fold_system(messages)
+            if folded == messages:
+                raise UserError(
+                    f"the chat template refuses a prompt ({error}); mend the data or the template"
+                ) from None
+        try:
+            return self._apply(folded)
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses a prompt ({error}); mend the data or the template") from None
+
+    def _apply(self, messages: list[dict]) -> str:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def response(self, completion: Text) -> list[int]:
@@ -94,6 +119,23 @@ class Codec:
         texts = [self.render(prompt) for prompt in prompts]
         texts = [bos * text.startswith(bos) + shown + text.removeprefix(bos) for text in texts]
         return self.tokenizer(texts, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
+
+
+def fold_system(messages: list[dict]) -> list[dict]:
+    """System messages put before the first question, a blank line between, for templates that know no such role."""
+    system = [m["content"] for m in messages if m["role"] in ("system", "developer")]
+    rest = [dict(m) for m in messages if m["role"] not in ("system", "developer")]
+    if not system or not rest or rest[0]["role"] != "user":
+        return messages
+    rest[0]["content"] = "\n\n".join([*system, rest[0]["content"]])
+    return rest
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"chat_template_path: {path}: cannot be read ({error}); give a Jinja file") from None
 
 
 class CausalCollator:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     config = parse(SFTConfig, argv)
     tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
-    codec = Codec.load(config.model_name_or_path)
+    codec = Codec.load(config.model_name_or_path, config.chat_template_path)
     train, validation, reports = load_rows(config, codec)
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))

@@ -1,0 +1,50 @@
+"""Evaluation without a judge: the reward model compares, and nothing claims to be gold."""
+
+import json
+
+import pytest
+
+from align.evaluate.summary import check_summary
+
+
+@pytest.fixture(scope="module")
+def unjudged(mini, evaluated, tmp_path_factory):
+    """The mini run with `judge: null`, on held-out rankings of the fixture `evaluated`."""
+    run = tmp_path_factory.mktemp("unjudged")
+    rankings = evaluated / "contrast.jsonl"
+    mini.stage("evaluate", mini.run, judge="null", run_dir=run, output_dir=run / "report", rankings_file=rankings)
+    return run
+
+
+def test_summary_has_the_reward_models_view_in_place_of_gold(unjudged):
+    summary = json.loads((unjudged / "summary.json").read_text(encoding="utf-8"))
+    check_summary(summary)
+    assert set(summary["by_reward_model"]) == {name for name, policy in summary["policies"].items() if policy}
+    for name, modes in summary["by_reward_model"].items():
+        policy = summary["policies"][name]
+        assert policy["sampled"] == {"gold": None, "gain_vs_sft": None, "win_rate_vs_sft": None}
+        assert modes["sampled"]["score"]["mean"] == pytest.approx(policy["proxy"])
+        assert modes["sampled"]["kl"]["mean"] == pytest.approx(policy["kl"])
+        assert 0 <= modes["sampled"]["repetition"]["mean"] <= 1
+    assert summary["rm"]["gold_accuracy"] is None and summary["rm"]["accuracy"]["mean"] >= 0
+    sft = summary["by_reward_model"]["sft"]["greedy"]
+    assert sft["gain_in_deviations"] == 0 and sft["win_rate_vs_sft"]["mean"] == 0.5
+
+
+def test_gain_is_paired_and_in_standard_deviations_of_sft(unjudged):
+    evaluation = json.loads((unjudged / "evaluation.json").read_text(encoding="utf-8"))
+    scores = {name: [r["proxy"] for r in evaluation["policies"][name]["sampled"]] for name in ("sft", "ppo_ptx")}
+    mean = sum(scores["sft"]) / len(scores["sft"])
+    spread = (sum((x - mean) ** 2 for x in scores["sft"]) / (len(scores["sft"]) - 1)) ** 0.5
+    gain = sum(a - b for a, b in zip(scores["ppo_ptx"], scores["sft"], strict=True)) / len(scores["sft"])
+    numbers = evaluation["by_reward_model"]["ppo_ptx"]["sampled"]
+    assert numbers["gain_vs_sft"]["mean"] == pytest.approx(gain)
+    assert numbers["gain_in_deviations"] == pytest.approx(gain / spread)
+
+
+def test_the_report_never_says_gold(unjudged):
+    report = (unjudged / "report" / "report.md").read_text(encoding="utf-8")
+    page = (unjudged / "report" / "index.html").read_text(encoding="utf-8")
+    assert "by the reward model that it climbed" in report and "may offend" in report and "may offend" in page
+    assert "Mean Likert" not in report and "Gold: mean" not in report and "Policies by the reward model" in page
+    assert (unjudged / "report" / "plots" / "policies.png").stat().st_size > 1000
