@@ -38,13 +38,13 @@ SUMMARY := $(RUN)/summary.json
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
 ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench \
-	bench-growth,$(MAKECMDGOALS)),)
+	bench-growth bench-reward bench-overfitting,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
-ifneq ($(filter bench,$(MAKECMDGOALS)),)
+ifneq ($(filter bench bench-reward bench-overfitting,$(MAKECMDGOALS)),)
 ifeq ($(strip $(DATA)),)
-$(error bench needs DATA=folder, laid out as docs/benchmarks.md says)
+$(error $(MAKECMDGOALS) needs DATA=folder, laid out as docs/benchmarks.md says)
 endif
 endif
 args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
@@ -60,7 +60,7 @@ stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --r
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
-	test test-slow bench bench-growth lint format install clean FORCE
+	test test-slow bench bench-growth bench-reward bench-overfitting lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -160,6 +160,12 @@ bench: $(READY) $(PEER) $(MODEL)/config.json ## ours against TRL, same work; DAT
 bench-growth: $(READY) $(PEER) $(MODEL)/config.json ## how both grow with length, batch, K, model; plots
 	$(PY) -m benchmarks --growth --peer $(BENCH)/bin/python --model $(MODEL) $(ARGS)
 
+bench-reward: $(READY) $(MODEL)/config.json ## reward models on real rankings, ours against TRL's; DATA=folder
+	$(PY) -m benchmarks.reward_quality --data "$(DATA)" --model $(MODEL) $(ARGS)
+
+bench-overfitting: $(READY) $(MODEL)/config.json ## whole rankings against shuffled pairs, three epochs; DATA=folder
+	$(PY) -m benchmarks.overfitting --data "$(DATA)" --model $(MODEL) $(ARGS)
+
 $(PEER): pyproject.toml | $(READY)
 	@echo "==> bench: $(BENCH) with TRL 1.12"
 	failed() { echo "bench: pip could not install $$1 in $(BENCH); see its message above, then make bench again" >&2; exit 1; }
@@ -170,7 +176,7 @@ $(PEER): pyproject.toml | $(READY)
 		$$(pinned 'transformers|accelerate|datasets|tokenizers') || failed TRL
 	touch $@
 
-$(MODEL)/config.json: configs/smollm2/export.yaml | $(PEER) $(EXPORT)
+$(MODEL)/config.json: configs/smollm2/export.yaml | $(EXPORT)
 	@echo "==> bench: SmolLM2-135M to $(MODEL)"
 	$(PY) -m data.gguf --config $< --output_dir $(MODEL)
 

@@ -114,7 +114,9 @@ def held_out_labelers(scorer: Scorer, trained: list, config: EvaluateRMConfig) -
     rankings, _ = load_held_out(config.held_out_file, "held_out_file", trained, config)
     scores = score(scorer, rankings, "reward_model_path", config)
     scored = [(r, s) for r, s in zip(rankings, scores, strict=True) if s is not None]
-    return ranking_accuracy(scored, config.seed) if scored else None
+    if not scored:
+        return None
+    return ranking_accuracy(scored, config.seed) | {"labelers": labelers_report(scored, config.seed)}
 
 
 def peer_report(rankings: list, scores: list, device: torch.device, config: EvaluateRMConfig) -> dict[str, Any] | None:

@@ -96,7 +96,7 @@ def sft_row(codec: Codec, prompt, completion) -> dict:
 
 @every_template
 @given(prompt=conversations(), answers=st.lists(words, min_size=2, max_size=3, unique_by=str.strip))
-def test_training_text_starts_with_its_generation_prompt_in_every_stage(name, prompt, answers):
+def test_S2_training_text_starts_with_its_generation_prompt_in_every_stage(name, prompt, answers):
     """SFT's row, the reward model's rows and what PPO samples from agree token for token."""
     codec = CODECS[name]
     query = codec.prompt(prompt)  # what PPO, collect and evaluate sample from
@@ -110,7 +110,7 @@ def test_training_text_starts_with_its_generation_prompt_in_every_stage(name, pr
 
 @every_template
 @given(prompt=conversations(), answer=words)
-def test_the_loss_is_on_the_response_alone_with_or_without_generation_marks(name, prompt, answer):
+def test_S2_the_loss_is_on_the_response_alone_with_or_without_generation_marks(name, prompt, answer):
     row = sft_row(CODECS[name], prompt, answer)
     response = len(CODECS[name].response(answer))
     assert row["completion_mask"] == [0] * (len(row["input_ids"]) - response) + [1] * response

@@ -59,7 +59,7 @@ BOTH = {
 }
 
 
-def test_a_prompt_lies_on_one_side_in_all_files(folder, capsys):
+def test_D1_a_prompt_lies_on_one_side_in_all_files(folder, capsys):
     run = prepare(folder, BOTH, validation_share=0.3)
     parts = {name: {row["prompt"] for row in read(run / f"{name}.jsonl")} for name in (
         "demonstrations", "demonstrations_validation", "rankings", "rankings_validation")}  # fmt: skip

@@ -156,7 +156,10 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         if len(rows) > 1 or name == "by_k":
             header = ["", "accuracy", "pairs", "prompts"] + (["minus peer"] if peer and name in PEER_GROUPS else [])
             found.append(Table(f"Accuracy: {title}", "Pairs that the labeler did not tie.", header, rows))
-    return found + [table for table in (_people(report), _folds(report), _spread(report)) if table]
+    unseen = report["held_out_labelers"]
+    people = [_people(report["labelers"], "Labelers")]
+    people += [_people(unseen["labelers"], "Labelers unseen in training")] if unseen else []
+    return found + [table for table in (*people, _folds(report), _spread(report)) if table]
 
 
 def _group_row(label: str, cell: Mapping[str, Any], peer: Mapping[str, Any] | None, name: str) -> list[str]:
@@ -191,8 +194,7 @@ def _overview(report: Mapping[str, Any]) -> Table:
     return Table("Accuracy", note, ["scorer", "accuracy", "this model minus it"], rows)
 
 
-def _people(report: Mapping[str, Any]) -> Table | None:
-    people = report["labelers"]
+def _people(people: Mapping[str, Any], title: str) -> Table | None:
     if people["agreement"] is None:
         return None
     low, high = people["ceiling_bounds"]
@@ -208,7 +210,7 @@ def _people(report: Mapping[str, Any]) -> Table | None:
         rows.append(["this model against the labelers' joint order there", _show(people["consensus"]["accuracy"])])
     rows += [[f"labeler {name} with the others", _show(row["agreement"])] for name, row in people["by_labeler"].items()]
     note = f"{people['pairs']} pairs of judgements on {people['prompts']} prompts, neither a tie unless stated."
-    return Table("Labelers", note, ["measure", "value"], rows)
+    return Table(title, note, ["measure", "value"], rows)
 
 
 def _folds(report: Mapping[str, Any]) -> Table | None:
