@@ -38,11 +38,11 @@ SUMMARY := $(RUN)/summary.json
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
 ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench \
-	bench-growth bench-reward bench-overfitting,$(MAKECMDGOALS)),)
+	bench-growth bench-reward bench-overfit,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
-ifneq ($(filter bench bench-reward bench-overfitting,$(MAKECMDGOALS)),)
+ifneq ($(filter bench bench-reward bench-overfit,$(MAKECMDGOALS)),)
 ifeq ($(strip $(DATA)),)
 $(error $(MAKECMDGOALS) needs DATA=folder, laid out as docs/benchmarks.md says)
 endif
@@ -60,7 +60,7 @@ stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --r
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
-	test test-slow bench bench-growth bench-reward bench-overfitting lint format install clean FORCE
+	test test-slow bench bench-growth bench-reward bench-overfit lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -163,7 +163,7 @@ bench-growth: $(READY) $(PEER) $(MODEL)/config.json ## how both grow with length
 bench-reward: $(READY) $(MODEL)/config.json ## reward models on real rankings, ours against TRL's; DATA=folder
 	$(PY) -m benchmarks.reward_quality --data "$(DATA)" --model $(MODEL) $(ARGS)
 
-bench-overfitting: $(READY) $(MODEL)/config.json ## whole rankings against shuffled pairs, three epochs; DATA=folder
+bench-overfit: $(READY) $(MODEL)/config.json ## whole rankings against shuffled pairs, three epochs; DATA=folder
 	$(PY) -m benchmarks.overfitting --data "$(DATA)" --model $(MODEL) $(ARGS)
 
 $(PEER): pyproject.toml | $(READY)
