@@ -72,7 +72,7 @@ def train(element: str, args: argparse.Namespace, output: Path) -> None:
         "output_dir": output / element, "overwrite_output_dir": True, "model_name_or_path": args.model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
         "demonstrations_file": output / "data" / "demonstrations.jsonl", "batch_element": element,
-        "num_train_epochs": EPOCHS, "learning_rate": args.learning_rate, "bf16": True, "logging_steps": 2,
+        "num_train_epochs": EPOCHS, "learning_rate": args.learning_rate, "bf16": "auto", "logging_steps": 2,
         "per_device_train_batch_size": PROMPTS_A_STEP if element == "ranking" else PAIRS_A_PASS,
         "gradient_accumulation_steps": 1 if element == "ranking" else passes,
         "per_device_eval_batch_size": 32, "eval_steps": steps if element == "ranking" else pair_steps,

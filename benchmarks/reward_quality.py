@@ -24,6 +24,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from align.checkpoint import write_json, write_jsonl
+from align.runtime import has_bf16
 from align.data import load_rankings
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
 from align.evaluate.win_rate import accuracy_gain, accuracy_interval, plain
@@ -37,9 +38,9 @@ from stages import rm
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # prompts of each source, times --scale
-HELD_OUT = {"en_100_tree": 60, "dev_feedback": 120, "harmless-base-test": 200}
+HELD_OUT = {"en_100_tree": 60, "dev_feedback": 90, "harmless-base-test": 150}
 PROMPTS_A_STEP = 8
-SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0, "bf16": True}
+SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
 
 
@@ -90,7 +91,7 @@ def train_ours(model: str, output: Path, seed: int) -> None:
     folder = output / f"model-ours-{seed}"
     data = output / "data"
     settings = SETTINGS | {
-        "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
+        "bf16": "auto", "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
         "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_STEP,
         "per_device_eval_batch_size": 32, "max_length": 2048,
@@ -116,7 +117,7 @@ def train_trl(model: str, output: Path, seed: int) -> None:
     start_model = AutoModelForSequenceClassification.from_pretrained(folder / "start", num_labels=1)
     start_model.config.pad_token_id = tokenizer.pad_token_id
     args = RewardConfig(
-        **SETTINGS, output_dir=str(folder), seed=seed, num_train_epochs=1, per_device_train_batch_size=8,
+        **SETTINGS, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1, per_device_train_batch_size=8,
         gradient_accumulation_steps=max(1, round(len(pairs) / steps / 8)), max_length=None, weight_decay=0.0,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
         gradient_checkpointing=False, report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=5,
