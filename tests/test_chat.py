@@ -136,7 +136,8 @@ def test_a_whole_conversation_renders_as_query_and_response(name, prompt, answer
     answer = answer.strip()
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if name == "mistral" and messages[0]["role"] == "system":
-        messages[1]["content"] = messages.pop(0)["content"] + "\n\n" + messages[0]["content"]
+        system = messages.pop(0)["content"]
+        messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
     whole = codec.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
     ours = codec.tokenizer.decode(sft_row(codec, prompt, answer)["input_ids"], skip_special_tokens=False)
     assert whole.startswith(ours) and whole[len(ours) :].strip() == ""

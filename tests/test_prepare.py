@@ -89,13 +89,13 @@ def test_what_a_source_holds_out_no_other_trains_on(folder):
 
 
 def test_limits_are_counted_and_draws_repeat(folder):
-    limited = output("ranking", {"files": ["ranked.jsonl"], "max_characters": 25, "max_rows": 10})
+    limited = output("ranking", {"files": ["ranked.jsonl"], "max_characters": 20, "max_rows": 10})
     first = (prepare(folder, {"rankings": limited}) / "rankings.jsonl").read_text(encoding="utf-8")
     run = prepare(folder, {"rankings": limited})
     assert (run / "rankings.jsonl").read_text(encoding="utf-8") == first
     card = json.loads((run / "card.json").read_text(encoding="utf-8"))
     (source,) = card["sources"]
-    long = sum(len(f"question {i}?") + len(("bad " * (i % 3 + 1)).strip()) > 25 for i in range(60))
+    long = sum(len(f"question {i}?") + len(("bad " * (i % 3 + 1)).strip()) > 20 for i in range(60))
     assert source["left_out"] == {"too_long": long} and source["over_max_rows"] == 60 - long - 10
     assert sum(source["rows"].values()) == sum(card["rows"].values()) == 10
     other = (prepare(folder, {"rankings": limited}, seed=1) / "rankings.jsonl").read_text(encoding="utf-8")
