@@ -29,6 +29,7 @@ FLOORS = (
     {"rewards", "reward_models"},
     {"rollout", "evaluate"},
     {"validate", "convert", "stats"},
+    {"prepare"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -66,7 +66,9 @@ def judged(records: Sequence[Record]) -> bool:
 
 
 def _require_same_prompts(records: Sequence[Record], sft_records: Sequence[Record]) -> None:
-    named, sft_named = ([(r.get("id"), r.get("prompt")) for r in rows] for rows in (records, sft_records))
+    named, sft_named = (
+        [r.get("prompt") if r.get("id") is None else r["id"] for r in rows] for rows in (records, sft_records)
+    )
     if named != sft_named:
         raise ValueError("records and SFT records are not the answers to the same prompts in the same order")
 
