@@ -24,14 +24,13 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from align.checkpoint import write_json, write_jsonl
-from align.runtime import has_bf16
 from align.data import load_rankings
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
 from align.evaluate.win_rate import accuracy_gain, accuracy_interval, plain
 from align.models import load_scalar_model, save_scalar_model
 from align.prepare import main as prepare
 from align.ranking import encode_rankings, score_rankings, split_pairs
-from align.runtime import tune_cpu
+from align.runtime import has_bf16, tune_cpu
 from align.text import Codec
 from align.types import Ranking
 from stages import rm
