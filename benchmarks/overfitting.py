@@ -21,7 +21,7 @@ from benchmarks.reward_quality import CONFIG, pick
 from stages.__main__ import main as align
 
 PROMPTS, HELD_OUT, PROMPTS_A_STEP, EPOCHS = 96, 150, 8, 3
-PAIRS_A_PASS = 12  # of one forward and backward; as many passes a step as it takes
+PROMPTS_A_PASS, PAIRS_A_PASS = 4, 6  # of one forward and backward; as many passes a step as it takes
 METRICS = ("epoch", "eval_loss", "eval_accuracy")
 
 
@@ -73,8 +73,8 @@ def train(element: str, args: argparse.Namespace, output: Path) -> None:
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
         "demonstrations_file": output / "data" / "demonstrations.jsonl", "batch_element": element,
         "num_train_epochs": EPOCHS, "learning_rate": args.learning_rate, "bf16": "auto", "logging_steps": 2,
-        "per_device_train_batch_size": PROMPTS_A_STEP if element == "ranking" else PAIRS_A_PASS,
-        "gradient_accumulation_steps": 1 if element == "ranking" else passes,
+        "per_device_train_batch_size": PROMPTS_A_PASS if element == "ranking" else PAIRS_A_PASS,
+        "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS if element == "ranking" else passes,
         "per_device_eval_batch_size": 32, "eval_steps": steps if element == "ranking" else pair_steps,
     }  # fmt: skip
     code = align(["rm", *(f"--{key}={value}" for key, value in settings.items())])

@@ -38,7 +38,7 @@ from stages import rm
 CONFIG = Path(__file__).with_suffix(".yaml")
 TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # prompts of each source, times --scale
 HELD_OUT = {"en_100_tree": 60, "dev_feedback": 90, "harmless-base-test": 150}
-PROMPTS_A_STEP = 8
+PROMPTS_A_STEP, PROMPTS_A_PASS, PAIRS_A_PASS = 8, 4, 2  # a pass is one forward and backward
 SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
 
@@ -92,7 +92,7 @@ def train_ours(model: str, output: Path, seed: int) -> None:
     settings = SETTINGS | {
         "bf16": "auto", "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
-        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_STEP,
+        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_PASS, "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS,
         "per_device_eval_batch_size": 32, "max_length": 2048,
     }  # fmt: skip
     start = time.perf_counter()
@@ -117,7 +117,8 @@ def train_trl(model: str, output: Path, seed: int) -> None:
     start_model.config.pad_token_id = tokenizer.pad_token_id
     args = RewardConfig(
         **SETTINGS, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1,
-        per_device_train_batch_size=8, gradient_accumulation_steps=max(1, round(len(pairs) / steps / 8)),
+        per_device_train_batch_size=PAIRS_A_PASS,
+        gradient_accumulation_steps=max(1, round(len(pairs) / steps / PAIRS_A_PASS)),
         max_length=None, weight_decay=0.0,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
         gradient_checkpointing=False, report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=5,
