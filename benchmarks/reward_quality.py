@@ -37,7 +37,7 @@ from stages import rm
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # prompts of each source, times --scale
-HELD_OUT = {"en_100_tree": 60, "dev_feedback": 90, "harmless-base-test": 150}
+HELD_OUT = {"en_100_tree": 40, "dev_feedback": 70, "harmless-base-test": 120}
 PROMPTS_A_STEP, PROMPTS_A_PASS, PAIRS_A_PASS = 8, 4, 2  # a pass is one forward and backward
 SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
@@ -92,7 +92,8 @@ def train_ours(model: str, output: Path, seed: int) -> None:
     settings = SETTINGS | {
         "bf16": "auto", "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
-        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_PASS, "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS,
+        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_PASS,
+        "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS,
         "per_device_eval_batch_size": 32, "max_length": 2048,
     }  # fmt: skip
     start = time.perf_counter()
