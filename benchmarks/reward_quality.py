@@ -179,7 +179,7 @@ def report(output: Path, args: argparse.Namespace) -> dict:
             "pairs": len(untied_pairs([(r, [0.0] * len(r.ranks)) for r in training])),
         },
         "seconds": {side: [run["seconds"] for run in found] for side, found in runs.items()},
-        "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items()},
+        "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items() if rows},
     }
 
 

@@ -1,0 +1,61 @@
+"""benchmarks/reward_quality.py: the same pairs for both sides, and accuracies that arithmetic by hand gives."""
+
+import argparse
+import json
+
+import pytest
+
+from align.ranking import RankedTokens, split_pairs
+from benchmarks.reward_quality import pair_row, pick, report
+
+
+def lines(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_pairs_better_completion_is_chosen_whatever_its_place():
+    ranked = RankedTokens((1, 2), ((3,), (4, 5), (6,)), (1.0, 0.0, 1.0))
+    rows = [pair_row(element["ranking"]) for element in split_pairs([{"ranking": ranked}])]
+    assert rows == [
+        {"chosen_ids": [1, 2, 4, 5], "rejected_ids": [1, 2, 3]},
+        {"chosen_ids": [1, 2, 4, 5], "rejected_ids": [1, 2, 6]},
+    ]  # the tie of the first and the third is no pair
+
+
+def test_pick_takes_the_first_of_each_source(tmp_path):
+    (tmp_path / "data").mkdir()
+    lines(tmp_path / "data" / "rankings.jsonl", [{"source": s, "n": n} for n, s in enumerate("aababb")])
+    pick("rankings", {"a": 2, "b": 1}, tmp_path, "train")
+    assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 2]
+
+
+@pytest.fixture
+def output(tmp_path):
+    """Two prompts, K of 3 and of 2, four untied pairs; two seeds a side."""
+
+    def row(prompt, source, *texts):
+        completions = [{"completion": text, "rank": rank} for rank, text in enumerate(texts)]
+        return {"prompt": prompt, "source": source, "completions": completions}
+
+    rows = [row("p", "dev_feedback", "best", "second one", "3"), row("q", "harmless-base-test", "yes", "no!!!")]
+    lines(tmp_path / "held_out.jsonl", rows)
+    lines(tmp_path / "train.jsonl", rows)
+    scores = {
+        "ours-0": [[3, 2, 1], [1, 0]], "ours-1": [[3, 1, 2], [1, 0]],  # 4 and 3 of 4 right
+        "trl-0": [[1, 2, 3], [0, 1]], "trl-1": [[2, 2, 1], [1, 0]],  # 0, and 3.5 with a tie
+    }  # fmt: skip
+    for name, found in scores.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"seconds": 1.0, "scores": found}))
+    return tmp_path
+
+
+def test_accuracies_by_hand(output):
+    results = report(output, argparse.Namespace(model="m", seeds=2))
+    everything, many = results["held_out"]["all"], results["held_out"]["k_over_2"]
+    assert everything["by_seed"] == {"ours": [1.0, 0.75], "trl": [0.0, 0.875]}
+    assert everything["ours"]["mean"] == 0.875 and everything["trl"]["mean"] == 0.4375
+    assert everything["difference"]["mean"] == pytest.approx(0.4375)
+    assert many["pairs"] == 3 and many["ours"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
+    assert everything["length_only"]["mean"] == 0.5  # best > 3, second one > 3, best < second one, yes < no!!!
+    assert results["training"] == {"prompts": 2, "pairs": 4}
+    assert results["held_out"]["harmless-base-test"]["trl"]["mean"] == 0.5
