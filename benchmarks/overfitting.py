@@ -20,7 +20,7 @@ from align.track import read_jsonl
 from benchmarks.reward_quality import CONFIG, pick
 from stages.__main__ import main as align
 
-PROMPTS, HELD_OUT, PROMPTS_A_STEP, EPOCHS = 96, 150, 8, 3
+PROMPTS_A_STEP, EPOCHS = 8, 3
 PROMPTS_A_PASS, PAIRS_A_PASS = 4, 6  # of one forward and backward; as many passes a step as it takes
 METRICS = ("epoch", "eval_loss", "eval_accuracy")
 
@@ -31,11 +31,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, help="folder of the base model or of an SFT model")
     parser.add_argument("--output", default="runs/overfitting")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
+    parser.add_argument("--prompts", type=int, default=96, help="to train on")
+    parser.add_argument("--held_out", type=int, default=150, help="prompts that loss and accuracy are measured on")
     parser.add_argument("--element", choices=("ranking", "pair"), help="one side alone")
     args = parser.parse_args(argv)
     output = Path(args.output)
     if not (output / "train.jsonl").exists():
-        make_data(args.data, output)
+        make_data(args, output)
     for element in (args.element,) if args.element else ("ranking", "pair"):
         if not (output / element / "manifest.json").exists():
             train(element, args, output)
@@ -54,11 +56,11 @@ def main(argv: list[str]) -> None:
     print(f"plot in {output / 'overfitting.png'}")
 
 
-def make_data(data: str, output: Path) -> None:
-    prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", data])
+def make_data(args: argparse.Namespace, output: Path) -> None:
+    prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", args.data])
     others = {"en_100_tree": 0, "harmless-base-test": 0}
-    pick("rankings_validation", others | {"dev_feedback": HELD_OUT}, output, "held_out")
-    pick("rankings", others | {"dev_feedback": PROMPTS}, output, "train")
+    pick("rankings_validation", others | {"dev_feedback": args.held_out}, output, "held_out")
+    pick("rankings", others | {"dev_feedback": args.prompts}, output, "train")
 
 
 def train(element: str, args: argparse.Namespace, output: Path) -> None:
