@@ -349,7 +349,7 @@ class EvaluateConfig(StageConfig):
     few_shot_file: str | None = None
     text_file: str = ""
     rankings_file: str | None = None  # held-out rankings; several labelers a prompt also give their agreement
-    num_prompts: int = 0  # 0: all
+    num_prompts: int = 0  # evenly spaced over the file; 0: all
     max_new_tokens: int = 256
     per_device_batch_size: int = 256
     num_transcripts: int = 40

@@ -30,7 +30,7 @@ from align.rewards import Reward, import_function
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
-from align.types import Ranking
+from align.types import Prompt, Ranking
 from align.validate import training_leaks
 from stages.__main__ import run, seconds_so_far
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     codec = Codec.load(config.sft_path)
     prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
-    prompts = prompts[: config.num_prompts] if config.num_prompts else prompts
+    prompts = evenly(prompts, config.num_prompts)
     rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
     shown = [row.prompt for row in (*prompts, *rankings)]
     for leak in training_leaks([*paths.values(), config.reward_model_path], shown):
@@ -80,6 +80,12 @@ def main(argv: list[str]) -> None:
     if is_main_process():
         write_all(output, evaluation, config)
     announce(f"report in {output / 'index.html'}, numbers in {Path(config.run_dir) / 'summary.json'}")
+
+
+def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """`count` prompts, evenly spaced over the file, so that every source in it has its share; all when 0."""
+    count = min(count, len(prompts)) or len(prompts)
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:

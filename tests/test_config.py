@@ -129,6 +129,7 @@ def test_every_config_is_listed():
     assert found == set(FIELDS)
 
 
+@pytest.mark.filterwarnings("ignore:.*no bfloat16")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_presets_parse(path):
     if path.stem in ("world", "data", "export"):  # no stage's: tests/test_presets.py

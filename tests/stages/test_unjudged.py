@@ -5,6 +5,7 @@ import json
 import pytest
 
 from align.evaluate.summary import check_summary
+from stages.evaluate import evenly
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,10 @@ def test_gain_is_paired_and_in_standard_deviations_of_sft(unjudged):
     numbers = evaluation["by_reward_model"]["ppo_ptx"]["sampled"]
     assert numbers["gain_vs_sft"]["mean"] == pytest.approx(gain)
     assert numbers["gain_in_deviations"] == pytest.approx(gain / spread)
+
+
+def test_prompts_are_evenly_spaced_over_the_file():
+    assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], 0) == [1, 2] == evenly([1, 2], 5)
 
 
 def test_the_report_never_says_gold(unjudged):
