@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl
+from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl, save_log_sizes
 from align.types import Rollout, UpdateStats
 
 
@@ -24,11 +24,20 @@ def test_a_new_run_starts_a_new_file_and_a_resumed_one_goes_on(tmp_path):
     first = Metrics(tmp_path)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)})
-    resumed = Metrics(tmp_path, resume_step=2)
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+        if step == 2:
+            first.log(2, {"eval_loss": 0.0})
+            (tmp_path / "checkpoint-2").mkdir()
+            save_log_sizes(tmp_path, tmp_path / "checkpoint-2")
+    first.log(2, {"after": 0.0})  # a row of the checkpoint's own step, written after it
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # torn by a kill
+    resumed = Metrics(tmp_path, tmp_path / "checkpoint-2")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 0.0},
+    ]  # fmt: skip
     resumed.log(3, {"loss": 9.0})
-    assert [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
-    assert [row["step"] for row in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3]
+    assert [row["step"] for row in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2, 2, 3]
     Metrics(tmp_path)
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
@@ -129,7 +138,7 @@ def test_stats_add_up_and_maxima_do_not():
 
 def test_transcripts(rollout, tiny_codec, tmp_path):
     Transcripts(tmp_path, count=1).write(7, rollout, tiny_codec)
-    Transcripts(tmp_path, resume_step=8, count=5).write(8, rollout, tiny_codec)
+    Transcripts(tmp_path, count=5).write(8, rollout, tiny_codec)
     lines = (tmp_path / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["iteration"] for row in rows] == [7, 8, 8]

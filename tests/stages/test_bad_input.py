@@ -246,8 +246,9 @@ def test_D2_prompt_and_response_over_the_models_context(refused, mini, tmp_path)
     assert empty(tmp_path / "out")
 
 
-def test_nothing_to_resume_from(refused, tmp_path):
-    refused("ppo", "resume_from_checkpoint", resume_from_checkpoint="latest", output_dir=tmp_path / "out")
+def test_a_folder_that_is_no_checkpoint_is_not_resumed_from(refused, tmp_path):
+    changes = {"resume_from_checkpoint": tmp_path / "none", "output_dir": tmp_path / "out"}
+    refused("ppo", "resume_from_checkpoint", "is no folder", **changes)
     assert empty(tmp_path / "out")
 
 
