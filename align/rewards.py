@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
@@ -164,8 +164,7 @@ class Fault(Exception):
 def fault(error: Exception) -> str:
     if isinstance(error, Fault):
         return str(error)
-    first = str(error).strip().splitlines()
-    return f"raised {type(error).__name__}: {first[0] if first else ''}"
+    return f"raised {type(error).__name__}: {first_line(error)}"
 
 
 def numbers(returned: Any, prompts: list[Prompt]) -> list[float]:

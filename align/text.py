@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.types import Text, pad_rows
 
 
@@ -30,10 +30,11 @@ class Codec:
     @staticmethod
     def load(path: str) -> "Codec":
         try:
-            return Codec(AutoTokenizer.from_pretrained(path), path)
+            return Codec(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: no tokenizer could be loaded ({first}); give a checkpoint folder") from None
+            raise UserError(
+                f"{path}: no tokenizer could be loaded ({first_line(error)}); give a checkpoint folder"
+            ) from None
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)

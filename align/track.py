@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.checkpoint import plain, redact, write_json, write_jsonl
 from align.config import TrainingConfig
+from align.errors import first_line
 from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
 from align.maths.repetition import repeated_ngrams
@@ -106,8 +107,7 @@ class Tracker:
         try:
             call()
         except Exception as error:  # of wandb's or the network's; the numbers are in metrics.jsonl anyway
-            reason = (str(error).strip().splitlines() or [""])[0]
-            print(f"warning: wandb: {type(error).__name__}: {reason}; the run goes on", file=sys.stderr)
+            print(f"warning: wandb: {type(error).__name__}: {first_line(error)}; the run goes on", file=sys.stderr)
             return False
         return True
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("stages")
 LATEST = {"resume_from_checkpoint": "latest"}
 EVERY = {
     "base": {"save_steps": 15, "max_steps": 38},  # rows of the log every 10 steps, 5 steps an epoch
-    "sft": {"save_steps": 4, "logging_steps": 3, "residual_dropout": 0.1},
+    "sft": {"save_steps": 4, "logging_steps": 2, "residual_dropout": 0.1},
     "rm": {"save_steps": 2, "logging_steps": 3, "eval_steps": 2},
     "ppo": {"save_iterations": 1, "total_episodes": 48, "judge": "null"},
 }
@@ -65,7 +65,7 @@ def die_after(patch, stage: str, step: int) -> None:
 
 MOMENTS = [
     ("base", 15, {}), ("base", 30, {}), ("base", 38, {}),  # within a row of the log; at one; at the end
-    ("sft", 4, {}), ("sft", 6, {}), ("sft", 18, {}),  # within an epoch; at its end, which is evaluated; at the last
+    ("sft", 4, {}), ("sft", 3, {}), ("sft", 9, {}),  # within an epoch; at its end, which is evaluated; at the last
     ("rm", 2, {}), ("rm", 2, {"use_peft": "true"}), ("ppo", 1, {}), ("ppo", 3, {}),
 ]  # fmt: skip
 
