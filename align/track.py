@@ -67,9 +67,9 @@ class Tracker:
     is sent twice when a resumed run computes it again; after a kill one may be missing.
     """
 
-    def __init__(self, folder: Path, config: Any, row: int):
+    def __init__(self, folder: Path, config: TrainingConfig, row: int):
         self.path, self.row, self.run = folder / "tracker.json", row, None  # `row`: of metrics.jsonl, the next one
-        known = read_jsonl(self.path) if row else []
+        known = read_jsonl(self.path) if config.resume_from_checkpoint else []
         self.sent = known[0] if known else {"id": secrets.token_hex(4), "rows": 0}
         about = {
             "project": os.environ.get("WANDB_PROJECT", "align"), "name": folder.name, "id": self.sent["id"],
@@ -82,6 +82,8 @@ class Tracker:
     def start(self, about: dict[str, Any], mode: str | None) -> None:
         import wandb
 
+        if mode == "offline":
+            wandb.teardown()  # or the failed start still holds the run's id
         settings = wandb.Settings(init_timeout=TRACKER_WAIT, reinit="finish_previous")
         self.run = wandb.init(**about, mode=mode, settings=settings)
 
