@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def start(stage: str, run: Path, place: dict[str, str] | None = None, **changes)
     status = 1
     try:
         status = align_main([stage, *arguments(stage, run, **changes)])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)
