@@ -138,15 +138,16 @@ def _atomic_file(path: Path) -> Iterator[Path]:
         with _plain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """To disk: what a file or folder holds outlives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -220,11 +221,11 @@ def partial_name(path: Path) -> Path:
 def _put(new: Path, path: Path, old: Path) -> None:
     """Everything in `new` to disk, then `new` in the place of `path`."""
     for file in (*_files(new), new):
-        _sync(file)
+        sync(file)
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -244,12 +245,12 @@ def atomic_contents(path: str | Path) -> Iterator[Path]:
             yield new
             files = sorted(new.iterdir(), key=lambda file: (file.name == MANIFEST, file.name))
             for file in _files(new):
-                _sync(file)
+                sync(file)
             (path / MANIFEST).unlink(missing_ok=True)
             _remove(*(path / file.name for file in files if (path / file.name).is_dir()))
             for file in files:
                 os.replace(file, path / file.name)
-            _sync(path)
+            sync(path)
     finally:
         _remove(new)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.checkpoint import plain, redact, write_json, write_jsonl
+from align.checkpoint import plain, redact, sync, write_json, write_jsonl
 from align.config import TrainingConfig
 from align.errors import first_line
 from align.maths.masks import response_tokens
@@ -222,8 +222,10 @@ class Transcripts:
 
 def save_log_sizes(output: Path, folder: Path) -> None:
     """Into a checkpoint: how far the logs of `output` had come, in bytes."""
-    sizes = {name: (output / name).stat().st_size for name in LOGS if (output / name).exists()}
-    write_json(folder / "logs.json", sizes)
+    logs = [output / name for name in LOGS if (output / name).exists()]
+    for path in logs:
+        sync(path)
+    write_json(folder / "logs.json", {path.name: path.stat().st_size for path in logs})
 
 
 def cut_logs(output: Path, checkpoint: Path | None) -> None:
