@@ -43,13 +43,13 @@ class _State:
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """Around a stage, in the main thread: both signals raise `Interrupted`, at once unless `defer` was called."""
-    _State.deferred, _State.arrived = False, 0
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _State.deferred, _State.arrived = False, 0
 
 
 def _handle(number: int, frame: object) -> None:

@@ -64,7 +64,7 @@ def die_after(patch, stage: str, step: int) -> None:
 
 
 MOMENTS = [
-    ("base", 15, {}), ("base", 30, {}), ("base", 38, {}),  # within a row of the log; at one; at the end
+    ("base", 15, {}), ("base", 38, {}),  # within a row of the log; at the end, within an epoch
     ("sft", 4, {}), ("sft", 3, {}), ("sft", 9, {}),  # within an epoch; at its end, which is evaluated; at the last
     ("rm", 2, {}), ("rm", 2, {"use_peft": "true"}), ("ppo", 1, {}), ("ppo", 3, {}),
 ]  # fmt: skip
@@ -85,7 +85,7 @@ def test_a_run_killed_after_a_checkpoint_goes_on_to_the_byte(mini, whole, tmp_pa
     assert [path.name for path in checkpoints(tmp_path)] == saved, "and keeps the same checkpoints"
 
 
-@pytest.mark.parametrize("stage", ["base", "sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_one_command_starts_a_run_and_leaves_a_finished_one_alone(mini, whole, tmp_path, capsys, stage):
     mini.stage(stage, mini.run, output_dir=tmp_path, **EVERY[stage] | LATEST)
     assert "starting from the beginning" in capsys.readouterr().err
