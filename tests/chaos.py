@@ -46,10 +46,10 @@ CASES = {"command lines": 4000, "config files": 3000, "data files": 3000, "conve
 LATEST = {"resume_from_checkpoint": "latest"}
 # Checkpoints so often that many a kill falls into the writing of one.
 STAGES = {
-    "base": {"save_steps": 3, "max_steps": 38, "logging_steps": 5},
+    "base": {"save_steps": 3, "max_steps": 23, "logging_steps": 5},
     "sft": {"save_steps": 2, "logging_steps": 3, "residual_dropout": 0.1},
     "rm": {"save_steps": 1, "logging_steps": 2, "eval_steps": 2, "num_train_epochs": 2},
-    "ppo": {"save_iterations": 1, "total_episodes": 128, "kl_target": 0.01, "kl_horizon": 100, "judge": "null"},
+    "ppo": {"save_iterations": 1, "total_episodes": 96, "kl_target": 0.01, "kl_horizon": 100, "judge": "null"},
 }
 
 
@@ -293,6 +293,9 @@ def processes(run: Path, rng: random.Random) -> dict[str, float]:
     return worst
 
 
+# What the stages' libraries import when first used, and each child would again.
+LATE = ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft.tuners.lora")
+
 PARTS = {f"kills-{stage}": functools.partial(kills, stage) for stage in STAGES}
 PARTS |= {"torn": torn, "fuzz": fuzz, "processes": processes}
 
@@ -300,6 +303,8 @@ PARTS |= {"torn": torn, "fuzz": fuzz, "processes": processes}
 def main(words: list[str]) -> int:
     """Runs the parts named; 1 if any number of any part so far is not what it should be."""
     torch.set_num_threads(1)
+    for module in ("stages.base", "stages.sft", "stages.collect", "stages.rm", "stages.ppo", *LATE):
+        importlib.import_module(module)
     parts = json.loads(RESULT.read_text(encoding="utf-8"))["parts"] if RESULT.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in words or PARTS:
