@@ -494,12 +494,12 @@ def _flags(argv: list[str]) -> dict[str, str]:
         if not word.startswith("--"):
             raise UserError(f"{word!r}: expected --key value")
         key, equals, value = word[2:].partition("=")
+        if not key.isprintable():
+            raise UserError(f"{word!r}: not a key; write --key value")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{key}: has no value; write --{key} VALUE")
             value = words.pop(0)
-        if not key.isprintable():
-            raise UserError(f"{word!r}: not a key; write --key value")
         flags[key.replace("-", "_")] = value
     return flags
 

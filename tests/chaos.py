@@ -47,8 +47,8 @@ LATEST = {"resume_from_checkpoint": "latest"}
 # Checkpoints so often that many a kill falls into the writing of one.
 STAGES = {
     "base": {"save_steps": 3, "max_steps": 23, "logging_steps": 5},
-    "sft": {"save_steps": 2, "logging_steps": 3, "residual_dropout": 0.1},
-    "rm": {"save_steps": 1, "logging_steps": 2, "eval_steps": 2, "num_train_epochs": 2},
+    "sft": {"save_steps": 2, "logging_steps": 3, "residual_dropout": 0.1, "num_train_epochs": 8},
+    "rm": {"save_steps": 1, "logging_steps": 2, "eval_steps": 2, "num_train_epochs": 4},
     "ppo": {"save_iterations": 1, "total_episodes": 96, "kl_target": 0.01, "kl_horizon": 100, "judge": "null"},
 }
 

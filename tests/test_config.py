@@ -473,6 +473,13 @@ def test_fuzz_command_line(pairs):
     parses_or_says_why([*PPO, *(word for key, value in pairs for word in (f"--{key}", value))])
 
 
+def test_a_key_that_breaks_the_line_is_refused_in_one():
+    for argv in (["--a\nb"], ["--a\nb", "1"], ["--a\x85b"]):
+        with pytest.raises(UserError, match="not a key") as error:
+            parse(PPOConfig, argv)
+        assert len(str(error.value).splitlines()) == 1
+
+
 @given(st.lists(words, max_size=5))
 def test_fuzz_words(argv):
     parses_or_says_why(argv)
