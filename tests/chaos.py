@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 from align import config as configs
 from align import data
-from align.checkpoint import checkpoints, latest_checkpoint, write_json
+from align.checkpoint import check_parent, checkpoints, latest_checkpoint, read_manifest, write_json
 from align.errors import UserError
 from stages.__main__ import main as align_main
 from tests.stages.conftest import WORLD, arguments, flags
@@ -155,8 +155,20 @@ def damages(path: Path, rng: random.Random) -> Iterator[Callable[[], None]]:
 
 
 def torn(run: Path, rng: random.Random) -> dict[str, int]:
-    """Each file of the newest checkpoint of each stage damaged in turn: the one before must be taken instead."""
+    """Each file of the newest checkpoint of each stage damaged in turn: the one before must be taken instead. Each
+    file of a parent: the next stage must refuse it."""
     counts = {"torn_files": 0, "detected": 0, "torn_cases": 0}
+
+    def count(path: Path, detected: Callable[[], bool]) -> None:
+        results = []
+        for damage in damages(path, rng):
+            damage()
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+                results.append(detected())
+        counts["torn_files"] += 1
+        counts["torn_cases"] += len(results)
+        counts["detected"] += all(results)
+
     for stage, changes in STAGES.items():
         mini_run(run, stage)
         whole = run / f"whole-{stage}"
@@ -164,16 +176,22 @@ def torn(run: Path, rng: random.Random) -> dict[str, int]:
             completed(stage, run, output_dir=whole, **changes)
         *_, before, newest = checkpoints(whole)
         for path in sorted(path for path in newest.rglob("*") if path.is_file()):
-            taken = []
-            for damage in damages(path, rng):
-                damage()
-                taken.append(latest_checkpoint(whole, "latest"))
-            counts["torn_files"] += 1
-            counts["torn_cases"] += len(taken)
-            counts["detected"] += set(taken) == {before}
+            count(path, lambda whole=whole, before=before: latest_checkpoint(whole, "latest") == before)
         if latest_checkpoint(whole, "latest") != newest:
             raise SystemExit(f"{newest} was to be whole again")
+    for name in ("model.safetensors", "tokenizer.json", *read_manifest(run / "sft").files):
+        count(run / "sft" / name, lambda: refused(run / "sft"))
+    if refused(run / "sft"):
+        raise SystemExit(f"{run / 'sft'} was to be whole again")
     return counts
+
+
+def refused(parent: Path) -> bool:
+    try:
+        check_parent(str(parent), "model_name_or_path", ("sft",))
+    except UserError:
+        return True
+    return False
 
 
 # Fuzz
