@@ -303,7 +303,7 @@ def processes(run: Path, rng: random.Random) -> dict[str, float]:
         for number in (1, 2, 4):
             changes = {"adam_epsilon": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8 // number}
             if stage == "ppo":
-                changes = {"adam_epsilon": 1e-3, "judge": "null"}
+                changes = {"adam_epsilon": 1e-3, "num_mini_batches": 2, "judge": "null"}
             launched(stage, run, number, output_dir=run / f"{stage}-{number}", **changes)
             if number > 1:
                 gap = difference(run / f"{stage}-1", run / f"{stage}-{number}")
