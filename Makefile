@@ -37,8 +37,8 @@ SUMMARY := $(RUN)/summary.json
 
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow bench \
-	bench-growth bench-reward bench-overfit,$(MAKECMDGOALS)),)
+ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow \
+	chaos bench bench-growth bench-reward bench-overfit,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
@@ -60,7 +60,7 @@ stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --r
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
-	test test-slow bench bench-growth bench-reward bench-overfit lint format install clean FORCE
+	test test-slow chaos bench bench-growth bench-reward bench-overfit lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
@@ -149,6 +149,9 @@ test: $(READY) ## the tests, minutes on two cores
 
 test-slow: $(READY) ## the slow tests, one after the other
 	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
+
+chaos: $(READY) ## kills, torn files, fuzz, 2 and 4 processes: runs/chaos.json, a quarter of an hour
+	$(PY) -m tests.chaos $(ARGS)
 
 # The peer has an environment of its own: TRL dropped PPO after 1.12. What both sides build on is the same version.
 BENCH := .venv-bench

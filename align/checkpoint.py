@@ -19,11 +19,8 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +32,16 @@ from safetensors import SafetensorError, safe_open
 import align
 from align.card import model_card
 from align.errors import UserError
+from align.lock import LOCK, release_lock, take_lock
 from align.runtime import is_main_process, wait_for_everyone
 
 SCHEMA = 1
-MANIFEST, COMPLETE, LOCK = "manifest.json", "complete.json", "run.lock"
+MANIFEST, COMPLETE = "manifest.json", "complete.json"
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
+CONFIG_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json",
+)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -87,6 +89,12 @@ def tokenizer_sha256(folder: str | Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def small_files(folder: str | Path) -> dict[str, str]:
+    """What makes a model besides weights and tokenizer.json, with hashes: configs, templates, vocabularies."""
+    paths = [Path(folder) / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
+    return {path.name: sha256_file(path) for path in paths if path.is_file()}
+
+
 # Atomic writes
 
 
@@ -130,14 +138,16 @@ def _atomic_file(path: Path) -> Iterator[Path]:
         with _plain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """To disk: what a file or folder holds outlives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,9 +157,12 @@ def _sync(path: Path) -> None:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write JSON whole or not at all. NaN and infinities become null: other languages' readers refuse them."""
-    text = json.dumps(plain(obj), ensure_ascii=False, indent=2) + "\n"
     with _atomic_file(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_as_text(obj), encoding="utf-8")
+
+
+def _as_text(obj: Any) -> str:
+    return json.dumps(plain(obj), ensure_ascii=False, indent=2) + "\n"
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
@@ -183,25 +196,36 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError when the disk is full or the place cannot be written; `path` is then as it was before.
     """
     path = Path(path)
-    new, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    new, old = partial_name(path), path.with_name(f".{path.name}.replaced")
     with _plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():  # killed between the two renames below
+        if old.exists() and not path.exists():  # killed between _put's two renames
             os.rename(old, path)
-        _remove(new, old)
-        new.mkdir()
+        _remove(new.parent, old)
+        new.mkdir(parents=True)
     try:
         with _plain_errors(path):
             yield new
-            for file in _files(new):
-                _sync(file)
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
+            _put(new, path, old)
     finally:
         if old.exists() and not path.exists():
             os.rename(old, path)
-        _remove(new, old)
+        _remove(new.parent, old)
+
+
+def partial_name(path: Path) -> Path:
+    """Where a folder is written until it is whole: under its own name, which the Trainer insists on."""
+    return path.with_name(f".{path.name}.partial") / path.name
+
+
+def _put(new: Path, path: Path, old: Path) -> None:
+    """Everything in `new` to disk, then `new` in the place of `path`."""
+    for file in (*_files(new), new):
+        sync(file)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -220,12 +244,13 @@ def atomic_contents(path: str | Path) -> Iterator[Path]:
         with _plain_errors(path):
             yield new
             files = sorted(new.iterdir(), key=lambda file: (file.name == MANIFEST, file.name))
-            for file in files:
-                _sync(file)
+            for file in _files(new):
+                sync(file)
             (path / MANIFEST).unlink(missing_ok=True)
             _remove(*(path / file.name for file in files if (path / file.name).is_dir()))
             for file in files:
                 os.replace(file, path / file.name)
+            sync(path)
     finally:
         _remove(new)
 
@@ -255,6 +280,7 @@ class Manifest:
     metrics: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    files: dict[str, str] = field(default_factory=dict)  # the other files that make the model -> sha256
     schema: int = SCHEMA
 
 
@@ -281,6 +307,7 @@ def write_manifest(
         metrics=plain(metrics or {}),
         weights_sha256=weights_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
+        files=small_files(folder),
     )
     if (Path(folder) / "config.json").is_file():
         with _atomic_file(Path(folder) / "README.md") as card:
@@ -379,6 +406,7 @@ def check_parent(path: str, role: str, stages: tuple[str, ...] = ()) -> dict[str
     weights, tokenizer = weights_sha256(folder), tokenizer_sha256(folder)
     if manifest is not None:
         _check_manifest(manifest, path, role, stages, weights, tokenizer)
+        _check_files(manifest, folder, role)
     stage = manifest.stage if manifest else None
     return {"role": role, "path": path, "stage": stage, "weights_sha256": weights, "tokenizer_sha256": tokenizer}
 
@@ -396,6 +424,15 @@ def _check_manifest(
         if then != now:
             remedy = f"run `make {manifest.stage}` again, or take {MANIFEST} away if the change was meant"
             raise UserError(f"{role}: {path}: its {name} changed since its manifest was written: {remedy}")
+
+
+def _check_files(manifest: Manifest, folder: Path, role: str) -> None:
+    for name, then in manifest.files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or sha256_file(path) != then:
+            what = "changed" if path.is_file() else "is missing"
+            remedy = f"run `make {manifest.stage}` again, or take {MANIFEST} away if the change was meant"
+            raise UserError(f"{role}: {folder}: {name} {what} since its manifest was written: {remedy}")
 
 
 def _looks_local(path: str) -> bool:
@@ -423,16 +460,12 @@ def _model_fault(folder: Path) -> str | None:
 
 
 def _readable(path: Path) -> bool:
-    """Whether a file of tensors is whole, as far as its header (safetensors) or its directory (torch, a zip) says."""
-    if path.suffix in (".pt", ".pth"):
-        return zipfile.is_zipfile(path)
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt"):
-                return True
-        except (SafetensorError, OSError):
-            return False
-    return True
+    """Whether a file of tensors is whole, as far as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def require_same_tokenizer(entries: list[dict[str, Any]]) -> None:
@@ -460,7 +493,16 @@ def copy_weights(checkpoint: str | Path, folder: str | Path) -> None:
             shutil.copyfile(file, Path(folder) / file.name)
 
 
-# Output folder and lock
+# Output folder
+
+
+def is_finished(output_dir: str | Path, resume: str | None) -> bool:
+    """Whether "latest" is asked of a run that has ended: there is nothing to do, which is said."""
+    finished = resume == "latest" and (Path(output_dir) / MANIFEST).is_file()
+    if finished and is_main_process():
+        remedy = "to train again set overwrite_output_dir: true, to go on from a checkpoint name its folder"
+        print(f"{output_dir}: this run is finished and stays as it is; {remedy}")
+    return finished
 
 
 def start_output(output_dir: str | Path, overwrite: bool = False, resume: str | None = None) -> Path:
@@ -479,19 +521,36 @@ def start_output(output_dir: str | Path, overwrite: bool = False, resume: str | 
 def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
     with _plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _take_lock(folder, resume)
+        take_lock(folder)
     atexit.register(release_output, folder)
     _claimed.append(folder)
     try:
-        if resume or not _holds_run(folder):
-            return
-        if not overwrite:
-            remedy = "set overwrite_output_dir: true to replace it, resume_from_checkpoint: latest to go on"
-            raise UserError(f"output_dir: {folder}: already holds another run: {remedy}, or choose another folder")
-        _empty(folder)
+        if not resume and _holds_run(folder):
+            if not overwrite:
+                remedy = "set overwrite_output_dir: true to replace it, resume_from_checkpoint: latest to go on"
+                raise UserError(f"output_dir: {folder}: already holds another run: {remedy}, or choose another folder")
+            _empty(folder)
+        _tidy(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
     except UserError:
         release_output(folder)
         raise
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a killed run left half-written or half-removed, and put back what it was about to replace."""
+    for old in folder.glob(".*.replaced"):
+        place = folder / old.name[1:].removesuffix(".replaced")
+        if not place.exists():
+            os.rename(old, place)
+    for pattern in (".*.replaced", ".*.partial", ".partial", ".*.removed"):
+        for path in folder.glob(pattern):
+            _remove(path) if path.is_dir() else path.unlink()
+
+
+def release_output(output_dir: str | Path) -> None:
+    """Give the folder free. Does nothing when another process holds it."""
+    release_lock(Path(output_dir))
 
 
 def full_disk(error: Exception) -> UserError | None:
@@ -507,12 +566,6 @@ def full_disk(error: Exception) -> UserError | None:
     place = folder or (error.filename if isinstance(error, OSError) else None) or "output_dir"
     remedy = "free some space and run again (with --resume_from_checkpoint latest if it has checkpoints)"
     return UserError(f"{place}: disk full: {remedy}")
-
-
-def remove_torn_checkpoints() -> None:
-    """In the output folders of this process: what a failed write left of a checkpoint."""
-    for folder in _claimed:
-        _remove(*(path for path in folder.glob("checkpoint-*") if checkpoint_fault(path, hashes=False)))
 
 
 _claimed: list[Path] = []  # output folders of this process
@@ -544,108 +597,62 @@ def _empty(folder: Path) -> None:
                 path.unlink()
 
 
-def _take_lock(folder: Path, resume: str | None) -> None:
-    """One live run a folder. A dead process's lock is taken over; another machine's cannot be asked, so only a
-    resume, which says that the run is dead, takes it over."""
-    path, mine = folder / LOCK, _identity(os.getpid())
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        holder = _read_lock(path)
-        if not holder:  # caught between another run's creating and its filling the file, or torn
-            time.sleep(0.2)
-            holder = _read_lock(path)
-        host, pid = holder.get("host"), holder.get("pid")
-        here = host == socket.gethostname()
-        alive = holder == _identity(pid) if here and isinstance(pid, int) else bool(host) and not resume
-        if alive and holder != mine:
-            where = f"process {pid}" + ("" if here else f" on {host}")
-            remedy = f"wait for it, or delete {path} if it is dead"
-            raise UserError(f"output_dir: {folder}: another run writes here ({where}): {remedy}") from None
-        write_json(path, mine)
-        return
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(mine, file)
-
-
-def _identity(pid: int) -> dict[str, Any] | None:
-    """A process of this machine, or None when there is none. Its start time tells it from a later one of the same
-    number (a container's first process is always number 1)."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass
-    except (OSError, OverflowError):
-        return None
-    started = ""
-    with contextlib.suppress(OSError, IndexError):  # no /proc outside Linux
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return {"pid": pid, "host": socket.gethostname(), "started": started}
-
-
-def _read_lock(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def release_output(output_dir: str | Path) -> None:
-    """Give the folder free. Does nothing when another process holds it."""
-    path = Path(output_dir) / LOCK
-    if path.exists() and _read_lock(path) == _identity(os.getpid()):
-        path.unlink(missing_ok=True)
-
-
 # Checkpoints to resume from
 
 
+@contextlib.contextmanager
+def checkpoint_folder(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_folder`, for all processes together: each writes its part, the main one marks the whole complete
+    and puts it in place."""
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        if is_main_process():
+            stack.enter_context(atomic_folder(path))
+        wait_for_everyone()
+        yield partial_name(path)
+        wait_for_everyone()
+        if is_main_process():
+            mark_complete(partial_name(path))
+    wait_for_everyone()
+
+
 def mark_complete(folder: str | Path) -> None:
-    """Write `complete.json` (each file's size and sha256); call it last, after it the checkpoint counts."""
+    """Write `complete.json`, each file's size and sha256 and its own; call it last, after it the checkpoint counts."""
     folder = Path(folder)
     files = [path for path in _files(folder) if path != folder / COMPLETE]
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
     }
-    write_json(folder / COMPLETE, {"schema": SCHEMA, "files": listed})
+    write_json(folder / COMPLETE, _complete(listed))
+
+
+def _complete(listed: dict[str, Any]) -> dict[str, Any]:
+    own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return {"schema": SCHEMA, "files": listed, "sha256": own}
 
 
 def checkpoint_fault(folder: str | Path, hashes: bool = True) -> str | None:
-    """Why a checkpoint is not whole, or None. `hashes` False compares sizes only.
-
-    One without `complete.json` is whole when it is a transformers Trainer's: its `trainer_state.json`, written last,
-    and tensors that can be opened.
-    """
+    """Why a checkpoint is not whole, or None. `hashes` False compares sizes only."""
     folder = Path(folder)
     if not folder.is_dir():
         return "is no folder"
-    if not (folder / COMPLETE).is_file():
-        return _trainer_fault(folder)
     try:
-        listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        text = (folder / COMPLETE).read_text(encoding="utf-8")
+        listed = json.loads(text)["files"]
+        if text != _as_text(_complete(listed)):
+            return f"{COMPLETE} is torn"
         for name, stated in listed.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != stated["bytes"]:
                 return f"{name} is torn or missing"
             if hashes and sha256_file(path) != stated["sha256"]:
                 return f"{name} changed"
-    except (ValueError, TypeError, KeyError, AttributeError, OSError):
-        return f"{COMPLETE} is torn"
-    return None
-
-
-def _trainer_fault(folder: Path) -> str | None:
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"has no {COMPLETE}"
-    except (OSError, ValueError):
-        return "trainer_state.json is torn"
-    if not any(folder.glob("*.safetensors")):
-        return "has no weights as safetensors"
-    return next((f"{path.name} is torn" for path in sorted(folder.iterdir()) if not _readable(path)), None)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
+        return f"{COMPLETE} is torn"
+    return None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -657,8 +664,9 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
     """The checkpoint to resume from; None when `resume` is None.
 
-    "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; a folder is
-    taken when it is whole. Raises UserError when there is nothing to resume from.
+    "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; with none it
+    is None too, which is said: a scheduler starts and restarts a job with one command. A folder is taken when it is
+    whole, else UserError.
     """
     if resume is None:
         return None
@@ -670,19 +678,30 @@ def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None
     for folder in reversed(checkpoints(output_dir)):
         fault = checkpoint_fault(folder)
         if fault is None:
+            _tell(f"resuming from {folder}")
             return folder
-        if is_main_process():
-            print(f"warning: {folder}: {fault}: passed over", file=sys.stderr)
-    remedy = "leave resume_from_checkpoint out to start anew, or set save_steps or save_iterations next time"
-    raise UserError(f"resume_from_checkpoint: {output_dir} holds no whole checkpoint: {remedy}")
+        _tell(f"warning: {folder}: {fault}: passed over")
+    _tell(f"resume_from_checkpoint: {output_dir} holds no whole checkpoint: starting from the beginning")
+    return None
 
 
-def rotate(output_dir: str | Path, keep: int) -> None:
-    """Delete the oldest whole checkpoints so that `keep` (at least one) remain. Torn ones are left and not counted."""
+def _tell(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr)
+
+
+def rotate(newest: Path, keep: int, protected: Iterable[Path] = ()) -> None:
+    """After `newest` was written: delete the oldest checkpoints before it so that `keep` remain, it among them.
+
+    `newest` is whole and never deleted. Torn ones, those after it (of a run that was resumed further back) and
+    `protected` ones are left and not counted.
+    """
     if not is_main_process():
         return
-    whole = [folder for folder in checkpoints(output_dir) if checkpoint_fault(folder, hashes=False) is None]
-    for folder in whole[: max(0, len(whole) - max(keep, 1))]:
+    found = checkpoints(newest.parent)
+    before = [path for path in found[: found.index(newest)] if path not in set(protected)]
+    whole = [path for path in before if checkpoint_fault(path, hashes=False) is None]
+    for folder in whole[: max(0, len(whole) - max(keep, 1) + 1)]:
         doomed = folder.with_name(f".{folder.name}.removed")  # renamed first: a kill midway leaves no half checkpoint
         os.rename(folder, doomed)
         _remove(doomed)

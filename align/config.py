@@ -44,11 +44,13 @@ class TrainingConfig(StageConfig):
     """What every stage that trains has besides."""
 
     report_to: str = "none"  # or "wandb" (works offline)
-    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+    resume_from_checkpoint: str | None = None  # "latest" (without one yet: from the start) or a checkpoint folder
+    save_total_limit: int = 2  # checkpoints to resume from that are kept; those of SFT's epochs are kept besides
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("report_to", self.report_to, ("none", "wandb"))
+        between("save_total_limit", self.save_total_limit, 1, 1_000_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +292,6 @@ class PPOConfig(TrainingConfig):
     missing_eos_mode: str = "replace"  # or "subtract": score - penalty
     ema_decay: float | None = 0.992  # per optimiser step; the saved policy is the average
     save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
-    save_total_limit: int = 2
     transcript_iterations: int = 10
     judge: str | None = None  # import path; its score of each rollout is logged as eval/gold, never trained on
 
@@ -494,12 +495,12 @@ def _flags(argv: list[str]) -> dict[str, str]:
         if not word.startswith("--"):
             raise UserError(f"{word!r}: expected --key value")
         key, equals, value = word[2:].partition("=")
+        if not key.isprintable():
+            raise UserError(f"{word!r}: not a key; write --key value")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{key}: has no value; write --{key} VALUE")
             value = words.pop(0)
-        if not key.isprintable():
-            raise UserError(f"{word!r}: not a key; write --key value")
         flags[key.replace("-", "_")] = value
     return flags
 

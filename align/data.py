@@ -31,7 +31,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from align.checkpoint import sha256_file
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.types import Demonstration, Message, Prompt, Ranking, Text
 
 T = TypeVar("T")
@@ -191,8 +191,9 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(hub["name"], split=hub["split"] or "train", revision=hub["revision"])
     except Exception as error:  # whatever the network, the hub and other people's files raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no local file, and no data set from the hub ({first}): check the name") from None
+        raise UserError(
+            f"{path}: no local file, and no data set from the hub ({first_line(error)}): check the name"
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}:row {number}", row
 

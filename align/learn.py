@@ -44,9 +44,9 @@ from align.optimise import make_optimizer
 from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
-from align.runtime import Runtime, is_main_process
+from align.runtime import Runtime, is_main_process, random_state, set_random_state
 from align.text import Codec
-from align.track import announce
+from align.track import announce, save_log_sizes
 from align.update import Learner
 
 
@@ -164,7 +164,7 @@ def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:
 
 def save_state(
     output: Path, done: int, learner: Learner, prompts: Cursor, documents: Cursor, kl_coef: float,
-    step_zero: dict[str, float], config: PPOConfig, codec: Codec, runtime: Runtime,
+    step_zero: dict[str, float], row: dict[str, float], config: PPOConfig, codec: Codec, runtime: Runtime,
 ) -> None:  # fmt: skip
     """checkpoint-N: the policy as a model folder, and all that an exact resume needs. N counts finished iterations."""
     if not is_main_process():
@@ -174,6 +174,8 @@ def save_state(
         "iteration": done,
         "kl_coef": kl_coef,
         "step_zero": step_zero,
+        "row": row,
+        "random": random_state(),
         "prompts": prompts.state(),
         "documents": documents.state(),
         "policy_optimizer": learner.policy_optimizer.state_dict(),
@@ -185,14 +187,15 @@ def save_state(
         codec.save(folder)
         save_trained(value_model, folder / "value_model", codec.pad_id)
         save_training_state(folder, state)
+        save_log_sizes(output, folder)
         mark_complete(folder)
-    rotate(output, config.save_total_limit)
+    rotate(output / f"checkpoint-{done}", config.save_total_limit)
 
 
 def load_state(
     checkpoint: Path, learner: Learner, prompts: Cursor, documents: Cursor, runtime: Runtime
-) -> tuple[int, float, dict[str, float]]:
-    """Put everything back; returns (finished iterations, kl_coef, step-zero numbers)."""
+) -> tuple[int, float, dict[str, float], dict[str, float]]:
+    """Put everything back; returns (finished iterations, kl_coef, step-zero numbers, the last row of metrics)."""
     state = load_training_state(checkpoint)
     load_trained(runtime.unwrap(learner.policy), checkpoint)
     load_trained(runtime.unwrap(learner.value_model), checkpoint / "value_model")
@@ -203,7 +206,8 @@ def load_state(
             learner.ema.shadow[name].copy_(value)
     for cursor, saved in ((prompts, state["prompts"]), (documents, state["documents"])):
         cursor.position = Cursor.from_state(saved, cursor.num_rows).position
-    return state["iteration"], state["kl_coef"], state["step_zero"]
+    set_random_state(state["random"])
+    return state["iteration"], state["kl_coef"], state["step_zero"], state["row"]
 
 
 def save_policy(

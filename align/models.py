@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from align.attention import Layout, layout_inputs
 from align.checkpoint import copy_weights
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
 from align.packing import Pack, pack_rows, packed_states, padded_states, rows_of, set_packed
@@ -54,7 +54,11 @@ def save_chosen(checkpoint: Path, folder: Path) -> None:
 
 def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:
     """Prompt and response must fit the model's context together (paper App. C: 1k + 1k of 2k)."""
-    context = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model could be loaded ({first_line(error)}); give a folder or hub id") from None
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and prompt_tokens + response_tokens > context:
         raise UserError(
             f"max_prompt_length {prompt_tokens} + max_new_tokens {response_tokens}: over the {context} tokens that "
@@ -350,11 +354,12 @@ def _stored_head(path: str) -> dict[str, Tensor] | None:
 
 def _load(auto: type, path: str, attn_implementation: str | None, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     try:
-        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **options, **kwargs)
+        return auto.from_pretrained(path, dtype=dtype, **options, **kwargs)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: no model could be loaded ({first}); give a checkpoint folder or hub id") from None
+        what = f"no model could be loaded ({first_line(error)})"
+        raise UserError(f"{path}: {what}; give a checkpoint folder or hub id") from None
 
 
 def lora_config(r: int, alpha: int, scalar: bool = False) -> LoraConfig:

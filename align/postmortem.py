@@ -47,7 +47,7 @@ def write_batch(folder: Path, tensors: Mapping[str, Tensor | None], about: Mappi
 
 
 class StopsAtNaN:
-    """Mixed into a Trainer: a gradient that is not finite stops the run before the step that would take it.
+    """Mixed into a Trainer: a loss or gradient that is not finite stops the run before the step that would take it.
 
     The Trainer itself would go on with weights of NaN, and log such losses as the mean of those before them. Under
     float16 infinite gradients are the loss scaler's business, which skips their step.
@@ -59,15 +59,19 @@ class StopsAtNaN:
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.accelerator.scaler is not None or math.isfinite(norm):
+        numbers = {"loss": float(self._tr_loss)}  # summed since the last row of the log
+        if self.accelerator.scaler is None:
+            numbers["grad_norm"] = float(norm)
+        wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
+        if not wrong:
             return norm
-        step = self.state.global_step + 1
+        step, name = self.state.global_step + 1, wrong[-1]
         tensors = {}
         for number, batch in enumerate(self.step_batches):
             tensors |= tensors_of(batch, f"{number}.")
         with kept_for_inspection(self.args.output_dir, tensors, {"step": step}, everywhere=True):
             remedy = "lower learning_rate or check the data; the model is as before this step"
-            raise UserError(f"grad_norm is {float(norm)} at step {step}; {remedy}")
+            raise UserError(f"{name} is {numbers[name]} at step {step}; {remedy}")
 
 
 def tensors_of(batch: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from transformers import (
 
 from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.models import ScalarModel
 from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
 from align.runtime import Runtime
@@ -95,12 +95,13 @@ def load_classifier(
     """A frozen classifier with the head it was trained with, its tokenizer, and how many tokens it can read."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: {path}: could not be loaded ({first}); give a classifier and its tokenizer") from None
+        raise UserError(
+            f"{key}: {path}: could not be loaded ({first_line(error)}); give a classifier and its tokenizer"
+        ) from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: {path}: has no trained head ({missing} is missing), so it is no reward model")
@@ -112,10 +113,11 @@ def load_classifier(
 def reward_config(path: str, key: str) -> PreTrainedConfig:
     """The model's config, after checking that it says: a classifier with one number out."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: {path}: no model could be loaded ({first}); give a folder or hub id") from None
+        raise UserError(
+            f"{key}: {path}: no model could be loaded ({first_line(error)}); give a folder or hub id"
+        ) from None
     made = (config.architectures or ["unknown"])[0]
     if not made.endswith("ForSequenceClassification"):
         raise UserError(f"{key}: {path}: is a {made} without a head that scores, so it is no reward model")
@@ -127,7 +129,7 @@ def reward_config(path: str, key: str) -> PreTrainedConfig:
 def has_linear_score(config: PreTrainedConfig) -> bool:
     """A causal language model's body with a linear head `score`, which `ScalarModel` reads."""
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 

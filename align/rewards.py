@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
@@ -125,8 +125,8 @@ def plain_text(prompt: Text) -> str:
 class FunctionReward:
     """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers.
 
-    One that raises, returns the wrong number of scores, or takes over `timeout` seconds is called again, `retries`
-    times at most; each failure is told on stderr and noted. `key` names it in errors.
+    One that raises, returns the wrong number of scores or one that is not finite, or takes over `timeout` seconds is
+    called again, `retries` times at most; each failure is told on stderr and noted. `key` names it in errors.
     """
 
     def __init__(self, path: str, codec: Codec, key: str = "reward", timeout: float | None = None, retries: int = 0):
@@ -143,7 +143,7 @@ class FunctionReward:
         while True:
             self.notes = {"failures": float(failures)}
             try:
-                return numbers(within(self.timeout, lambda: self.function(**arguments)), len(episodes))
+                return numbers(within(self.timeout, lambda: self.function(**arguments)), prompts)
             except Exception as error:  # a user's code may raise anything; it ends the run with one line
                 failures += 1
                 self.give_up_or_wait(error, failures)
@@ -164,18 +164,28 @@ class Fault(Exception):
 def fault(error: Exception) -> str:
     if isinstance(error, Fault):
         return str(error)
-    first = str(error).strip().splitlines()
-    return f"raised {type(error).__name__}: {first[0] if first else ''}"
+    return f"raised {type(error).__name__}: {first_line(error)}"
 
 
-def numbers(returned: Any, count: int) -> list[float]:
+def numbers(returned: Any, prompts: list[Prompt]) -> list[float]:
     try:
         scores = [float(score) for score in returned]
     except (TypeError, ValueError):
         raise Fault(f"returned {type(returned).__name__} that is no list of numbers") from None
-    if len(scores) != count:
-        raise Fault(f"returned {len(scores)} scores for {count} episodes")
+    if len(scores) != len(prompts):
+        raise Fault(f"returned {len(scores)} scores for {len(prompts)} episodes")
+    if what := not_finite(scores, prompts):
+        raise Fault(what)
     return scores
+
+
+def not_finite(scores: list[float], prompts: list[Prompt]) -> str | None:
+    """Names the first prompt whose score is NaN or infinite; None where there is none."""
+    for number, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
+        if not math.isfinite(score):
+            name = prompt.columns.get("id", f"number {number} of the batch")
+            return f"gave {score} for prompt {name!r}"
+    return None
 
 
 def within(seconds: float | None, call: Callable[[], Any]) -> Any:
@@ -287,11 +297,9 @@ class GoldJudge:
 
 
 def require_finite(scores: list[float], prompts: list[Prompt], term: str) -> list[float]:
-    """The scores, or an error that names the first prompt whose score is NaN or infinite."""
-    for number, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
-        if not math.isfinite(score):
-            name = prompt.columns.get("id", f"number {number} of the batch")
-            raise UserError(f"reward: {term} gave {score} for prompt {name!r}; give finite numbers")
+    """The scores of a model, or an error."""
+    if what := not_finite(scores, prompts):
+        raise UserError(f"reward: {term} {what}; give finite numbers")
     return scores
 
 

@@ -15,21 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, is_bf16_available, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather, gather_object, is_bf16_available, parse_flag_from_env
 from torch import Tensor
 
 
 class Runtime:
     """One run's processes. Rank r owns rows r, r + world, r + 2 * world, ... of any global batch."""
 
-    def __init__(self, seed: int, bf16: bool = False, report_to: str = "none", project_dir: str | None = None):
+    def __init__(self, seed: int, bf16: bool = False):
         seed_everything(seed)
         self.seconds: dict[str, float] = {}  # spent in each phase
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if bf16 else None,
-            log_with=None if report_to == "none" else report_to,
-            project_dir=project_dir,
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else None)
 
     @property
     def device(self) -> torch.device:
@@ -138,17 +134,6 @@ class Runtime:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def start_tracker(self, project: str, config: dict, run_name: str, folder: str) -> None:
-        if self.accelerator.log_with:
-            options = {"wandb": {"name": run_name, "dir": folder}}
-            self.accelerator.init_trackers(project, config=config, init_kwargs=options)
-
-    def track(self, metrics: dict[str, float], step: int) -> None:
-        self.accelerator.log(metrics, step=step)
-
-    def end(self) -> None:
-        self.accelerator.end_training()
-
 
 def state() -> PartialState:
     """The launcher's processes. Accelerator reads ACCELERATE_USE_CPU, a bare PartialState does not: so it is said here,
@@ -163,6 +148,13 @@ def is_main_process() -> bool:
 
 def wait_for_everyone() -> None:
     state().wait_for_everyone()
+
+
+def most(number: int) -> int:
+    """The largest of all processes' numbers; they must all ask."""
+    if state().num_processes == 1:
+        return number
+    return int(gather(torch.tensor([number], device=state().device)).max())
 
 
 def on_cpu() -> bool:
@@ -188,6 +180,23 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, numpy and torch on the CPU, for a checkpoint. Nothing here draws from them while PPO trains; a reward
+    function of the user's may."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return {"python": [version, list(numbers), gauss], "numpy": numpy, "torch": torch.get_rng_state()}
+
+
+def set_random_state(saved: dict[str, Any]) -> None:
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
 
 
 def tune_cpu() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from align.checkpoint import checkpoint_fault
 from align.config import SFTConfig
 from align.data import load_demonstrations
 from align.errors import UserError
@@ -12,6 +13,7 @@ from align.generate import make_sampler, uniform_numbers
 from align.models import ScalarModel, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
 from align.text import Codec
+from align.track import announce
 from align.types import Prompt
 
 
@@ -25,7 +27,7 @@ def choose_epoch(output: Path, log: list[dict[str, Any]], config: SFTConfig, cod
     table = [
         {"checkpoint": f"checkpoint-{step}", "epoch": round(epochs[step], 3), "validation_loss": losses[step]}
         for step in sorted(losses)
-        if (output / f"checkpoint-{step}").is_dir()
+        if whole(output / f"checkpoint-{step}")
     ]
     if not table:
         raise UserError(f"{output}: no checkpoint to choose from; num_train_epochs must reach the end of an epoch")
@@ -33,6 +35,14 @@ def choose_epoch(output: Path, log: list[dict[str, Any]], config: SFTConfig, cod
         for row in table:
             row["reward"] = mean_reward(str(output / row["checkpoint"]), config, codec)
     return pick(table)
+
+
+def whole(checkpoint: Path) -> bool:
+    """Says so where it is there and not whole: a torn epoch is not chosen."""
+    fault = checkpoint_fault(checkpoint)
+    if fault and checkpoint.is_dir():
+        announce(f"warning: {checkpoint}: {fault}: not chosen from")
+    return fault is None
 
 
 def pick(table: list[dict[str, Any]]) -> dict[str, Any]:

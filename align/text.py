@@ -16,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.types import Text, pad_rows
 
 
@@ -36,10 +36,11 @@ class Codec:
     def load(path: str, chat_template_path: str | None = None) -> "Codec":
         """The tokenizer of a folder or hub id; with a template in place of its own, where one is given."""
         try:
-            codec = Codec(AutoTokenizer.from_pretrained(path), path)
+            codec = Codec(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: no tokenizer could be loaded ({first}); give a checkpoint folder") from None
+            raise UserError(
+                f"{path}: no tokenizer could be loaded ({first_line(error)}); give a checkpoint folder"
+            ) from None
         if chat_template_path:
             codec.tokenizer.chat_template = _read_template(chat_template_path)
             if "question" not in codec.render("question"):

@@ -4,13 +4,22 @@ metrics.jsonl holds nothing that depends on the clock, so that two runs with one
 to timing.jsonl. `docs/metrics.md` defines every key.
 """
 
+import atexit
 import json
+import os
+import secrets
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.checkpoint import plain, redact, sync, write_json, write_jsonl
+from align.config import TrainingConfig
+from align.errors import first_line
 from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
 from align.maths.repetition import repeated_ngrams
@@ -18,20 +27,26 @@ from align.runtime import is_main_process
 from align.text import Codec
 from align.types import Rollout, UpdateStats
 
+TRACKER_WAIT = 60.0  # seconds that wandb gets to start, and to send what is left
+LOGS = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")  # what a stage appends to while it trains
 CLOCKED = ("_runtime", "_per_second", "total_flos", "time/")
 SINCE_START = ("train_loss", "num_tokens")  # of this process: another after a resume
 
 
 class Metrics:
-    """Appends one row a step. On resume, rows past the resumed step are cut first."""
+    """Appends one row a step. The folder's logs start anew, or on resume where they stood at the checkpoint.
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None, name: str = "metrics.jsonl"):
-        self.path, self.timing = Path(folder) / name, Path(folder) / "timing.jsonl"
-        self.start = time.perf_counter()
+    With a config that says `report_to: wandb`, rows go there too.
+    """
+
+    def __init__(self, folder: str | Path, checkpoint: Path | None = None, config: TrainingConfig | None = None):
+        self.path, self.timing = Path(folder) / "metrics.jsonl", Path(folder) / "timing.jsonl"
+        self.tracker, self.start = None, time.perf_counter()
         if not is_main_process():
             return
-        for path in (self.path, self.timing):
-            keep_rows(path, "step", resume_step)
+        cut_logs(Path(folder), checkpoint)
+        if config is not None and config.report_to == "wandb":
+            self.tracker = Tracker(Path(folder), config, len(read_jsonl(self.path)))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if not is_main_process():
@@ -41,6 +56,62 @@ class Metrics:
         append_jsonl(self.path, [{"step": step, **rest}])
         seconds = {"step": step, "seconds": round(time.perf_counter() - self.start, 3)}
         append_jsonl(self.timing, [seconds | clocked])
+        if self.tracker:
+            self.tracker.log(step, rest)
+
+
+class Tracker:
+    """wandb, as a guest: what it does wrong is told on stderr, and never ends or holds up the run.
+
+    One wandb run a folder, also after a resume. `tracker.json` keeps its id and how many rows it was sent, so that none
+    is sent twice when a resumed run computes it again; after a kill one may be missing.
+    """
+
+    def __init__(self, folder: Path, config: TrainingConfig, row: int):
+        self.path, self.row, self.run = folder / "tracker.json", row, None  # `row`: of metrics.jsonl, the next one
+        known = read_jsonl(self.path) if config.resume_from_checkpoint else []
+        self.sent = known[0] if known else {"id": secrets.token_hex(4), "rows": 0}
+        about = {
+            "project": os.environ.get("WANDB_PROJECT", "align"), "name": folder.name, "id": self.sent["id"],
+            "resume": "allow", "dir": str(folder), "config": redact(plain(config)),
+        }  # fmt: skip
+        if not self.tried(lambda: self.start(about, None)):
+            self.tried(lambda: self.start(about, "offline"))
+        atexit.register(self.finish)
+
+    def start(self, about: dict[str, Any], mode: str | None) -> None:
+        import wandb
+
+        if mode == "offline":
+            wandb.teardown()  # or the failed start still holds the run's id
+        settings = wandb.Settings(init_timeout=TRACKER_WAIT, reinit="finish_previous")
+        self.run = wandb.init(**about, mode=mode, settings=settings)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.row += 1
+        if self.run is None or self.row <= self.sent["rows"]:
+            return
+        self.sent["rows"] = self.row
+        write_jsonl(self.path, [self.sent])
+        self.tried(lambda: self.run.log(metrics, step=step))
+
+    def finish(self) -> None:
+        """Sends what is left, for a while; what could not be sent lies in the folder for `wandb sync`."""
+        thread = threading.Thread(target=lambda: self.tried(self.run.finish), daemon=True)
+        if self.run is not None:
+            thread.start()
+            thread.join(TRACKER_WAIT)
+        if thread.is_alive():
+            print("warning: wandb has not sent everything; `wandb sync` does it later", file=sys.stderr)
+
+    @staticmethod
+    def tried(call: Callable[[], Any]) -> bool:
+        try:
+            call()
+        except Exception as error:  # of wandb's or the network's; the numbers are in metrics.jsonl anyway
+            print(f"warning: wandb: {type(error).__name__}: {first_line(error)}; the run goes on", file=sys.stderr)
+            return False
+        return True
 
 
 class MetricsCallback(TrainerCallback):
@@ -134,10 +205,8 @@ def overoptimisation_rows(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 class Transcripts:
     """Some episodes of a rollout as text, with their scores and KL, in transcripts.jsonl."""
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None, count: int = 8):
+    def __init__(self, folder: str | Path, count: int = 8):
         self.path, self.count = Path(folder) / "transcripts.jsonl", count
-        if is_main_process():
-            keep_rows(self.path, "iteration", None if resume_step is None else resume_step - 1)
 
     def write(self, iteration: int, rollout: Rollout, codec: Codec) -> None:
         kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
@@ -151,11 +220,23 @@ class Transcripts:
         append_jsonl(self.path, rows)
 
 
-def keep_rows(path: Path, key: str, last: int | None) -> None:
-    """Start a log anew, or cut what a resumed run will write again: rows whose `key` is over `last`."""
-    kept = [] if last is None else [row for row in read_jsonl(path) if row.get(key, 0) <= last]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+def save_log_sizes(output: Path, folder: Path) -> None:
+    """Into a checkpoint: how far the logs of `output` had come, in bytes."""
+    logs = [output / name for name in LOGS if (output / name).exists()]
+    for path in logs:
+        sync(path)
+    write_json(folder / "logs.json", {path.name: path.stat().st_size for path in logs})
+
+
+def cut_logs(output: Path, checkpoint: Path | None) -> None:
+    """Cut what a resumed run will write again, torn lines with it; everything, where there is no checkpoint.
+
+    A log's end is moved, not the log rewritten, so that a kill in here costs nothing.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    sizes = json.loads((checkpoint / "logs.json").read_text(encoding="utf-8")) if checkpoint else {}
+    for path in (output / name for name in LOGS if (output / name).exists()):
+        os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
 
 
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:

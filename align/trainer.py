@@ -1,6 +1,6 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
-import os
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
+from align.checkpoint import checkpoint_folder, rotate, write_json
 from align.config import TrainerConfig
+from align.interrupt import Interrupted, arrived, defer
 from align.maths.logprobs import token_logprobs
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
-from align.runtime import on_cpu
+from align.runtime import is_main_process, on_cpu
 from align.text import CausalCollator
-from align.track import Metrics, MetricsCallback
+from align.track import Metrics, MetricsCallback, save_log_sizes
 
 
 def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
-    if config.report_to == "wandb":
-        os.environ.setdefault("WANDB_DIR", str(output))  # the Trainer's callback has no argument for it
     return {
         "output_dir": str(output),
         "seed": config.seed,
@@ -32,7 +32,9 @@ def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
         "bf16": config.bf16,
         "use_cpu": on_cpu(),
         "logging_steps": config.logging_steps,
-        "report_to": config.report_to,
+        "logging_nan_inf_filter": False,  # StopsAtNaN wants to see them
+        "save_total_limit": config.save_total_limit,
+        "report_to": "none",  # MetricsCallback reports
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu(),
         "weight_decay": 0.0,
@@ -45,8 +47,8 @@ def cosine_to_tenth() -> dict[str, Any]:
     return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
 
 
-def metrics_callback(output: Path, checkpoint: Path | None) -> MetricsCallback:
-    return MetricsCallback(Metrics(output, int(checkpoint.name.split("-")[1]) if checkpoint else None))
+def metrics_callback(config: TrainerConfig, output: Path, checkpoint: Path | None) -> MetricsCallback:
+    return MetricsCallback(Metrics(output, checkpoint, config))
 
 
 def causal_collator(model: torch.nn.Module, attn_implementation: str | None, pad_id: int) -> Callable:
@@ -130,7 +132,90 @@ def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
     return totals[starts + lengths - 1] - totals[starts]
 
 
-class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
+class ResumesExactly:
+    """Mixed into a Trainer: checkpoints are whole or absent, hold what the next row of the log is summed up from, and
+    are saved when a signal asks the run to end.
+
+    The Trainer itself writes them file by file, forgets the sums, and takes one more step when it resumes a run that
+    had taken its last within an epoch.
+    """
+
+    running = ("totals", "_metrics")  # sums of RankingTrainer's and of TRL's log
+    saving: str | None = None  # the folder of the checkpoint folder that is being written
+    resumed: Path | None = None  # the checkpoint whose sums are still to be loaded
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        defer()
+        self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.load_sums()
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _finalize_training(self, *args: Any) -> Any:
+        self.load_sums()  # where no epoch was left to run
+        return super()._finalize_training(*args)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of a step and of an epoch. A checkpoint between the two would leave out the epoch's evaluation."""
+        signal = arrived()
+        last_step = self.control.should_training_stop or self.state.epoch == int(self.state.epoch)
+        if self.args.eval_strategy == "epoch" and last_step and not self.control.should_evaluate:
+            signal, self.control.should_save = 0, False
+        elif signal:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if signal:
+            raise Interrupted(signal, self.checkpoint_path())
+
+    def checkpoint_path(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.saving or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        path = self.checkpoint_path()
+        with checkpoint_folder(path) as folder:
+            self.saving = str(folder.parent)
+            super()._save_checkpoint(model, trial)
+            self.saving = None
+            self.save_sums(folder)
+            if is_main_process():
+                save_log_sizes(path.parent, folder)
+        rotate(path, self.args.save_total_limit, self.kept())
+
+    def kept(self) -> list[Path]:
+        """Checkpoints that are more than a place to resume from."""
+        return []
+
+    def save_sums(self, folder: Path) -> None:
+        sums = {name: getattr(self, name) for name in self.running if hasattr(self, name)}
+        sums |= {"loss": float(self._tr_loss), "logged": self._globalstep_last_logged}
+        write_json(folder / f"sums-{self.args.process_index}.json", sums)
+
+    def load_sums(self) -> None:
+        """This process's. All are alike but the loss, whose mean is logged: another number of processes takes that."""
+        checkpoint, self.resumed = self.resumed, None
+        if checkpoint is None:
+            return
+        files = [checkpoint / f"sums-{i}.json" for i in range(len(list(checkpoint.glob("sums-*.json"))))]
+        all_sums = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        same = len(all_sums) == self.args.world_size
+        mine = all_sums[self.args.process_index if same else 0]
+        self._tr_loss += mine["loss"] if same else sum(sums["loss"] for sums in all_sums) / len(all_sums)
+        self._globalstep_last_logged = mine["logged"]
+        if "totals" in mine:
+            self.totals = mine["totals"]
+        for mode, lists in mine.get("_metrics", {}).items():
+            self._metrics[mode].update(lists)
+
+
+class LanguageModelTrainer(ResumesExactly, StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -140,12 +225,17 @@ class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
         return token_logprobs(logits, targets.clamp(min=0)).masked_fill(targets == -100, 0.0)
 
 
-class DemonstrationTrainer(StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
+class DemonstrationTrainer(ResumesExactly, StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
         """Of every label but the first column, 0 where there is none; no logits are kept. (B, T - 1)"""
         return model(**inputs, fused_lm_head=True).log_probs
+
+    def kept(self) -> list[Path]:
+        """Those at an epoch's end, of which one becomes the policy."""
+        steps = [row["step"] for row in self.state.log_history if "eval_loss" in row]
+        return [Path(self.args.output_dir) / f"checkpoint-{step}" for step in steps]
 
 
 class SaveEachEpoch(TrainerCallback):
@@ -156,7 +246,7 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
+class RankingTrainer(ResumesExactly, StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -48,26 +48,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(stage, argv: list[str]) -> int:
-    """Run a stage; what the user can mend is one line and exit status 2, never a traceback."""
+    """Run a stage. What the user can mend is one line and exit status 2, never a traceback; a signal to end is one
+    line and 128 + its number."""
+    from align.checkpoint import full_disk  # late: torch, which `align --help` need not load
+    from align.interrupt import Interrupted, handled
+
     try:
-        stage(argv)
-        record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
+        with handled():
+            stage(argv)
+            record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
     except UserError as error:
         return fail(error)
+    except Interrupted as stop:
+        return fail(stop, "", stop.status)
     except Exception as error:
-        from align.checkpoint import full_disk, remove_torn_checkpoints  # late: it imports torch
-
         known = full_disk(error)
         if known is None:
             raise
-        remove_torn_checkpoints()
         return fail(known)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; resume with --resume_from_checkpoint latest where the stage saves checkpoints",
-            file=sys.stderr,
-        )
-        return 130
     return 0
 
 
@@ -81,14 +79,14 @@ def run_tool(name: str, argv: list[str]) -> int:
         return 1
 
 
-def fail(error: UserError) -> int:
-    """Tell it on a line of its own, after the progress bars that it left open."""
+def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
+    """Tell it on a line of its own, after the progress bars that it left open; returns the exit status."""
     from tqdm import tqdm
 
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    print(f"{label}{error}", file=sys.stderr)
+    return status
 
 
 def record_seconds(argv: list[str], stage: str) -> None:

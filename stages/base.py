@@ -15,7 +15,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from align.checkpoint import atomic_contents, latest_checkpoint, start_output, write_manifest
+from align.checkpoint import atomic_contents, is_finished, latest_checkpoint, start_output, write_manifest
 from align.config import BaseConfig, parse
 from align.data import load_texts
 from align.initialise import embedding_std, start_with_circuits
@@ -42,6 +42,8 @@ TEMPLATE = (
 def main(argv: list[str]) -> None:
     # 1. Config, data, folder.
     config = parse(BaseConfig, argv)
+    if is_finished(config.output_dir, config.resume_from_checkpoint):
+        return
     tune_cpu()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> None:
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=causal_collator(model, config.attn_implementation, codec.pad_id),
-        callbacks=[metrics_callback(output, checkpoint)],
+        callbacks=[metrics_callback(config, output, checkpoint)],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
     loss = trainer.evaluate()["eval_loss"]
@@ -139,7 +141,6 @@ def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:
         warmup_steps=config.warmup_steps,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=2,
     )
 
 

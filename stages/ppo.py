@@ -17,10 +17,11 @@ import sys
 
 from tqdm import trange
 
-from align.checkpoint import latest_checkpoint, plain, start_output
+from align.checkpoint import is_finished, latest_checkpoint, start_output
 from align.config import PPOConfig, parse
 from align.data import Cursor
 from align.evaluate.report import plot_overoptimisation
+from align.interrupt import Interrupted, arrived, defer
 from align.learn import (
     build_actors,
     build_learner,
@@ -43,8 +44,10 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, processes, batch algebra.
     config = parse(PPOConfig, argv)
+    if is_finished(config.output_dir, config.resume_from_checkpoint):
+        return
     tune_cpu()
-    runtime = Runtime(config.seed, config.bf16, config.report_to, config.output_dir)
+    runtime = Runtime(config.seed, config.bf16)
     algebra = BatchAlgebra.of(config, runtime.world)
     announce(str(algebra))
 
@@ -57,21 +60,23 @@ def main(argv: list[str]) -> None:
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
     actors = build_actors(config, codec, learner, runtime)
-    prompts = Cursor(len(inputs.queries), config.seed)
-    documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
+    prompts, documents = (
+        Cursor(len(inputs.queries), config.seed),
+        Cursor(max(len(inputs.documents), 1), config.seed + 1),
+    )
     first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
-        first, kl_coef, step_zero = load_state(checkpoint, learner, prompts, documents, runtime)
-    metrics = Metrics(output, first if checkpoint else None)
-    transcripts = Transcripts(output, first if checkpoint else None)
-    runtime.start_tracker("align", plain(config), output.name, str(output))
+        first, kl_coef, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
+        stopped = kl_stop_reason(row["objective/kl"], config, first)
+    metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output)
     judge = GoldJudge(config.judge, codec)
 
     def next_documents(count: int) -> list[list[int]]:
         return [inputs.documents[i] for i in documents.take(count)]
 
     # 4. Iterate: rollout, update, log.
-    for iteration in trange(first, algebra.iterations, desc="ppo", disable=not runtime.is_main):
+    defer()
+    for iteration in trange(first, first if stopped else algebra.iterations, desc="ppo", disable=not runtime.is_main):
         set_learning_rates(learner, config, iteration, algebra.iterations)
         queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
         rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
@@ -84,20 +89,20 @@ def main(argv: list[str]) -> None:
         done = iteration + 1
         row |= judge.score([query.prompt for query in queries], rollout)
         metrics.log(done, {"episode": done * algebra.rollout, **row})
-        runtime.track(row, done)
         if config.transcript_iterations and iteration % config.transcript_iterations == 0:
             transcripts.write(iteration, rollout, codec)
-        stopped = kl_stop_reason(row["objective/kl"], config, done)
-        if stopped or (config.save_iterations and done % config.save_iterations == 0):
-            save_state(output, done, learner, prompts, documents, kl_coef, step_zero, config, codec, runtime)
+        stopped, signal = kl_stop_reason(row["objective/kl"], config, done), arrived()
+        if stopped or signal or (config.save_iterations and done % config.save_iterations == 0):
+            save_state(output, done, learner, prompts, documents, kl_coef, step_zero, row, config, codec, runtime)
+        if signal:
+            raise Interrupted(signal, output / f"checkpoint-{done}")
         if stopped:
             break
 
     # 5. Save the averaged policy, the manifest last.
-    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, "stopped": stopped, **row}, runtime)
-    runtime.end()
     if config.judge and runtime.is_main:
         plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")
+    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, "stopped": stopped, **row}, runtime)
     announce(f"policy in {output}; next: make evaluate")
 
 

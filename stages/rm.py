@@ -21,7 +21,15 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from align.checkpoint import atomic_contents, check_parent, latest_checkpoint, start_output, write_json, write_manifest
+from align.checkpoint import (
+    atomic_contents,
+    check_parent,
+    is_finished,
+    latest_checkpoint,
+    start_output,
+    write_json,
+    write_manifest,
+)
 from align.config import RMConfig, parse
 from align.data import drop_long, keep_apart, load_demonstrations, load_rankings, ranking_length
 from align.errors import UserError
@@ -48,6 +56,8 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, parent, data, folder.
     config = parse(RMConfig, argv)
+    if is_finished(config.output_dir, config.resume_from_checkpoint):
+        return
     tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base"))]
     codec = Codec.load(config.model_name_or_path)
@@ -96,7 +106,7 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
         train_dataset=split_pairs(elements) if pairs else elements,
         eval_dataset=encode_rankings(validation, codec) if config.eval_steps else None,
         data_collator=RankingCollator(codec.pad_id),
-        callbacks=[metrics_callback(output, checkpoint)],
+        callbacks=[metrics_callback(config, output, checkpoint)],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -106,7 +116,7 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
     """A model for each group of labelers or sources left out, tested on prompts that it did not learn from."""
     refuse_model(config.output_dir)
     folds = make_folds(rankings, held["validation"], config.folds_by, config.num_folds)
-    output = start_output(config.output_dir, config.overwrite_output_dir)
+    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     scored = []
     for i, fold in enumerate(folds):
         announce(
@@ -166,7 +176,6 @@ def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=2,
     )
 
 

@@ -21,6 +21,7 @@ from transformers import set_seed
 from align.checkpoint import (
     atomic_contents,
     check_parent,
+    is_finished,
     latest_checkpoint,
     start_output,
     write_manifest,
@@ -50,6 +51,8 @@ from stages.__main__ import run
 def main(argv: list[str]) -> None:
     # 1. Config, parents, data, folder.
     config = parse(SFTConfig, argv)
+    if is_finished(config.output_dir, config.resume_from_checkpoint):
+        return
     tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
     codec = Codec.load(config.model_name_or_path, config.chat_template_path)
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=Dataset.from_list(validation),
         data_collator=collator,
         processing_class=codec.tokenizer,
-        callbacks=[metrics_callback(output, checkpoint), SaveEachEpoch()],
+        callbacks=[metrics_callback(config, output, checkpoint), SaveEachEpoch()],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
 

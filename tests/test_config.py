@@ -35,7 +35,7 @@ FIELDS = {
     "StageConfig": """
         output_dir seed bf16 attn_implementation on_bad_rows overwrite_output_dir
     """,
-    "TrainingConfig": "report_to resume_from_checkpoint",
+    "TrainingConfig": "report_to resume_from_checkpoint save_total_limit",
     "TrainerConfig": "logging_steps",
     "BaseConfig": """
         train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
@@ -71,7 +71,7 @@ FIELDS = {
         max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
-        save_iterations save_total_limit transcript_iterations judge
+        save_iterations transcript_iterations judge
     """,
     "EvaluateConfig": """
         preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
@@ -472,6 +472,13 @@ def parses_or_says_why(argv: list[str]) -> None:
 @given(st.lists(st.tuples(keys, words), max_size=4))
 def test_fuzz_command_line(pairs):
     parses_or_says_why([*PPO, *(word for key, value in pairs for word in (f"--{key}", value))])
+
+
+def test_a_key_that_breaks_the_line_is_refused_in_one():
+    for argv in (["--a\nb"], ["--a\nb", "1"], ["--a\x85b"]):
+        with pytest.raises(UserError, match="not a key") as error:
+            parse(PPOConfig, argv)
+        assert len(str(error.value).splitlines()) == 1
 
 
 @given(st.lists(words, max_size=5))

@@ -21,7 +21,7 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 
 # generate, ranking and update call the models' forward passes, which read the packs of packing.
 FLOORS = (
-    {"maths", "types", "config", "errors", "runtime"},
+    {"maths", "types", "config", "errors", "runtime", "lock", "interrupt"},
     {"attention", "prepack"},
     {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},

@@ -92,6 +92,8 @@ def function_reward(codec, **limits) -> FunctionReward:
         (None, "returned NoneType that is no list of numbers"),
         ([1.0, None, 2.0], "returned list that is no list of numbers"),
         (["a", "b", "c"], "returned list that is no list of numbers"),
+        ([1.0, math.nan, 2.0], "gave nan for prompt 'y'"),
+        ([1.0, 2.0, math.inf], "gave inf for prompt 'number 2 of the batch'"),
     ],
 )
 def test_what_is_no_score_an_episode(functions, tiny_codec, returned, words):

@@ -1,6 +1,7 @@
 """align/select.py, the learning rate of SFT, and the pretraining share of its rows."""
 
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 import align.select
 import stages.rm
 import stages.sft
+from align.checkpoint import mark_complete
 from align.config import RMConfig, SFTConfig
 from align.demonstrations import mix_pretraining
 from align.errors import UserError
@@ -27,6 +29,8 @@ LOG = [
 def output(tmp_path):
     for step in (5, 10, 15):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"whole")
+        mark_complete(tmp_path / f"checkpoint-{step}")
     return tmp_path
 
 
@@ -48,9 +52,12 @@ def test_without_a_reward_model_the_lowest_loss_wins(output):
     assert [row["epoch"] for row in choice["table"]] == [1.0, 2.0, 3.0]
 
 
-def test_only_checkpoints_that_exist_are_chosen(output):
-    (output / "checkpoint-10").rmdir()
+def test_only_whole_checkpoints_are_chosen(output, capsys):
+    (output / "checkpoint-10" / "weights").write_bytes(b"whale")
     assert choose_epoch(output, LOG, config_of(output), codec=None)["checkpoint"] == "checkpoint-15"
+    assert f"warning: {output}/checkpoint-10: weights changed: not chosen from" in capsys.readouterr().out
+    shutil.rmtree(output / "checkpoint-15")
+    assert choose_epoch(output, LOG, config_of(output), codec=None)["checkpoint"] == "checkpoint-5"
     with pytest.raises(UserError, match="no checkpoint to choose from"):
         choose_epoch(output / "elsewhere", LOG, config_of(output), codec=None)
 

@@ -1,13 +1,17 @@
 """align/track.py: the metrics file, its resume, and every PPO metric by a loop over tokens."""
 
+import atexit
 import dataclasses
 import json
 import math
+import sys
+import threading
 
 import pytest
 import torch
 
-from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl
+from align.config import SFTConfig
+from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl, save_log_sizes
 from align.types import Rollout, UpdateStats
 
 
@@ -24,11 +28,20 @@ def test_a_new_run_starts_a_new_file_and_a_resumed_one_goes_on(tmp_path):
     first = Metrics(tmp_path)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)})
-    resumed = Metrics(tmp_path, resume_step=2)
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+        if step == 2:
+            first.log(2, {"eval_loss": 0.0})
+            (tmp_path / "checkpoint-2").mkdir()
+            save_log_sizes(tmp_path, tmp_path / "checkpoint-2")
+    first.log(2, {"after": 0.0})  # a row of the checkpoint's own step, written after it
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # torn by a kill
+    resumed = Metrics(tmp_path, tmp_path / "checkpoint-2")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 0.0},
+    ]  # fmt: skip
     resumed.log(3, {"loss": 9.0})
-    assert [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
-    assert [row["step"] for row in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3]
+    assert [row["step"] for row in read_jsonl(tmp_path / "timing.jsonl")] == [1, 2, 2, 3]
     Metrics(tmp_path)
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
@@ -129,7 +142,7 @@ def test_stats_add_up_and_maxima_do_not():
 
 def test_transcripts(rollout, tiny_codec, tmp_path):
     Transcripts(tmp_path, count=1).write(7, rollout, tiny_codec)
-    Transcripts(tmp_path, resume_step=8, count=5).write(8, rollout, tiny_codec)
+    Transcripts(tmp_path, count=5).write(8, rollout, tiny_codec)
     lines = (tmp_path / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["iteration"] for row in rows] == [7, 8, 8]
@@ -137,3 +150,87 @@ def test_transcripts(rollout, tiny_codec, tmp_path):
         "iteration": 8, "query": tiny_codec.tokenizer.decode([5]), "response": tiny_codec.decode([6, 7]),
         "finished": True, "score": 1.5, "kl": 0.75,
     }  # fmt: skip
+
+
+class FakeWandb:
+    """Stands for the module: what was sent, by run id; `faults` names what raises."""
+
+    class Settings:
+        def __init__(self, **settings):
+            self.settings = settings
+
+    def __init__(self, faults=()):
+        self.faults, self.sent, self.modes = set(faults), [], []
+
+    def init(self, id, mode, **about):
+        self.modes.append(mode)
+        if "init" in self.faults or (mode is None and "online" in self.faults):
+            raise ConnectionError("no route to host\nand more")
+        self.id = id
+        return self
+
+    def teardown(self):
+        pass
+
+    def log(self, metrics, step):
+        if "log" in self.faults:
+            raise BrokenPipeError
+        self.sent.append((self.id, step, metrics))
+
+    def finish(self):
+        if "finish" in self.faults:
+            threading.Event().wait(60)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    def use(*faults: str) -> FakeWandb:
+        module = FakeWandb(faults)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return module
+
+    monkeypatch.setattr(atexit, "register", lambda _: None)
+    return use
+
+
+REPORTED = SFTConfig(output_dir="out", report_to="wandb")
+RESUMED = SFTConfig(output_dir="out", report_to="wandb", resume_from_checkpoint="latest")
+
+
+def test_a_resumed_run_sends_no_step_twice(tmp_path, wandb):
+    """Killed twice, the second time before it has come as far as the first."""
+    module, checkpoint = wandb(), tmp_path / "checkpoint-1"
+    metrics = Metrics(tmp_path, None, REPORTED)
+    metrics.log(1, {"loss": 1.0})
+    checkpoint.mkdir()
+    save_log_sizes(tmp_path, checkpoint)
+    for rows in (3, 2, 4):
+        for step, name in [(1, "eval"), (2, "loss"), (3, "loss"), (4, "loss")][:rows]:
+            metrics.log(step, {name: float(step)})
+        metrics = Metrics(tmp_path, checkpoint, RESUMED)
+    assert [(step, list(row)) for _, step, row in module.sent] == [
+        (1, ["loss"]), (1, ["eval"]), (2, ["loss"]), (3, ["loss"]), (4, ["loss"]),
+    ]  # fmt: skip
+    assert len({run for run, _, _ in module.sent}) == 1, "one wandb run a folder"
+    Metrics(tmp_path, None, REPORTED).log(1, {"loss": 1.0})
+    assert module.sent[-1][0] != module.sent[0][0], "a new run is another one"
+
+
+@pytest.mark.parametrize(("faults", "modes"), [(["online"], [None, "offline"]), (["init"], [None, "offline"])])
+def test_a_tracker_that_cannot_start_goes_offline_or_does_without(tmp_path, wandb, capsys, faults, modes):
+    module = wandb(*faults)
+    metrics = Metrics(tmp_path, None, REPORTED)
+    metrics.log(1, {"loss": 1.0})
+    assert module.modes == modes and len(module.sent) == (faults == ["online"])
+    assert "warning: wandb: ConnectionError: no route to host; the run goes on\n" in capsys.readouterr().err
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_tracker_that_breaks_ends_no_run_and_holds_none_up(tmp_path, wandb, monkeypatch, capsys):
+    wandb("log", "finish")
+    monkeypatch.setattr("align.track.TRACKER_WAIT", 0.1)
+    metrics = Metrics(tmp_path, None, REPORTED)
+    metrics.log(1, {"loss": 1.0})
+    metrics.tracker.finish()
+    said = capsys.readouterr().err
+    assert "BrokenPipeError" in said and "`wandb sync` does it later" in said

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import align.trainer
 from align.checkpoint import checkpoint_fault
 from align.errors import UserError
 from data.world.__main__ import main as world_main
@@ -159,6 +160,18 @@ def test_a_training_that_overflows_stops_and_keeps_its_batch(refused, mini, tmp_
     assert not (out / "manifest.json").exists()
 
 
+def test_a_loss_that_is_not_finite_stops_though_its_gradient_is(refused, tmp_path, monkeypatch):
+    real = align.trainer.batch_ranking_loss
+
+    def infinite(model, inputs):
+        loss, stats = real(model, inputs)
+        return loss + float("inf"), stats
+
+    monkeypatch.setattr(align.trainer, "batch_ranking_loss", infinite)
+    refused("rm", "loss is inf at step 1", "stopped-0", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_reward_that_returns_nan(refused, rewards_module, tmp_path):
     refused("ppo", "reward", "nan", "stopped-0", reward="[{function: bad_rewards:nan}]", output_dir=tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out" / "stopped-0").iterdir())
@@ -246,8 +259,9 @@ def test_D2_prompt_and_response_over_the_models_context(refused, mini, tmp_path)
     assert empty(tmp_path / "out")
 
 
-def test_nothing_to_resume_from(refused, tmp_path):
-    refused("ppo", "resume_from_checkpoint", resume_from_checkpoint="latest", output_dir=tmp_path / "out")
+def test_a_folder_that_is_no_checkpoint_is_not_resumed_from(refused, tmp_path):
+    changes = {"resume_from_checkpoint": tmp_path / "none", "output_dir": tmp_path / "out"}
+    refused("ppo", "resume_from_checkpoint", "is no folder", **changes)
     assert empty(tmp_path / "out")
 
 
@@ -289,7 +303,7 @@ def test_a_full_disk_that_a_library_reports_in_words_of_its_own(refused, mini, t
     with pytest.raises(RuntimeError, match="unexpected pos"):
         mini.stage("rm", mini.run, output_dir=tmp_path / "room_left", save_steps=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=100))
-    refused("rm", str(out), "disk full", "resume_from_checkpoint latest", output_dir=out, save_steps=1)
+    refused("rm", str(out), "disk full", "free some space", output_dir=out, save_steps=1)
     assert not list(out.glob("checkpoint-*"))
 
 

@@ -92,7 +92,7 @@ def test_kl_over_its_limit_ends_the_run_and_a_higher_limit_goes_on(mini, tmp_pat
     manifest = json.loads((stopped / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["metrics"]["stopped"] == reason
     assert checkpoint_fault(stopped / f"checkpoint-{last}") is None
-    mini.stage("ppo", mini.run, output_dir=stopped, resume_from_checkpoint="latest", **changes)
+    mini.stage("ppo", mini.run, output_dir=stopped, resume_from_checkpoint=stopped / f"checkpoint-{last}", **changes)
     for name in ("metrics.jsonl", "model.safetensors"):
         assert filecmp.cmp(whole / name, stopped / name, shallow=False), name
 

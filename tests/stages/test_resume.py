@@ -1,0 +1,166 @@
+"""Killed and resumed, at the moments that are hard; told to end, and ending. Random moments: tests/chaos.py."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import align.trainer
+import stages.ppo
+from align.checkpoint import checkpoints
+from align.postmortem import StopsAtNaN
+from stages.__main__ import main
+
+pytestmark = pytest.mark.xdist_group("stages")
+
+LATEST = {"resume_from_checkpoint": "latest"}
+EVERY = {
+    "base": {"save_steps": 15, "max_steps": 38},  # rows of the log every 10 steps, 5 steps an epoch
+    "sft": {"save_steps": 4, "logging_steps": 2, "residual_dropout": 0.1},
+    "rm": {"save_steps": 2, "logging_steps": 3, "eval_steps": 2},
+    "ppo": {"save_iterations": 1, "total_episodes": 48, "judge": "null"},
+}
+
+
+class Killed(BaseException):
+    """Nothing in a stage catches it."""
+
+
+def outcome(folder) -> dict[str, bytes]:
+    """Metrics, transcripts and weights."""
+    paths = [*folder.glob("*.jsonl"), *folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    kept = [path for path in paths if not path.parent.name.startswith("checkpoint") and path.name != "timing.jsonl"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
+
+
+@pytest.fixture(scope="module")
+def whole(mini, tmp_path_factory):
+    """The outcome of the uninterrupted run of a stage, made when first asked for."""
+    found = {}
+
+    def get(stage: str, **changes):
+        key = (stage, *sorted(changes.items()))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("whole")
+            mini.stage(stage, mini.run, output_dir=folder, **EVERY[stage] | changes)
+            found[key] = outcome(folder), [path.name for path in checkpoints(folder)]
+        return found[key]
+
+    return get
+
+
+def die_after(patch, stage: str, step: int) -> None:
+    """The process ends once checkpoint-`step` is written, before anything else is."""
+    module = align.learn if stage == "ppo" else align.trainer
+    rotate = module.rotate
+
+    def dies(newest, *rest):
+        rotate(newest, *rest)
+        if newest.name == f"checkpoint-{step}":
+            raise Killed
+
+    patch.setattr(module, "rotate", dies)
+
+
+MOMENTS = [
+    ("base", 15, {}), ("base", 38, {}),  # within a row of the log; at the end, within an epoch
+    ("sft", 4, {}), ("sft", 3, {}), ("sft", 9, {}),  # within an epoch; at its end, which is evaluated; at the last
+    ("rm", 2, {}), ("rm", 2, {"use_peft": "true"}), ("ppo", 1, {}), ("ppo", 3, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "step", "changes"), MOMENTS)
+def test_a_run_killed_after_a_checkpoint_goes_on_to_the_byte(mini, whole, tmp_path, monkeypatch, stage, step, changes):
+    expected, saved = whole(stage, **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_after(patch, stage, step)
+        mini.stage(stage, mini.run, output_dir=tmp_path, **EVERY[stage] | changes)
+    assert (tmp_path / f"checkpoint-{step}").is_dir() and not (tmp_path / "manifest.json").exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "to')
+    mini.stage(stage, mini.run, output_dir=tmp_path, **EVERY[stage] | changes | LATEST)
+    found = outcome(tmp_path)
+    assert [name for name in expected if found.get(name) != expected[name]] == [] and found.keys() == expected.keys()
+    assert [path.name for path in checkpoints(tmp_path)] == saved, "and keeps the same checkpoints"
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_one_command_starts_a_run_and_leaves_a_finished_one_alone(mini, whole, tmp_path, capsys, stage):
+    mini.stage(stage, mini.run, output_dir=tmp_path, **EVERY[stage] | LATEST)
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert outcome(tmp_path) == whole(stage)[0]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    mini.stage(stage, mini.run, output_dir=tmp_path, **EVERY[stage] | LATEST)
+    assert "this run is finished and stays as it is" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "status"), [("base", 15, 143), ("sft", 15, 143), ("rm", 2, 130), ("ppo", 15, 143)]
+)
+def test_a_signal_saves_at_the_next_step_and_has_its_own_status(
+    mini, whole, tmp_path, monkeypatch, capsys, stage, number, status
+):
+    """The signal arrives in the second step; the stage saves no checkpoints of its own."""
+    steps = []
+
+    def counted(step):
+        def call(*args, **options):
+            steps.append(1)
+            if len(steps) == 2:
+                os.kill(os.getpid(), number)
+            return step(*args, **options)
+
+        return call
+
+    changes = EVERY[stage] | {"save_iterations" if stage == "ppo" else "save_steps": 0}
+    place = (stages.ppo, "update") if stage == "ppo" else (StopsAtNaN, "get_batch_samples")
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, counted(getattr(*place)))
+        assert main([stage, *mini.arguments(stage, mini.run, output_dir=tmp_path, **changes)]) == status
+    last = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert last == f"stopped by {signal.Signals(number).name}; {tmp_path}/checkpoint-2 holds the run: " \
+        "resume with --resume_from_checkpoint latest"  # fmt: skip
+    assert main([stage, *mini.arguments(stage, mini.run, output_dir=tmp_path, **changes | LATEST)]) == 0
+    assert outcome(tmp_path) == whole(stage)[0]
+
+
+@pytest.mark.parametrize("stage", ["collect", "evaluate"])
+def test_a_signal_ends_a_stage_that_does_not_train_at_once(mini, tmp_path, monkeypatch, capsys, stage):
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was to end this")
+
+    monkeypatch.setattr(f"stages.{stage}.start_output", interrupted)
+    assert main([stage, *mini.arguments(stage, mini.run, output_dir=tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("stopped by SIGTERM")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    from align import interrupt
+
+    with interrupt.handled():
+        interrupt.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the same request: Ctrl-C under a launcher comes twice
+        assert interrupt.arrived() == signal.SIGTERM
+        monkeypatch.setattr(interrupt, "SAME", -1.0)
+        with pytest.raises(interrupt.Interrupted, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_kl_stop_holds_for_the_resumed_run_too(mini, tmp_path, monkeypatch):
+    """Killed between its last checkpoint and its end, it does not train on."""
+    changes = EVERY["ppo"] | {"kl_stop": 1e-9, "save_iterations": 0}
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "whole", **changes)
+    expected = json.loads((tmp_path / "whole" / "manifest.json").read_text())["metrics"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_after(patch, "ppo", len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()))
+        mini.stage("ppo", mini.run, output_dir=tmp_path / "cut", **changes)
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "cut", **changes | LATEST)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["metrics"] == expected
+    assert expected["stopped"] and expected["objective/kl"] > 1e-9
