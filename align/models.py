@@ -68,6 +68,8 @@ Cast = Callable[[Tensor], Tensor]
 class PackedModel(nn.Module):
     """A transformers model that reads packs (`align.packing`), on weights cast once a call under autocast."""
 
+    sharded = False  # over processes, by `align.runtime`; weights are then cast as they are gathered
+
     def __init__(self, model: PreTrainedModel, packed: bool = True):
         """`packed` False: rows are padded, and attention stays what the model was loaded with."""
         super().__init__()
@@ -112,6 +114,10 @@ class PackedModel(nn.Module):
         device = next(self.parameters()).device.type
         if not torch.is_autocast_enabled(device):
             yield same
+            return
+        if self.sharded:
+            with torch.autocast(device, enabled=False):
+                yield same
             return
         casts, dtype = {} if self.casts is None else self.casts, torch.get_autocast_dtype(device)
 

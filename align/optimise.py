@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from align.config import PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
+from align.runtime import full, part_like
 
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
@@ -21,7 +22,7 @@ HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape.
+    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape; sharded matrices whole.
 
     torch.optim.Muon does this one matrix at a time and always in bfloat16, which is slow on a CPU that has no
     instructions for it.
@@ -39,10 +40,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                momenta = torch.stack([self._nesterov(p) for p in params])  # (N, rows, columns)
+                momenta = torch.stack([full(self._nesterov(p)) for p in params])  # (N, rows, columns)
                 directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
                 scale = -group["lr"] * RMS * max(shape) ** 0.5
-                torch._foreach_add_(params, list(directions), alpha=scale)
+                steps = [part_like(direction, p) for direction, p in zip(directions, params, strict=True)]
+                torch._foreach_add_(params, steps, alpha=scale)
 
     def _nesterov(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -47,7 +48,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(stage, argv: list[str]) -> int:
-    """Run a stage; what the user can mend is one line and exit status 2, never a traceback."""
+    """Run a stage, in this process or as one of several, and end their group."""
+    from align.runtime import end_processes, leave_processes  # late: torch, which `align --help` need not load
+
+    try:
+        status = run_here(stage, argv)
+    except Exception:
+        leave_processes(1, traceback.format_exc())
+        raise
+    if status:
+        leave_processes(status)
+    else:
+        end_processes()
+    return status
+
+
+def run_here(stage, argv: list[str]) -> int:
+    """What the user can mend is one line and exit status 2, never a traceback."""
     try:
         stage(argv)
         record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)

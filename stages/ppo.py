@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
 
     # 5. Save the averaged policy, the manifest last.
     save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, "stopped": stopped, **row}, runtime)
-    runtime.end()
+    runtime.end_tracker()
     if config.judge and runtime.is_main:
         plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")
     announce(f"policy in {output}; next: make evaluate")

@@ -93,15 +93,27 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def launch(stage: str, processes: int, flags: dict) -> subprocess.Popen:
+def launch(stage: str, processes: int, flags: dict, env: dict | None = None) -> subprocess.Popen:
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", f"stages.{stage}", *words]
+    module = ["tests.launched", stage, *words]
     if processes > 1:
         torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-        command = [sys.executable, "-m", *torchrun, "-m", f"stages.{stage}", *words]
+        module = [*torchrun, "-m", *module]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    env = clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *module], cwd=ROOT, env=clean | fixed | (env or {}), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(job: subprocess.Popen, seconds: float = 240) -> str:
+    """What the job says until it ends."""
+    try:
+        return job.communicate(timeout=seconds)[0]
+    finally:
+        if job.poll() is None:
+            job.kill()
 
 
 def both(stage: str, folder: Path, flags: dict, one: dict, two: dict) -> list[Path]:
@@ -111,16 +123,17 @@ def both(stage: str, folder: Path, flags: dict, one: dict, two: dict) -> list[Pa
         launch(stage, number, flags | changes | {"output_dir": output})
         for number, changes, output in zip((1, 2), (one, two), outputs, strict=True)
     ]
-    try:
-        for job in jobs:
-            said, _ = job.communicate(timeout=240)
-            errors = "\n".join(line for line in said.splitlines() if line.startswith("error:"))
-            assert job.returncode == 0, errors or said[-3000:]
-    finally:
-        for job in jobs:
-            if job.poll() is None:
-                job.kill()
+    for job, processes in zip(jobs, (1, 2), strict=True):
+        succeeded(job, processes)
     return outputs
+
+
+def succeeded(job: subprocess.Popen, processes: int) -> None:
+    """The job ended well, and each process left its group itself, before the interpreter took it down."""
+    said = finish(job)
+    errors = "\n".join(line for line in said.splitlines() if line.startswith("error:"))
+    assert job.returncode == 0, errors or said[-3000:]
+    assert said.count("a process group is left: False") == processes
 
 
 def rows(folder: Path) -> list[dict]:
@@ -172,11 +185,7 @@ def test_two_processes_that_stop_keep_one_whole_batch(world):
     """The first minibatch's step throws the value model so far that the second overflows, in both processes."""
     output = world / "ppo-stopped"
     job = launch("ppo", 2, ppo_flags(world) | {"value_learning_rate": 1e37, "output_dir": output})
-    try:
-        said, _ = job.communicate(timeout=240)
-    finally:
-        if job.poll() is None:
-            job.kill()
+    said = finish(job)
     assert job.returncode != 0 and "; its batch is in " in said
     assert [path.name for path in output.glob("*stopped*")] == ["stopped-0"]
     about = json.loads((output / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
@@ -205,3 +214,11 @@ def test_P16_sft_in_two_processes(world):
     one, two = both("sft", world, flags, {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4})
     check_metrics(one, two, ("loss", "grad_norm", "learning_rate", "eval_loss"))
     check_weights(one, two, world / "policy")
+
+
+def test_an_error_in_one_process_ends_both(world):
+    """Soon, and by name: the other waits in a collective that nobody will join."""
+    flags = {"reward": "[{function: tests.launched:rank_one_raises}]", "reward_retries": 0}
+    job = launch("ppo", 2, ppo_flags(world) | flags | {"output_dir": world / "ppo-failed"})
+    said = finish(job, 90)
+    assert job.returncode != 0 and "ValueError: no score today" in said
