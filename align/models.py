@@ -294,7 +294,8 @@ class ScalarModel(PackedModel):
         with self.half() as cast:
             hidden = self.states(pack, cast)[at]
             weight, bias = (cast(p).to(hidden.dtype) for p in (self.head.weight, self.head.bias))
-            return nn.functional.linear(hidden, weight, bias).squeeze(-1).float()
+            scalars = nn.functional.linear(hidden, weight, bias).squeeze(-1)
+            return scalars.to(torch.float32, copy=True)  # fully_shard wants no view
 
 
 def load_packed_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> Policy:

@@ -28,6 +28,7 @@ class RankedTokens:
     query: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]  # K
     ranks: tuple[float, ...]  # K
+    filler: bool = False  # stands in a batch that would be too short for all processes, and counts for nothing
 
     @property
     def tokens(self) -> int:
@@ -60,7 +61,7 @@ def split_pairs(elements: list[dict[str, RankedTokens]]) -> list[dict[str, Ranke
 
 
 class RankingCollator:
-    """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,)}, N = sum of K over prompts."""
+    """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,), "prompts" (,)}, N = sum of K over prompts."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
@@ -74,6 +75,7 @@ class RankingCollator:
             "last_index": pack.starts + torch.tensor(lengths) - 1,
             "group": torch.tensor([g for g, ranking in enumerate(rankings) for _ in ranking.responses]),
             "ranks": torch.tensor([rank for ranking in rankings for rank in ranking.ranks], dtype=torch.float32),
+            "prompts": torch.tensor(sum(not ranking.filler for ranking in rankings)),
         }
 
 

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
@@ -60,16 +61,17 @@ def resume_argument(checkpoint: Path | None) -> str | None:
 
 
 class LengthGroups(Sampler):
-    """Rows of like length in one global batch, so that little is padding; the same for any number of processes."""
+    """Rows of like length in one global batch, so that little is padding; the same for any number of processes. Last
+    come `fillers` more indices."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, fillers: int = 0):
+        self.lengths, self.batch_size, self.seed, self.fillers, self.epoch = lengths, batch_size, seed, fillers, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -80,20 +82,54 @@ class LengthGroups(Sampler):
         starts = [self.batch_size * i for i in order]
         yield from (row for start in starts for row in rows[start : start + self.batch_size])
         yield from rows[whole:]
+        yield from range(len(rows), len(rows) + self.fillers)
+
+
+class Filled(Dataset):
+    """Rows, and after them fillers up to a multiple of `size`."""
+
+    def __init__(self, rows: Any, filler: Any, size: int):
+        self.rows, self.filler, self.size = rows, filler, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size) * self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index] if index < len(self.rows) else self.filler
 
 
 class GroupedByLength:
-    """Mixed into a Trainer: training batches come from `LengthGroups`."""
+    """Mixed into a Trainer: training batches come from `LengthGroups`, and several processes see what one would.
+
+    accelerate fills an epoch's last batches up with rows from its start, so that each process has as many: those rows
+    would be learned twice, and the batch's mean would be another. Here they are filled up with rows that teach nothing.
+    """
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows, size = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        if self.args.world_size == 1 or len(rows) % size == 0:
+            return super().get_train_dataloader()
+        self.train_dataset = Filled(rows, self.filler(rows[0]), size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
+        real = rows.rows if isinstance(rows, Filled) else rows
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroups(self.lengths(rows), size, self.args.seed)
+        return LengthGroups(self.lengths(real), size, self.args.seed, fillers=len(rows) - len(real))
 
     @staticmethod
     def lengths(rows: Any) -> list[int]:
         """Tokens of each element."""
         return [len(ids) for ids in rows["input_ids"]]
+
+    @staticmethod
+    def filler(row: dict) -> dict:
+        """One token that nothing is learned from."""
+        return {"input_ids": row["input_ids"][:1], "labels": [-100], "filler": True}
 
 
 class LossPerToken:
@@ -168,15 +204,22 @@ class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
     def lengths(rows: list[dict]) -> list[int]:
         return [element["ranking"].tokens for element in rows]
 
+    @staticmethod
+    def filler(element: dict) -> dict:
+        """Two short completions, tied."""
+        ranking = element["ranking"]
+        short = ranking.responses[0][-1:]
+        return {"ranking": replace(ranking, query=ranking.query[:1], responses=(short,) * 2, ranks=(0, 0), filler=True)}
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        prompts = sum(batch["group"].max() + 1 for batch in batch_samples)
+        prompts = sum(batch["prompts"] for batch in batch_samples)
         return self.accelerator.gather(torch.as_tensor(prompts, device=device)).sum()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, stats = batch_ranking_loss(model, inputs)
-        prompts = inputs["group"].max() + 1 if num_items_in_batch is None else num_items_in_batch
+        prompts = inputs["prompts"] if num_items_in_batch is None else num_items_in_batch
         loss = loss / prompts
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes
