@@ -87,6 +87,8 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
+    if runtime.sharded and config.optim in WHOLE:
+        raise UserError(f"optim: {config.optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
     # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
     policy_dtype, value_dtype = (
         runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
@@ -105,6 +107,9 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
     )
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
+
+
+WHOLE = ("adafactor", "adamw_8bit")
 
 
 def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:

@@ -22,7 +22,14 @@ import numpy as np
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, is_bf16_available, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    is_bf16_available,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -43,6 +50,7 @@ class Runtime:
             mixed_precision="bf16" if bf16 else None,
             log_with=None if report_to == "none" else report_to,
             project_dir=project_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants here
         )
         self.skeletons: dict[nn.Module, nn.Module] = {}  # of each sharded model that is trained
 
