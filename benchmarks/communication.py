@@ -33,13 +33,12 @@ SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
     "max_position_embeddings": 64, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-# Name in torch: (name here, which argument has all the bytes). An all-reduce's is both input and output.
-COLLECTIVES = {
-    "allreduce_": ("all-reduce", "in"),
-    "_allgather_base_": ("all-gather", "out"),
-    "_reduce_scatter_base_": ("reduce-scatter", "in"),
-    "broadcast_": ("broadcast", "in"),
-    "allgather_": ("all-gather", "out"),
+COLLECTIVES = {  # by their names in torch
+    "allreduce_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "broadcast_": "broadcast",
 }
 
 
@@ -53,8 +52,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         space, _, name = function._schema.name.partition("::")
         if space == "c10d" and name in COLLECTIVES:
-            kind, _ = COLLECTIVES[name]
-            self.bytes[kind] += largest(args[:2])
+            self.bytes[COLLECTIVES[name]] += largest(args[:2])
         elif space == "_c10d_functional" and name == "all_gather_into_tensor":
             self.bytes["all-gather"] += largest(args[:1]) * args[1]
         return function(*args, **(kwargs or {}))
