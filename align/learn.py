@@ -44,7 +44,7 @@ from align.optimise import make_optimizer
 from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
-from align.runtime import Runtime, is_main_process, write
+from align.runtime import Runtime, is_main_process, load_optimizer_state, whole_state, write
 from align.text import Codec
 from align.track import announce
 from align.update import Learner
@@ -183,9 +183,9 @@ def save_state(
         "step_zero": step_zero,
         "prompts": prompts.state(),
         "documents": documents.state(),
-        "policy_optimizer": runtime.whole_state(learner.policy_optimizer.state_dict()),
-        "value_optimizer": runtime.whole_state(learner.value_optimizer.state_dict()),
-        "ema": runtime.whole_state(learner.ema.shadow if learner.ema else {}),
+        "policy_optimizer": whole_state(learner.policy_optimizer.state_dict()),
+        "value_optimizer": whole_state(learner.value_optimizer.state_dict()),
+        "ema": whole_state(learner.ema.shadow if learner.ema else {}),
     }
     with runtime.for_saving(learner.policy) as policy, runtime.for_saving(learner.value_model) as value_model:
         if not is_main_process():
@@ -207,8 +207,8 @@ def load_state(
     for model, folder in ((learner.policy, checkpoint), (learner.value_model, checkpoint / "value_model")):
         with runtime.for_loading(model) as loaded:
             load_trained(loaded, folder)
-    runtime.load_optimizer_state(learner.policy_optimizer, state["policy_optimizer"])
-    runtime.load_optimizer_state(learner.value_optimizer, state["value_optimizer"])
+    load_optimizer_state(learner.policy_optimizer, state["policy_optimizer"])
+    load_optimizer_state(learner.value_optimizer, state["value_optimizer"])
     if learner.ema:
         for name, value in state["ema"].items():
             write(value, learner.ema.shadow[name])

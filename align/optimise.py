@@ -118,17 +118,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def trainer_optimizers(
-    model: nn.Module, config: SFTConfig | RMConfig
-) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
-    """A Trainer's `optimizers`: ours where the config asks for Muon, else none, and the Trainer makes its own of
+def trainer_optimizer(model: nn.Module, config: SFTConfig | RMConfig) -> torch.optim.Optimizer | None:
+    """A Trainer's optimiser: ours where the config asks for Muon, else None, and the Trainer makes its own of
     `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
     if not takes_muon(config):
         optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here
-        return None, None
+        return None
     rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
     betas = (config.adam_beta1, config.adam_beta2)
-    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16), None
+    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16)
 
 
 def trainer_optim(config: SFTConfig | RMConfig) -> str:

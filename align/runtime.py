@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import copy
 import ctypes
+import functools
 import os
 import random
 import sys
@@ -46,13 +47,14 @@ class Runtime:
     def __init__(self, seed: int, bf16: bool = False, report_to: str = "none", project_dir: str | None = None):
         seed_everything(seed)
         self.seconds: dict[str, float] = {}  # spent in each phase
+        state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else None,
             log_with=None if report_to == "none" else report_to,
             project_dir=project_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants here
         )
-        self.skeletons: dict[nn.Module, nn.Module] = {}  # of each sharded model that is trained
+        self.shards: dict[nn.Module, Shards] = {}  # of each sharded model that is trained
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +89,7 @@ class Runtime:
     @property
     def sharded(self) -> bool:
         """Whether models lie in parts over the processes."""
-        return self.world > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return sharding()
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
@@ -97,78 +99,34 @@ class Runtime:
             raise UserError("launcher: DeepSpeed trains one model, PPO two; use configs/accelerate/fsdp2.yaml")
         if not self.sharded:
             return self.accelerator.prepare(model, make_optimizer(model))
-        self.skeletons[model] = skeleton(model, self.device)
-        self.place(model)
+        self.shards[model] = Shards(model, self.device, self.compute_dtype)
         return model, self.accelerator.prepare_optimizer(make_optimizer(model))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """On this process's device; under FSDP2 this process's part of it, a decoder layer at a time."""
-        if not self.sharded:
-            return model.to(self.device)
-        if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("launcher: FSDP 1 is not supported; set fsdp_version: 2 in its file (or FSDP_VERSION=2)")
-        policy = MixedPrecisionPolicy(self.compute_dtype, torch.float32) if self.half else MixedPrecisionPolicy()
-        options = {
-            "mesh": init_device_mesh(self.device.type, (self.world,)),
-            "mp_policy": policy,
-            "reshard_after_forward": True,  # of the root too: between calls no weight is whole
-        }
-        layers = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-        for layer in [part for part in model.modules() if type(part).__name__ in layers]:
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
-        model.sharded = True
-        return model
+        """A model that is not trained: on this process's device, or this process's part of it."""
+        return shard(model, self.device, self.compute_dtype) if self.sharded else model.to(self.device)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return model if self.sharded else self.accelerator.unwrap_model(model)
+        return self.accelerator.unwrap_model(model)
 
     def whole(self, model: nn.Module) -> nn.Module:
-        """The module that `for_sampling`, `for_saving` and `for_loading` fill with a trained model's weights."""
-        return self.skeletons.get(model, self.unwrap(model))
+        """The module that `for_sampling`, `for_saving` and `for_loading` give for a trained model."""
+        return self.shards[model].skeleton if model in self.shards else self.unwrap(model)
 
     def for_sampling(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """An ordinary model with all weights on each process: gathered once, in the type of the forward passes. LoRA's
         stay as they are, for they are merged first."""
-        cast = self.half and not self.unwrap(model).adapted
-        return self._filled(model, lambda p: full(p.to(self.compute_dtype) if cast else p))
+        if model not in self.shards:
+            return contextlib.nullcontext(self.unwrap(model))
+        return self.shards[model].for_sampling(None if model.adapted else self.compute_dtype)
 
     def for_saving(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """An ordinary model with all weights on the main process's CPU, and none elsewhere. All processes call it."""
-        return self._filled(model, self._on_main)
+        return self.shards[model].for_saving() if model in self.shards else contextlib.nullcontext(self.unwrap(model))
 
-    @contextlib.contextmanager
-    def for_loading(self, model: nn.Module) -> Iterator[nn.Module]:
-        """An ordinary model on each process's CPU; what is loaded into it is in `model` afterwards."""
-        with self._filled(model, lambda p: full(p).cpu()) as filled:
-            yield filled
-            if model in self.skeletons:
-                loaded = dict(filled.named_parameters())
-                for name, p in model.named_parameters():
-                    write(loaded[name], p)
-
-    @contextlib.contextmanager
-    def _filled(self, model: nn.Module, read: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
-        if model not in self.skeletons:
-            yield self.unwrap(model)
-            return
-        with torch.no_grad():
-            weights = {name: read(p.detach()) for name, p in model.named_parameters()}
-        with _reparametrize_module(self.skeletons[model], weights, tie_weights=True):
-            yield self.skeletons[model]
-
-    def _on_main(self, x: Tensor) -> Tensor:
-        """All of a tensor on the main process's CPU; elsewhere only its shape."""
-        gathered = full(x)
-        return gathered.cpu() if self.is_main else gathered.to("meta")
-
-    def whole_state(self, state: Any) -> Any:
-        """Dicts and lists with every sharded tensor whole on the main process. All processes call it."""
-        return tree_map_only(DTensor, self._on_main, state)
-
-    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Put back a `whole_state`, whatever number of processes it came from."""
-        optimizer.load_state_dict(split_like(optimizer, state))
+    def for_loading(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """An ordinary model on each process; what is loaded into it is in `model` afterwards."""
+        return self.shards[model].for_loading() if model in self.shards else contextlib.nullcontext(self.unwrap(model))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()
@@ -257,6 +215,78 @@ class Runtime:
             tracker.finish()
 
 
+def sharding() -> bool:
+    """Whether the launcher asks for FSDP2, and there is something to shard over."""
+    return asked_to_shard() and state().num_processes > 1
+
+
+@functools.cache
+def asked_to_shard() -> bool:
+    """Read once, and taken out of the environment: accelerate and the Trainer would shard in ways of their own."""
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("launcher: FSDP 1 is not supported; set fsdp_version: 2 in its file (or FSDP_VERSION=2)")
+    if asked and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise UserError("launcher: fsdp_offload_params is not supported; set it to false")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return asked
+
+
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Leave this process its part of the weights, on its device. A decoder layer's are gathered, in `dtype`, for its
+    forward and its backward pass; those outside the layers for the model's."""
+    half = dtype != torch.float32
+    options = {
+        "mesh": init_device_mesh(device.type, (state().num_processes,)),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32) if half else MixedPrecisionPolicy(),
+        "reshard_after_forward": True,  # of the root too: between calls no weight is whole
+    }
+    layers = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    for layer in [part for part in model.modules() if type(part).__name__ in layers]:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    model.sharded = True
+    return model
+
+
+class Shards:
+    """A trained model, cut up, and the modules to put its weights together in."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+        self.skeleton = skeleton(model, device)
+        self.model = shard(model, device, dtype)
+
+    def for_sampling(self, dtype: torch.dtype | None = None) -> contextlib.AbstractContextManager[nn.Module]:
+        return self._filled(lambda p: full(p if dtype is None else p.to(dtype)))
+
+    def for_saving(self) -> contextlib.AbstractContextManager[nn.Module]:
+        return self._filled(on_main)
+
+    @contextlib.contextmanager
+    def for_loading(self) -> Iterator[nn.Module]:
+        with self._filled(lambda p: full(p).cpu()) as filled:
+            yield filled
+            loaded = dict(filled.named_parameters())
+            for name, p in self.model.named_parameters():
+                write(loaded[name], p)
+
+    def put_together(self) -> nn.Module:
+        """An ordinary model in every process, for good: the training is over."""
+        weights: dict[Tensor, Tensor] = {}
+        for p in self.model.parameters():
+            weights[p] = full(p.detach())
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.skeleton.load_state_dict({name: weights[p] for name, p in named}, strict=False, assign=True)
+        return self.skeleton.eval()
+
+    @contextlib.contextmanager
+    def _filled(self, read: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
+        with torch.no_grad():
+            weights = {name: read(p.detach()) for name, p in self.model.named_parameters()}
+        with _reparametrize_module(self.skeleton, weights, tie_weights=True):
+            yield self.skeleton
+
+
 def skeleton(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of the modules and buffers alone; parameters keep their shapes and ties."""
     memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
@@ -285,6 +315,22 @@ def write(x: Tensor, target: Tensor) -> None:
     target.copy_(part_like(x, target))
 
 
+def on_main(x: Tensor) -> Tensor:
+    """All of a tensor on the main process's CPU; elsewhere only its shape. All processes call it."""
+    gathered = full(x)
+    return gathered.cpu() if is_main_process() else gathered.to("meta")
+
+
+def whole_state(state: Any) -> Any:
+    """Dicts and lists with every sharded tensor whole on the main process. All processes call it."""
+    return tree_map_only(DTensor, on_main, state)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back a `whole_state`, whatever number of processes it came from."""
+    optimizer.load_state_dict(split_like(optimizer, state))
+
+
 def split_like(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """An optimiser's whole state, what has a parameter's shape cut as the parameter is."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
@@ -302,6 +348,7 @@ def split_like(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[
 def state() -> PartialState:
     """The launcher's processes. Accelerator reads ACCELERATE_USE_CPU, a bare PartialState does not: so it is said here,
     or two processes on a CPU would each believe that they are alone."""
+    asked_to_shard()
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
 
 
@@ -375,7 +422,6 @@ def tune_cpu() -> None:
     user has set stays.
     """
     limit_threads()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would give all but one process no weights
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)) if mallopt else ():

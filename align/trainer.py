@@ -1,9 +1,12 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,12 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.config import TrainerConfig
+from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.maths.logprobs import token_logprobs
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
-from align.runtime import on_cpu
+from align.optimise import trainer_optimizer
+from align.runtime import Shards, load_optimizer_state, on_cpu, sharding, whole_state
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback
 
@@ -166,6 +170,71 @@ def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
     return totals[starts + lengths - 1] - totals[starts]
 
 
+class Sharded:
+    """Mixed into a Trainer whose optimiser `config` names. Under FSDP2 the model lies in parts over the processes; its
+    checkpoints are those of one process, and resume in any number of them.
+
+    transformers trains a model that it has cut up itself at loading, and wraps it in nothing; it is told that this is
+    one. That it refuses to save such a model's optimiser is what most of this makes up for.
+    """
+
+    def __init__(self, *args: Any, config: SFTConfig | RMConfig, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.config, self.shards = config, None
+        if sharding():
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            self.shards = Shards(self.model, self.args.device, dtype)
+            self.is_distributed_loading_by_transformers = True
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = trainer_optimizer(self.model, self.config)
+        return super().create_optimizer(model)
+
+    def finished_model(self) -> torch.nn.Module:
+        """The trained model as an ordinary one, in every process."""
+        if self.shards is None:
+            return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.shards.put_together()
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+        return nullcontext()  # reduced in every microbatch, so that no process keeps whole gradients
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.shards is None:
+            return super()._save(output_dir, state_dict)
+        with self.shards.for_saving() as whole, instead(self, "model", whole):
+            if self.args.should_save:
+                super()._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.shards is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self.shards.for_loading() as whole:
+            super()._load_from_checkpoint(resume_from_checkpoint, whole)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        whole = whole_state(self.optimizer.state_dict())
+        with instead(self, "optimizer", SimpleNamespace(state_dict=lambda: whole)):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load = functools.partial(load_optimizer_state, self.optimizer)
+        with instead(self, "optimizer", SimpleNamespace(load_state_dict=load)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+@contextmanager
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Meanwhile `owner` has another `name`."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
 class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
@@ -176,7 +245,7 @@ class LanguageModelTrainer(StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
         return token_logprobs(logits, targets.clamp(min=0)).masked_fill(targets == -100, 0.0)
 
 
-class DemonstrationTrainer(StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
+class DemonstrationTrainer(Sharded, StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -192,7 +261,7 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(StopsAtNaN, GroupedByLength, Trainer):
+class RankingTrainer(Sharded, StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -55,6 +55,8 @@ class Counting(TorchDispatchMode):
             self.bytes[COLLECTIVES[name]] += largest(args[:2])
         elif space == "_c10d_functional" and name == "all_gather_into_tensor":
             self.bytes["all-gather"] += largest(args[:1]) * args[1]
+        elif space == "_c10d_functional" and name == "all_reduce":
+            self.bytes["all-reduce"] += largest(args[:1])
         return function(*args, **(kwargs or {}))
 
 

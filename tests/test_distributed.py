@@ -284,6 +284,27 @@ def test_ppo_resumes_with_other_processes(world, tmp_path, first, then, more):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize(
+    ("first", "then"), [((1, False), (2, True)), ((2, True), (1, False)), ((2, False), (1, False))]
+)
+def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, first, then):
+    """From the checkpoint of its third step, in the middle of an epoch, to the weights of the uninterrupted run."""
+    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": 3}
+    total = {"sft": 8, "rm": 4}[stage]  # rows a step
+
+    def size(processes: int) -> dict:
+        return {"per_device_train_batch_size": total // processes}
+
+    alone, saving = (1, size(1), False), (first[0], size(first[0]), first[1])
+    whole, saved = outputs(stage, tmp_path, flags, alone, saving)
+    resumed = tmp_path / "resumed"
+    changes = {"output_dir": resumed, "resume_from_checkpoint": saved / "checkpoint-3"} | size(then[0])
+    succeeded(launch(stage, then[0], flags | changes, SHARDED if then[1] else None), then[0])
+    check_weights(whole, resumed, world / "policy")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
 def test_a_process_whose_episodes_all_end_at_once(world, tmp_path, sharded, monkeypatch):
     """Every second query is answered with EOS alone: with two processes, all of the second one's."""
@@ -305,35 +326,44 @@ def test_two_processes_that_stop_keep_one_whole_batch(world, tmp_path):
     assert len(load_file(output / "stopped-0" / "batch.safetensors")["input_ids"]) == 8, "both processes' rows"
 
 
-FOUR = pytest.param(4, {"per_device_train_batch_size": 1}, id="4", marks=pytest.mark.slow)
+ADAPTER = {"use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4, "muon_learning_rate": "null"}
 
 
 @pytest.mark.parametrize(
-    ("processes", "changes"),
-    [pytest.param(2, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, id="2"), FOUR],
-)
-def test_P16_rm_in_several_processes(world, tmp_path, processes, changes):
+    ("processes", "sharded", "changes", "more"),
+    [
+        pytest.param(2, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}, id="2"),
+        *(pytest.param(*case, marks=pytest.mark.slow, id=name) for name, *case in [
+            ("4", 4, False, {"per_device_train_batch_size": 1}, {}),
+            ("2-sharded", 2, True, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}),
+            ("2-sharded-lora", 2, True, {"per_device_train_batch_size": 2}, ADAPTER),
+        ]),
+    ],
+)  # fmt: skip
+def test_P16_rm_in_several_processes(world, tmp_path, processes, sharded, changes, more):
     """21 rankings, 4 a step: the last step has one, and a process without any."""
     alone = (1, {"per_device_train_batch_size": 4}, False)
-    one, other = outputs("rm", tmp_path, rm_flags(world), alone, (processes, changes, False))
+    one, other = outputs("rm", tmp_path, rm_flags(world) | more, alone, (processes, changes, sharded))
     check_metrics(one, other, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
     check_weights(one, other, world / "policy")
 
 
 @pytest.mark.parametrize(
-    ("processes", "changes"),
+    ("processes", "sharded", "changes", "more"),
     [
-        pytest.param(2, {"per_device_train_batch_size": 4}, id="2"),
-        pytest.param(
-            1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, id="1x8", marks=pytest.mark.slow
-        ),
-        pytest.param(4, {"per_device_train_batch_size": 2}, id="4", marks=pytest.mark.slow),
+        pytest.param(2, False, {"per_device_train_batch_size": 4}, {}, id="2"),
+        *(pytest.param(*case, marks=pytest.mark.slow, id=name) for name, *case in [
+            ("1x8", 1, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, {}),
+            ("4", 4, False, {"per_device_train_batch_size": 2}, {}),
+            ("2-sharded", 2, True, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {}),
+            ("2-sharded-lora", 2, True, {"per_device_train_batch_size": 4}, ADAPTER),
+        ]),
     ],
-)
-def test_P16_sft_in_several_processes(world, tmp_path, processes, changes):
+)  # fmt: skip
+def test_P16_sft_in_several_processes(world, tmp_path, processes, sharded, changes, more):
     """21 demonstrations, 8 a step: the last step has five."""
     alone = (1, {"per_device_train_batch_size": 8}, False)
-    one, other = outputs("sft", tmp_path, sft_flags(world), alone, (processes, changes, False))
+    one, other = outputs("sft", tmp_path, sft_flags(world) | more, alone, (processes, changes, sharded))
     check_metrics(one, other, ("loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy", "num_tokens"))
     check_weights(one, other, world / "policy")
 
