@@ -17,10 +17,10 @@ from trl import SFTTrainer
 
 from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.maths.logprobs import token_logprobs
+from align.optimise import trainer_optimizer
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
-from align.optimise import trainer_optimizer
 from align.runtime import Shards, load_optimizer_state, on_cpu, sharding, whole_state
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback
@@ -171,14 +171,14 @@ def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
 
 
 class Sharded:
-    """Mixed into a Trainer whose optimiser `config` names. Under FSDP2 the model lies in parts over the processes; its
+    """Mixed into a Trainer, whose optimiser `config` names if given. Under FSDP2 the model lies in parts over the processes; its
     checkpoints are those of one process, and resume in any number of them.
 
     transformers trains a model that it has cut up itself at loading, and wraps it in nothing; it is told that this is
     one. That it refuses to save such a model's optimiser is what most of this makes up for.
     """
 
-    def __init__(self, *args: Any, config: SFTConfig | RMConfig, **kwargs: Any):
+    def __init__(self, *args: Any, config: SFTConfig | RMConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.config, self.shards = config, None
         if sharding():
@@ -187,7 +187,7 @@ class Sharded:
             self.is_distributed_loading_by_transformers = True
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None and self.config is not None:
             self.optimizer = trainer_optimizer(self.model, self.config)
         return super().create_optimizer(model)
 
