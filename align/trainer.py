@@ -171,8 +171,8 @@ def by_row(numbers: torch.Tensor, inputs: dict) -> torch.Tensor:
 
 
 class Sharded:
-    """Mixed into a Trainer, whose optimiser `config` names if given. Under FSDP2 the model lies in parts over the processes; its
-    checkpoints are those of one process, and resume in any number of them.
+    """Mixed into a Trainer, whose optimiser `config` names if given. Under FSDP2 the model lies in parts over the
+    processes; its checkpoints are those of one process, and resume in any number of them.
 
     transformers trains a model that it has cut up itself at loading, and wraps it in nothing; it is told that this is
     one. That it refuses to save such a model's optimiser is what most of this makes up for.
