@@ -66,6 +66,11 @@ class Runtime:
         return self.accelerator.mixed_precision in ("bf16", "fp16")
 
     @property
+    def scales_loss(self) -> bool:
+        """Under float16: gradients may overflow, and their step is then skipped."""
+        return self.accelerator.scaler is not None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Of forward passes, and so of the weights of models that are never trained."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)

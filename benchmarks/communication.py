@@ -88,7 +88,8 @@ def theory(model: nn.Module, microbatches: int, processes: int, sharded: bool) -
 
 
 def work() -> dict[str, Any]:
-    """One step in this process: {"counted", "theory", "sampling", "weights"} in bytes."""
+    """Two steps in this process, the second counted: {"counted", "theory", "sampling", "weights"} in bytes, and the sum
+    of the policy's absolute weights, to compare runs by."""
     config = PPOConfig(
         output_dir="unused", model_name_or_path="unused", reward=(ModelTerm("unused"),), pretraining_file="unused",
         per_device_train_batch_size=2, rollout_batch_size=EPISODES, num_mini_batches=1, ptx_coef=1.0,
@@ -99,8 +100,13 @@ def work() -> dict[str, Any]:
     classifier = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1))
     classifier.score = nn.Linear(SHAPE["hidden_size"], 1)
     value_model = ScalarModel(classifier)
-    rollout = made_up_rollout()
-    share = len(microbatches(rollout.index(torch.arange(runtime.rank, EPISODES, runtime.world)), config, runtime))
+    torch.manual_seed(0)
+    rollout = made_up_rollout(runtime.device)
+    share = len(
+        microbatches(
+            rollout.index(torch.arange(runtime.rank, EPISODES, runtime.world, device=runtime.device)), config, runtime
+        )
+    )
     pretraining = DOCUMENTS // runtime.world // config.per_device_train_batch_size
     expected = theory(policy, share + pretraining, runtime.world, runtime.sharded)
     expected += theory(value_model, share, runtime.world, runtime.sharded)
@@ -115,22 +121,26 @@ def work() -> dict[str, Any]:
         optimiser_step(rollout, documents, learner, config, runtime)
     with Counting() as sampling, runtime.for_sampling(policy):
         pass
+    with runtime.for_saving(policy) as whole:
+        checksum = sum(float(p.double().abs().sum()) for p in whole.parameters()) if runtime.is_main else 0.0
     found = {"counted": counted.bytes, "theory": expected, "sampling": sampling.bytes["all-gather"], "weights": weights}
-    return found | {"main": runtime.is_main}
+    return found | {"main": runtime.is_main, "weight": checksum}
 
 
-def made_up_rollout() -> Rollout:
+def made_up_rollout(device: torch.device) -> Rollout:
     generator = torch.Generator().manual_seed(0)
     rows, full = (EPISODES, RESPONSE), torch.ones(EPISODES, dtype=torch.long)
     numbers = [torch.randn(rows, generator=generator) for _ in range(6)]
     logprobs, ref_logprobs, values, rewards, advantages, returns = numbers
-    return Rollout(
+    made = Rollout(
         input_ids=torch.randint(2, SHAPE["vocab_size"], (EPISODES, QUERY + RESPONSE), generator=generator),
         query_lengths=QUERY * full, response_lengths=RESPONSE * full, finished=full.bool(),
         response_mask=torch.ones(rows, dtype=torch.bool), logprobs=logprobs - 4, ref_logprobs=ref_logprobs - 4,
         values=values, scores=full.float(), raw_scores=full.float(), rewards=rewards, advantages=advantages,
         returns=returns,
     )  # fmt: skip
+    given = {name: x.to(device) for name, x in made.tensors().items() if x is not None}
+    return Rollout(**given)
 
 
 def count(processes: int, sharded: bool) -> dict[str, Any]:
