@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("meta")
 COPIES = ("aten::copy_", "aten::_to_copy")  # what may read one device and write another
+INDEXING = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # what takes indices that lie on the CPU
 
 
 class Elsewhere(Tensor):
@@ -54,6 +55,12 @@ class Functions(TorchFunctionMode):
             return args[0].inner.tolist()
         if function is torch.tensor and torch.device(kwargs.get("device") or "cpu") == DEVICE:
             return torch.tensor(*args, **(kwargs | {"device": "cpu"})).to(DEVICE)
+        if function is Tensor.new_tensor and isinstance(args[0], Elsewhere):
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Elsewhere):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            parts = tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+            args = (args[0], parts, *args[2:])
         return function(*args, **kwargs)
 
 
@@ -62,9 +69,11 @@ def other_device() -> Iterator[None]:
     """Meanwhile what is asked for on `meta` is made there, with numbers in it; autocast is the CPU's."""
 
     def of_cpu(function: Callable) -> Callable:
-        return lambda device=None, *args, **kwargs: function(
-            "cpu" if device == DEVICE.type else device, *args, **kwargs
-        )
+        def called(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map_only(str, lambda x: "cpu" if x == DEVICE.type else x, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return called
 
     patched = {name: of_cpu(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype", "autocast")}
     with mock.patch.multiple(torch, **patched), Functions(), Dispatch():
@@ -72,10 +81,13 @@ def other_device() -> Iterator[None]:
 
 
 def compute(function: Callable, args: tuple, kwargs: dict) -> Any:
+    name, asked = function._schema.name, kwargs.get("device")
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, Elsewhere) for x in tensors)
-    strays = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim() > 0]
-    name, asked = function._schema.name, kwargs.get("device")
+    met = tree_leaves((args[0], args[2:])) if name in INDEXING else tensors
+    strays = [x for x in met if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim() > 0]
+    empty = [x for x in tensors if not isinstance(x, Elsewhere) and x.device == DEVICE]
+    assert not empty, f"{name}: a tensor of the real meta device, made by a way that this module does not know"
     if there and strays and name not in COPIES:
         raise AssertionError(f"{name}: a CPU tensor {tuple(strays[0].shape)} among tensors of the other device")
     plain_args, plain_kwargs = tree_map_only(Elsewhere, lambda x: x.inner, (args, kwargs))

@@ -72,7 +72,7 @@ def iteration(folder, runtime: Runtime, place, config: PPOConfig) -> tuple[dict,
     return numbers, dict(stats.sums), next(policy.parameters()).detach()
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_iteration_of_ppo_stays_on_its_device(folder, precision, optim, monkeypatch):
     """And gives the numbers of the CPU."""
@@ -105,7 +105,7 @@ def test_ranking_stays_on_its_device(folder):
         moved = {name: value.to(DEVICE) for name, value in batch.items()}
         again, stats = batch_ranking_loss(there, moved)
         again.backward()
-        assert isinstance(again, Elsewhere) and float(again) == float(loss)
+        assert isinstance(again, Elsewhere) and float(again.detach()) == float(loss.detach())
         assert all(isinstance(x, Elsewhere) for x in stats.values())
         assert held_out_loss(there, elements, PAD, 2) == held_out
         assert score_rows(there, [[2, 3, 1], [4, 1]], PAD, 1) == rows
