@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -34,6 +35,12 @@ if __name__ == "__main__":
     status = run(importlib.import_module(f"stages.{sys.argv[1]}").main, sys.argv[2:])
     print(f"a process group is left: {torch.distributed.is_initialized()}\n", end="", flush=True)
     sys.exit(status)
+
+
+def judge(row: dict, response: str, finished: bool = True) -> SimpleNamespace:
+    """Likes finished answers, short ones more."""
+    likert = max(1.0, 7.0 - len(response.split())) if finished else 1.0
+    return SimpleNamespace(likert=likert, as_dict=lambda: {"likert": likert, "empty": not response.strip()})
 
 
 def rank_one_raises(prompts: list, completions: list, **_) -> list[float]:

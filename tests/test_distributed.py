@@ -380,6 +380,32 @@ def test_collect_in_several_processes(world, tmp_path, processes):
     assert first == second and first.count(b"\n") == 16
 
 
+@pytest.mark.slow
+def test_evaluate_in_several_processes(world, tmp_path):
+    flags = {
+        "sft_path": world / "policy", "reward_model_path": world / "reward", "judge": "tests.launched:judge",
+        "prompts_file": world / "prompts.jsonl", "text_file": world / "text.jsonl", "max_new_tokens": 8,
+        "rankings_file": world / "rankings_held_out.jsonl", "per_device_batch_size": 4,
+    }  # fmt: skip
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / f"run-{processes}"
+        outputs("evaluate", run, flags | {"run_dir": run}, (processes, {}, False))
+        found.append(json.loads((run / "evaluation.json").read_text(encoding="utf-8")))
+        del found[-1]["seconds"]
+    check_same(*found, "evaluation")
+
+
+@pytest.mark.slow
+def test_sharded_half_precision(world, tmp_path):
+    """Frozen trunks in bfloat16 under float32 adapters: weights are cast as they are gathered."""
+    flags = ppo_flags(world) | LORA | {"bf16": "true", "gradient_checkpointing": "false"}
+    one, two = outputs("ppo", tmp_path, flags, (1, {}, False), (2, {}, True))
+    for key in ("objective/raw_scores", "loss/policy_avg", "objective/entropy"):
+        first, second = rows(one)[0][key], rows(two)[0][key]
+        assert second == pytest.approx(first, rel=0.05, abs=0.02), key
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_row_is_learned_once_an_epoch(world_size):
     """And a step's rows are the same for any number of processes; what fills the last step up is no row."""
