@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 from align.checkpoint import load_training_state
 from align.text import Codec
 from align.trainer import LengthGroups
-from benchmarks.communication import count
+from benchmarks import communication
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
 ROOT = Path(__file__).parents[1]
@@ -384,7 +384,7 @@ def test_collect_in_several_processes(world, tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "sharded"), [(2, False), (2, True), (4, True)])
 def test_a_step_moves_the_bytes_of_theory(processes, sharded):
-    found = count(processes, sharded)
+    found = communication.count(processes, sharded)
     assert {kind: size for kind, size in found["counted"].items() if size} == found["theory"]
     assert found["sampling"] == (found["weights"] if sharded else 0)
 
