@@ -250,6 +250,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     for layer in [part for part in model.modules() if type(part).__name__ in layers]:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    model._get_fsdp_state()._lazy_init()  # else at the first call, which peft may make with an adapter's gradients off
     model.sharded = True
     return model
 

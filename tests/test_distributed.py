@@ -406,9 +406,10 @@ def test_evaluate_in_several_processes(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_half_precision(world, tmp_path):
-    """Frozen trunks in bfloat16 under float32 adapters: weights are cast as they are gathered."""
-    flags = ppo_flags(world) | LORA | {"bf16": "true", "gradient_checkpointing": "false"}
+@pytest.mark.parametrize("more", [{}, LORA, SAMPLER], ids=["full", "lora", "lora-sampler"])
+def test_sharded_half_precision(world, tmp_path, more):
+    """Weights are cast as they are gathered; frozen trunks lie in bfloat16 under float32 adapters."""
+    flags = ppo_flags(world) | more | {"bf16": "true"}
     one, two = outputs("ppo", tmp_path, flags, (1, {}, False), (2, {}, True))
     for key in ("objective/raw_scores", "loss/policy_avg", "objective/entropy"):
         first, second = rows(one)[0][key], rows(two)[0][key]
