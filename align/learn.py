@@ -87,8 +87,10 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
-    if runtime.sharded and config.optim in WHOLE:
-        raise UserError(f"optim: {config.optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
+    if runtime.sharded:
+        if config.optim in WHOLE:
+            raise UserError(f"optim: {config.optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
+        announce(f"weights, gradients and optimiser states lie in parts over {runtime.world} processes")
     # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
     policy_dtype, value_dtype = (
         runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
