@@ -44,7 +44,15 @@ from align.optimise import make_optimizer
 from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
-from align.runtime import Runtime, is_main_process, random_state, set_random_state
+from align.runtime import (
+    Runtime,
+    is_main_process,
+    load_optimizer_state,
+    random_state,
+    set_random_state,
+    whole_state,
+    write,
+)
 from align.text import Codec
 from align.track import announce, save_log_sizes
 from align.update import Learner
@@ -87,6 +95,10 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
+    if runtime.sharded:
+        if config.optim in WHOLE:
+            raise UserError(f"optim: {config.optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
+        announce(f"weights, gradients and optimiser states lie in parts over {runtime.world} processes")
     # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
     policy_dtype, value_dtype = (
         runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
@@ -99,12 +111,15 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
         disable_dropout(model)
         if config.gradient_checkpointing:
             model.checkpoint_activations()
-    policy_optimizer = make_optimizer(policy, config.learning_rate, config)
-    value_optimizer = make_optimizer(value_model, config.value_learning_rate, config)
-    policy, policy_optimizer = runtime.prepare(policy, policy_optimizer)
-    value_model, value_optimizer = runtime.prepare(value_model, value_optimizer)
+    policy, policy_optimizer = runtime.prepare(policy, lambda m: make_optimizer(m, config.learning_rate, config))
+    value_model, value_optimizer = runtime.prepare(
+        value_model, lambda m: make_optimizer(m, config.value_learning_rate, config)
+    )
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
+
+
+WHOLE = ("adafactor", "adamw_8bit")
 
 
 def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:
@@ -130,7 +145,9 @@ def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Run
     reward = build_reward(config, codec, load_scalar, runtime)
     if config.frozen_quantization and not loaded:
         raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
-    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
+    sampler = make_sampler(
+        runtime.whole(learner.policy), codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size
+    )
     return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
 
@@ -138,7 +155,7 @@ def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedMod
     disable_dropout(model)
     if config.frozen_quantization:
         quantise(model.inner)
-    return model.requires_grad_(False).eval().to(runtime.device)
+    return runtime.place(model.requires_grad_(False).eval())
 
 
 def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_iterations: int) -> None:
@@ -166,10 +183,10 @@ def save_state(
     output: Path, done: int, learner: Learner, prompts: Cursor, documents: Cursor, kl_coef: float,
     step_zero: dict[str, float], row: dict[str, float], config: PPOConfig, codec: Codec, runtime: Runtime,
 ) -> None:  # fmt: skip
-    """checkpoint-N: the policy as a model folder, and all that an exact resume needs. N counts finished iterations."""
-    if not is_main_process():
-        return
-    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
+    """checkpoint-N: the policy as a model folder, and all that an exact resume needs. N counts finished iterations.
+
+    Nothing in it depends on the number of processes; all of them call this, the main one writes.
+    """
     state = {
         "iteration": done,
         "kl_coef": kl_coef,
@@ -178,18 +195,21 @@ def save_state(
         "random": random_state(),
         "prompts": prompts.state(),
         "documents": documents.state(),
-        "policy_optimizer": learner.policy_optimizer.state_dict(),
-        "value_optimizer": learner.value_optimizer.state_dict(),
-        "ema": learner.ema.shadow if learner.ema else {},
+        "policy_optimizer": whole_state(learner.policy_optimizer.state_dict()),
+        "value_optimizer": whole_state(learner.value_optimizer.state_dict()),
+        "ema": whole_state(learner.ema.shadow if learner.ema else {}),
     }
-    with atomic_folder(output / f"checkpoint-{done}") as folder:
-        save_trained(policy, folder, codec.pad_id)
-        codec.save(folder)
-        save_trained(value_model, folder / "value_model", codec.pad_id)
-        save_training_state(folder, state)
-        save_log_sizes(output, folder)
-        mark_complete(folder)
-    rotate(output / f"checkpoint-{done}", config.save_total_limit)
+    with runtime.for_saving(learner.policy) as policy, runtime.for_saving(learner.value_model) as value_model:
+        if is_main_process():
+            with atomic_folder(output / f"checkpoint-{done}") as folder:
+                save_trained(policy, folder, codec.pad_id)
+                codec.save(folder)
+                save_trained(value_model, folder / "value_model", codec.pad_id)
+                save_training_state(folder, state)
+                save_log_sizes(output, folder)
+                mark_complete(folder)
+            rotate(output / f"checkpoint-{done}", config.save_total_limit)
+    runtime.barrier()  # a process that left before, at a signal, would end the others as they write
 
 
 def load_state(
@@ -197,13 +217,14 @@ def load_state(
 ) -> tuple[int, float, dict[str, float], dict[str, float]]:
     """Put everything back; returns (finished iterations, kl_coef, step-zero numbers, the last row of metrics)."""
     state = load_training_state(checkpoint)
-    load_trained(runtime.unwrap(learner.policy), checkpoint)
-    load_trained(runtime.unwrap(learner.value_model), checkpoint / "value_model")
-    learner.policy_optimizer.load_state_dict(state["policy_optimizer"])
-    learner.value_optimizer.load_state_dict(state["value_optimizer"])
+    for model, folder in ((learner.policy, checkpoint), (learner.value_model, checkpoint / "value_model")):
+        with runtime.for_loading(model) as loaded:
+            load_trained(loaded, folder)
+    load_optimizer_state(learner.policy_optimizer, state["policy_optimizer"])
+    load_optimizer_state(learner.value_optimizer, state["value_optimizer"])
     if learner.ema:
         for name, value in state["ema"].items():
-            learner.ema.shadow[name].copy_(value)
+            write(value, learner.ema.shadow[name])
     for cursor, saved in ((prompts, state["prompts"]), (documents, state["documents"])):
         cursor.position = Cursor.from_state(saved, cursor.num_rows).position
     set_random_state(state["random"])
@@ -214,16 +235,16 @@ def save_policy(
     output: Path, learner: Learner, codec: Codec, config: PPOConfig, inputs: Inputs, metrics: dict, runtime: Runtime
 ) -> None:
     """The averaged policy as a HuggingFace folder, the value model beside it, the manifest last."""
-    if not is_main_process():
-        return
-    policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
     if learner.ema:
-        learner.ema.copy_to(policy)
-    with atomic_contents(output) as folder:
-        save_policy_folder(policy, folder, codec.pad_id)
-        codec.save(folder)
-        base = inputs.value_start.path, inputs.value_start.fresh_head
-        save_value_folder(value_model, *base, config, folder / "value_model", codec.pad_id)
-        if policy.adapted:
-            metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
-        write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)
+        learner.ema.copy_to(runtime.unwrap(learner.policy))
+    with runtime.for_saving(learner.policy) as policy, runtime.for_saving(learner.value_model) as value_model:
+        if not is_main_process():
+            return
+        with atomic_contents(output) as folder:
+            save_policy_folder(policy, folder, codec.pad_id)
+            codec.save(folder)
+            base = inputs.value_start.path, inputs.value_start.fresh_head
+            save_value_folder(value_model, *base, config, folder / "value_model", codec.pad_id)
+            if policy.adapted:
+                metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
+            write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

@@ -72,6 +72,8 @@ Cast = Callable[[Tensor], Tensor]
 class PackedModel(nn.Module):
     """A transformers model that reads packs (`align.packing`), on weights cast once a call under autocast."""
 
+    sharded = False  # over processes, by `align.runtime`; weights are then cast as they are gathered
+
     def __init__(self, model: PreTrainedModel, packed: bool = True):
         """`packed` False: rows are padded, and attention stays what the model was loaded with."""
         super().__init__()
@@ -116,6 +118,10 @@ class PackedModel(nn.Module):
         device = next(self.parameters()).device.type
         if not torch.is_autocast_enabled(device):
             yield same
+            return
+        if self.sharded:
+            with torch.autocast(device, enabled=False):
+                yield same
             return
         casts, dtype = {} if self.casts is None else self.casts, torch.get_autocast_dtype(device)
 
@@ -292,7 +298,8 @@ class ScalarModel(PackedModel):
         with self.half() as cast:
             hidden = self.states(pack, cast)[at]
             weight, bias = (cast(p).to(hidden.dtype) for p in (self.head.weight, self.head.bias))
-            return nn.functional.linear(hidden, weight, bias).squeeze(-1).float()
+            scalars = nn.functional.linear(hidden, weight, bias).squeeze(-1)
+            return scalars.to(torch.float32, copy=True)  # fully_shard wants no view
 
 
 def load_packed_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> Policy:

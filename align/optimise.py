@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from align.config import PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
+from align.runtime import full, part_like
 
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
@@ -21,7 +22,7 @@ HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape.
+    """Nesterov momentum, orthogonalised in `dtype` (Jordan et al. 2024), a batch a shape; sharded matrices whole.
 
     torch.optim.Muon does this one matrix at a time and always in bfloat16, which is slow on a CPU that has no
     instructions for it.
@@ -39,10 +40,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                momenta = torch.stack([self._nesterov(p) for p in params])  # (N, rows, columns)
+                momenta = torch.stack([full(self._nesterov(p)) for p in params])  # (N, rows, columns)
                 directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
                 scale = -group["lr"] * RMS * max(shape) ** 0.5
-                torch._foreach_add_(params, list(directions), alpha=scale)
+                steps = [part_like(direction, p) for direction, p in zip(directions, params, strict=True)]
+                torch._foreach_add_(params, steps, alpha=scale)
 
     def _nesterov(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]
@@ -116,17 +118,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def trainer_optimizers(
-    model: nn.Module, config: SFTConfig | RMConfig
-) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
-    """A Trainer's `optimizers`: ours where the config asks for Muon, else none, and the Trainer makes its own of
+def trainer_optimizer(model: nn.Module, config: SFTConfig | RMConfig) -> torch.optim.Optimizer | None:
+    """A Trainer's optimiser: ours where the config asks for Muon, else None, and the Trainer makes its own of
     `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
     if not takes_muon(config):
         optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here
-        return None, None
+        return None
     rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
     betas = (config.adam_beta1, config.adam_beta2)
-    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16), None
+    return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16)
 
 
 def trainer_optim(config: SFTConfig | RMConfig) -> str:

@@ -232,7 +232,7 @@ class PackCollator:
             learned = row.get("labels", row["input_ids"])[1:]  # the token before a row's first is another row's
             labels[place.start + 1 : place.start + place.length] = torch.tensor(learned, dtype=torch.long)
         inputs = layout_inputs(pack.input_ids, pack.position_ids, pack)
-        tokens = sum(row.length for row in pack.rows)
+        tokens = sum(place.length for row, place in zip(rows, pack.rows, strict=True) if "filler" not in row)
         # TRL counts the tokens it has seen by the sum of this mask, which nothing else reads.
         return inputs | {"attention_mask": torch.full((1, 1, 1, 1), tokens), "labels": labels[None]}
 

@@ -4,7 +4,7 @@ Splitting a prompt's pairs over optimiser steps would use each completion K - 1 
 (paper section 3.5), so a prompt never leaves its element. Its tokens are computed once for all K completions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,6 +18,8 @@ from align.packing import Pack, pack_continuations, pack_rows, token_batches
 from align.text import Codec
 from align.types import Demonstration, Ranking
 
+Even = Callable[[list[list[int]]], list[list[int]]]  # `Runtime.as_many`
+
 
 @dataclass(frozen=True)
 class RankedTokens:
@@ -26,6 +28,7 @@ class RankedTokens:
     query: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]  # K
     ranks: tuple[float, ...]  # K
+    filler: bool = False  # stands in a batch that would be too short for all processes, and counts for nothing
 
     @property
     def tokens(self) -> int:
@@ -58,7 +61,7 @@ def split_pairs(elements: list[dict[str, RankedTokens]]) -> list[dict[str, Ranke
 
 
 class RankingCollator:
-    """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,)}, N = sum of K over prompts."""
+    """Rankings -> {"pack", "last_index" (N,), "group" (N,), "ranks" (N,), "prompts" (,)}, N = sum of K over prompts."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
@@ -72,6 +75,7 @@ class RankingCollator:
             "last_index": pack.starts + torch.tensor(lengths) - 1,
             "group": torch.tensor([g for g, ranking in enumerate(rankings) for _ in ranking.responses]),
             "ranks": torch.tensor([rank for ranking in rankings for rank in ranking.ranks], dtype=torch.float32),
+            "prompts": torch.tensor(sum(not ranking.filler for ranking in rankings)),
         }
 
 
@@ -109,13 +113,16 @@ def by_prompt(scores: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def score_rows(
-    model: ScalarModel, rows: Iterable[list[int]], pad_id: int, batch_size: int, max_tokens: int | None = None
-) -> list[float]:
-    """Scores of query + response rows, read at their last token, in order."""
+    model: ScalarModel, rows: Iterable[list[int]], pad_id: int, batch_size: int, max_tokens: int | None = None,
+    even: Even | None = None,
+) -> list[float]:  # fmt: skip
+    """Scores of query + response rows, read at their last token, in order. `even` gives every process as many batches,
+    which a sharded model needs."""
     rows = list(rows)
     device = next(model.parameters()).device
     scores = [0.0] * len(rows)
-    for picked in token_batches([len(row) for row in rows], batch_size, max_tokens):
+    batches = token_batches([len(row) for row in rows], batch_size, max_tokens)
+    for picked in batches if even is None else even(batches):
         pack = pack_rows([rows[i] for i in picked], pad_id).to(device)
         last = pack.starts + torch.tensor([len(rows[i]) - 1 for i in picked], device=device)
         for i, score in zip(picked, model(pack, last).tolist(), strict=True):

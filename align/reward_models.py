@@ -26,6 +26,7 @@ from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
 from align.errors import UserError, first_line
 from align.models import ScalarModel
+from align.ranking import Even
 from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
 from align.runtime import Runtime
 from align.text import Codec
@@ -60,8 +61,8 @@ def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runti
             what = [f"function {term.function}"]
         else:
             paths = model_paths(term, place)
-            kind = runtime.compute_dtype, runtime.device
-            members = [load_reward(path, key, codec, load_scalar, *sizes, *kind) for key, path in paths.items()]
+            how = *sizes, runtime.compute_dtype, runtime.device, runtime.as_many
+            members = [load_reward(path, key, codec, load_scalar, *how) for key, path in paths.items()]
             what = [describe(path, member) for path, member in zip(paths.values(), members, strict=True)]
         announce(f"reward {name}, weight {term.weight:g}: {'; '.join(what)}")
         how = (term.combine, term.coef) if isinstance(term, EnsembleTerm) else ()
@@ -71,22 +72,23 @@ def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runti
 
 def load_reward(
     path: str, key: str, codec: Codec, load_scalar: LoadScalar, batch_size: int, max_tokens: int | None = None,
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", even: Even | None = None,
 ) -> Reward:  # fmt: skip
     """A reward model, reading what it can: the policy's tokens (`codec`'s), its own, or pairs of texts.
 
-    `load_scalar` loads, and places and freezes as the caller likes, what has a linear head; the rest goes to `device`.
+    `load_scalar` loads, and places and freezes as the caller likes, what has a linear head; the rest goes to `device`,
+    whole in each process. `even` as in `score_rows`.
     """
     config = reward_config(path, key)
     if not has_linear_score(config):
         model, tokenizer, context = load_classifier(path, key, dtype)
         return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
     if shares_tokenizer(path, codec):
-        return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens)
+        return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens, even)
     own = Codec.load(path)
     closing = closing_tokens(own, read_manifest(path) is not None)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens)
+    return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens, even)
 
 
 def load_classifier(

@@ -22,7 +22,7 @@ from align.errors import UserError, first_line
 from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
-from align.ranking import score_rows
+from align.ranking import Even, score_rows
 from align.text import Codec
 from align.types import Episode, Prompt, Rollout, Text
 
@@ -42,15 +42,17 @@ class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
     def __init__(
-        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None
-    ):
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None,
+        even: Even | None = None,
+    ):  # fmt: skip
         self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
+        self.even = even
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         rows = [[*e.query, *e.response] for e in episodes]
         with self.model.hold():
-            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens)
+            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
 
 
 class TextReward:
@@ -62,10 +64,11 @@ class TextReward:
 
     def __init__(
         self, model: ScalarModel, codec: Codec, policy_codec: Codec, closing: list[int], context: int | None,
-        batch_size: int, max_tokens: int | None = None,
+        batch_size: int, max_tokens: int | None = None, even: Even | None = None,
     ):  # fmt: skip
         self.model, self.codec, self.policy_codec = model, codec, policy_codec
         self.closing, self.context, self.batch_size, self.max_tokens = closing, context, batch_size, max_tokens
+        self.even = even
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
@@ -74,7 +77,7 @@ class TextReward:
             self.notes = {"cut": sum(len(row) > self.context for row in rows) / len(rows)}
             rows = [row[-self.context :] for row in rows]
         with self.model.hold():
-            return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens)
+            return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens, self.even)
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
         """Query and response in this model's own tokens."""

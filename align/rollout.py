@@ -51,7 +51,7 @@ def collect_rollout(
     uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, iteration)
     mine = runtime.mine(queries)
     shares = uniforms[runtime.rank :: runtime.world]
-    with runtime.timed("sample"), runtime.autocast():
+    with runtime.timed("sample"), runtime.for_sampling(actors.policy), runtime.autocast():
         episodes = actors.sampler([list(q.tokens) for q in mine], shares, config.temperature)
 
     # 2. Log-probabilities under the policy and the reference, and values, at each response token.

@@ -1,24 +1,29 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from align.checkpoint import checkpoint_folder, rotate, write_json
-from align.config import TrainerConfig
+from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.interrupt import Interrupted, arrived, defer
 from align.maths.logprobs import token_logprobs
+from align.optimise import trainer_optimizer
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
-from align.runtime import is_main_process, on_cpu
+from align.runtime import Shards, is_main_process, load_optimizer_state, on_cpu, sharding, whole_state
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback, save_log_sizes
 
@@ -62,16 +67,17 @@ def resume_argument(checkpoint: Path | None) -> str | None:
 
 
 class LengthGroups(Sampler):
-    """Rows of like length in one global batch, so that little is padding; the same for any number of processes."""
+    """Rows of like length in one global batch, so that little is padding; the same for any number of processes. Last
+    come `fillers` more indices."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, fillers: int = 0):
+        self.lengths, self.batch_size, self.seed, self.fillers, self.epoch = lengths, batch_size, seed, fillers, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -82,20 +88,54 @@ class LengthGroups(Sampler):
         starts = [self.batch_size * i for i in order]
         yield from (row for start in starts for row in rows[start : start + self.batch_size])
         yield from rows[whole:]
+        yield from range(len(rows), len(rows) + self.fillers)
+
+
+class Filled(Dataset):
+    """Rows, and after them fillers up to a multiple of `size`."""
+
+    def __init__(self, rows: Any, filler: Any, size: int):
+        self.rows, self.filler, self.size = rows, filler, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size) * self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index] if index < len(self.rows) else self.filler
 
 
 class GroupedByLength:
-    """Mixed into a Trainer: training batches come from `LengthGroups`."""
+    """Mixed into a Trainer: training batches come from `LengthGroups`, and several processes see what one would.
+
+    accelerate fills an epoch's last batches up with rows from its start, so that each process has as many: those rows
+    would be learned twice, and the batch's mean would be another. Here they are filled up with rows that teach nothing.
+    """
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows, size = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        if self.args.world_size == 1 or len(rows) % size == 0:
+            return super().get_train_dataloader()
+        self.train_dataset = Filled(rows, self.filler(rows[0]), size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
+        real = rows.rows if isinstance(rows, Filled) else rows
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroups(self.lengths(rows), size, self.args.seed)
+        return LengthGroups(self.lengths(real), size, self.args.seed, fillers=len(rows) - len(real))
 
     @staticmethod
     def lengths(rows: Any) -> list[int]:
         """Tokens of each element."""
         return [len(ids) for ids in rows["input_ids"]]
+
+    @staticmethod
+    def filler(row: dict) -> dict:
+        """One token that nothing is learned from."""
+        return {"input_ids": row["input_ids"][:1], "labels": [-100], "filler": True}
 
 
 class LossPerToken:
@@ -215,6 +255,71 @@ class ResumesExactly:
             self._metrics[mode].update(lists)
 
 
+class Sharded:
+    """Mixed into a Trainer, whose optimiser `config` names if given. Under FSDP2 the model lies in parts over the
+    processes; its checkpoints are those of one process, and resume in any number of them.
+
+    transformers trains a model that it has cut up itself at loading, and wraps it in nothing; it is told that this is
+    one. That it refuses to save such a model's optimiser is what most of this makes up for.
+    """
+
+    def __init__(self, *args: Any, config: SFTConfig | RMConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.config, self.shards = config, None
+        if sharding():
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            self.shards = Shards(self.model, self.args.device, dtype)
+            self.is_distributed_loading_by_transformers = True
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.config is not None:
+            self.optimizer = trainer_optimizer(self.model, self.config)
+        return super().create_optimizer(model)
+
+    def finished_model(self) -> torch.nn.Module:
+        """The trained model as an ordinary one, in every process."""
+        if self.shards is None:
+            return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.shards.put_together()
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+        return nullcontext()  # reduced in every microbatch, so that no process keeps whole gradients
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.shards is None:
+            return super()._save(output_dir, state_dict)
+        with self.shards.for_saving() as whole, instead(self, "model", whole):
+            if self.args.should_save:
+                super()._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.shards is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self.shards.for_loading() as whole:
+            super()._load_from_checkpoint(resume_from_checkpoint, whole)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        whole = whole_state(self.optimizer.state_dict())
+        with instead(self, "optimizer", SimpleNamespace(state_dict=lambda: whole)):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load = functools.partial(load_optimizer_state, self.optimizer)
+        with instead(self, "optimizer", SimpleNamespace(load_state_dict=load)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+@contextmanager
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Meanwhile `owner` has another `name`."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
 class LanguageModelTrainer(ResumesExactly, StopsAtNaN, LossPerToken, GroupedByLength, Trainer):
     """transformers' Trainer, batches grouped by length."""
 
@@ -225,7 +330,7 @@ class LanguageModelTrainer(ResumesExactly, StopsAtNaN, LossPerToken, GroupedByLe
         return token_logprobs(logits, targets.clamp(min=0)).masked_fill(targets == -100, 0.0)
 
 
-class DemonstrationTrainer(ResumesExactly, StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
+class DemonstrationTrainer(ResumesExactly, Sharded, StopsAtNaN, LossPerToken, GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer, batches grouped by length."""
 
     def label_logprobs(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -246,7 +351,7 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
-class RankingTrainer(ResumesExactly, StopsAtNaN, GroupedByLength, Trainer):
+class RankingTrainer(ResumesExactly, Sharded, StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -258,15 +363,22 @@ class RankingTrainer(ResumesExactly, StopsAtNaN, GroupedByLength, Trainer):
     def lengths(rows: list[dict]) -> list[int]:
         return [element["ranking"].tokens for element in rows]
 
+    @staticmethod
+    def filler(element: dict) -> dict:
+        """Two short completions, tied."""
+        ranking = element["ranking"]
+        short = ranking.responses[0][-1:]
+        return {"ranking": replace(ranking, query=ranking.query[:1], responses=(short,) * 2, ranks=(0, 0), filler=True)}
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        prompts = sum(batch["group"].max() + 1 for batch in batch_samples)
+        prompts = sum(batch["prompts"] for batch in batch_samples)
         return self.accelerator.gather(torch.as_tensor(prompts, device=device)).sum()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, stats = batch_ranking_loss(model, inputs)
-        prompts = inputs["group"].max() + 1 if num_items_in_batch is None else num_items_in_batch
+        prompts = inputs["prompts"] if num_items_in_batch is None else num_items_in_batch
         loss = loss / prompts
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes

@@ -212,9 +212,12 @@ def step(
     name: str, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, float], config: PPOConfig,
     runtime: Runtime,
 ) -> float:  # fmt: skip
-    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it changes this model."""
+    """Clip, check, step; returns the gradient's norm. What is not finite stops the run before it changes this model.
+
+    Under float16 infinite gradients are the loss scaler's business, which skips their step.
+    """
     norm = runtime.clip_grad_norm(model.parameters(), config.max_grad_norm)
-    for key, value in (numbers | {f"{name}_grad_norm": norm}).items():
+    for key, value in (numbers if runtime.scales_loss else numbers | {f"{name}_grad_norm": norm}).items():
         if not math.isfinite(value):
             raise UserError(f"{key} is {value}; {REMEDY[name]}")
     optimizer.step()

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -48,10 +49,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(stage, argv: list[str]) -> int:
-    """Run a stage. What the user can mend is one line and exit status 2, never a traceback; a signal to end is one
+    """Run a stage, in this process or as one of several, and end their group."""
+    from align.runtime import end_processes, leave_processes  # late: torch, which `align --help` need not load
+
+    try:
+        status = run_here(stage, argv)
+    except Exception:
+        leave_processes(1, traceback.format_exc())
+        raise
+    if status:
+        leave_processes(status)
+    else:
+        end_processes()
+    return status
+
+
+def run_here(stage, argv: list[str]) -> int:
+    """What the user can mend is one line and exit status 2, never a traceback; a signal to end is one
     line and 128 + its number."""
     from align.checkpoint import full_disk  # late: torch, which `align --help` need not load
     from align.interrupt import Interrupted, handled
+    from align.runtime import end_processes
 
     try:
         with handled():
@@ -60,6 +78,8 @@ def run(stage, argv: list[str]) -> int:
     except UserError as error:
         return fail(error)
     except Interrupted as stop:
+        if stop.checkpoint is not None:  # which all processes saved together
+            end_processes()
         return fail(stop, "", stop.status)
     except Exception as error:
         known = full_disk(error)

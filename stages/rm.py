@@ -37,7 +37,7 @@ from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
 from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
-from align.optimise import trainer_optim, trainer_optimizers
+from align.optimise import trainer_optim
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
 from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
@@ -101,7 +101,7 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
     elements, pairs = encode_rankings(rankings, codec), config.batch_element == "pair"
     trainer = (PairTrainer if pairs else RankingTrainer)(
         model=model,
-        optimizers=trainer_optimizers(model, config),
+        config=config,
         args=training_arguments(config, output),
         train_dataset=split_pairs(elements) if pairs else elements,
         eval_dataset=encode_rankings(validation, codec) if config.eval_steps else None,
@@ -109,7 +109,7 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
         callbacks=[metrics_callback(config, output, checkpoint)],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
-    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.finished_model()
 
 
 def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, parents: list, reports: dict) -> None:

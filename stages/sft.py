@@ -30,7 +30,7 @@ from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
-from align.optimise import trainer_optim, trainer_optimizers
+from align.optimise import trainer_optim
 from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     # 3. Train.
     trainer = DemonstrationTrainer(
         model=policy,
-        optimizers=trainer_optimizers(policy, config),
+        config=config,
         args=training_arguments(config, output),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),

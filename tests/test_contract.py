@@ -1,6 +1,7 @@
 """The walls and budgets of docs: who may import whom, how long a function may be, what an import may touch."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -256,16 +257,47 @@ def test_importing_touches_nothing():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=name)
-def test_accelerate_configs_load(path):
-    from accelerate.commands.config.config_args import load_config_from_file
+LAUNCHES = {  # file -> how accelerate starts it, and what the stages' processes then read from their environment
+    "cpu": ("simple", {"ACCELERATE_USE_CPU": "True"}),
+    "cpu2": ("simple", {"ACCELERATE_USE_CPU": "True"}),
+    "single_gpu": ("simple", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    "multi_gpu": ("multi", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    "multi_node": ("multi", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    "fsdp2": ("multi", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
+    "zero2": ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+}
 
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= 1
-    assert config.use_cpu == path.stem.startswith("cpu")
+
+@pytest.mark.parametrize("file", LAUNCHES)
+def test_accelerate_launches_by_each_config(file, monkeypatch):
+    """By its own parser and checks, and its plugins take what it hands on."""
+    from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
+
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(name)
+    path = ROOT / "configs" / "accelerate" / f"{file}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "-m", "stages.ppo"])
+    args, defaults, _ = _validate_launch_command(args)
+    how, wanted = LAUNCHES[file]
+    assert args.use_deepspeed == (how == "deepspeed") and (args.use_fsdp or args.multi_gpu) == (how == "multi")
+    if how == "deepspeed":
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        env = launch.prepare_deepspeed_cmd_env(args)[1]
+    else:
+        env = launch.prepare_multi_gpu_env(args) if how == "multi" else launch.prepare_simple_launcher_cmd_env(args)[1]
+    assert wanted.items() <= env.items()
+    for name, value in env.items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    if file == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    if how == "deepspeed":
+        assert DeepSpeedPlugin().zero_stage == int(file[-1])
 
 
-def test_every_accelerate_config_exists():
-    found = {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
-    wanted = {"cpu", "cpu2", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3", "multi_node"}
-    assert wanted <= found
+def test_every_accelerate_config_is_checked():
+    assert {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")} == set(LAUNCHES)

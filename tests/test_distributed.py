@@ -1,4 +1,4 @@
-"""Two gloo processes give the losses and weights of one (fp32, 1e-5), in each stage that trains."""
+"""Two and four gloo processes give the metrics and weights of one (fp32, 1e-5), whole and sharded."""
 
 import json
 import os
@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
+from align.checkpoint import load_training_state
 from align.text import Codec
+from align.trainer import LengthGroups
+from benchmarks import communication
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
 ROOT = Path(__file__).parents[1]
@@ -78,9 +83,9 @@ def world(tmp_path_factory, tiny_codec) -> Path:
         rows = [{"completion": c, "rank": k % 3} for k, c in enumerate(sorted(completions))]
         return {"prompt": f"{text(1, 4)} {i}", "completions": rows, "labeler": "ann"}
 
-    for name, count in (("demonstrations", 24), ("held_out", 8)):
+    for name, count in (("demonstrations", 21), ("held_out", 8)):
         write(folder / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": text(1, 9)} for i in range(count)])
-    write(folder / "rankings.jsonl", [ranking(i) for i in range(24)])
+    write(folder / "rankings.jsonl", [ranking(i) for i in range(21)])
     write(folder / "rankings_held_out.jsonl", [ranking(i) for i in range(100, 108)])
     write(folder / "prompts.jsonl", [{"prompt": f"{text(1, 5)} {i}", "id": str(i)} for i in range(16)])
     write(folder / "text.jsonl", [{"text": text(2, 12)} for _ in range(30)])
@@ -93,34 +98,53 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def launch(stage: str, processes: int, flags: dict) -> subprocess.Popen:
+def launch(stage: str, processes: int, flags: dict, env: dict | None = None) -> subprocess.Popen:
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", f"stages.{stage}", *words]
+    module = ["tests.launched", stage, *words]
     if processes > 1:
         torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-        command = [sys.executable, "-m", *torchrun, "-m", f"stages.{stage}", *words]
+        module = [*torchrun, "-m", *module]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    env = clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *module], cwd=ROOT, env=clean | fixed | (env or {}), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
-def both(stage: str, folder: Path, flags: dict, one: dict, two: dict) -> list[Path]:
-    """The stage in one process and in two; the folders they wrote."""
-    outputs = [folder / f"{stage}-{number}" for number in (1, 2)]
-    jobs = [
-        launch(stage, number, flags | changes | {"output_dir": output})
-        for number, changes, output in zip((1, 2), (one, two), outputs, strict=True)
-    ]
+def finish(job: subprocess.Popen, seconds: float = 240) -> str:
+    """What the job says until it ends."""
     try:
-        for job in jobs:
-            said, _ = job.communicate(timeout=240)
-            errors = "\n".join(line for line in said.splitlines() if line.startswith("error:"))
-            assert job.returncode == 0, errors or said[-3000:]
+        return job.communicate(timeout=seconds)[0]
     finally:
-        for job in jobs:
-            if job.poll() is None:
-                job.kill()
-    return outputs
+        if job.poll() is None:
+            job.kill()
+
+
+def outputs(stage: str, folder: Path, flags: dict, *runs: tuple[int, dict, bool]) -> list[Path]:
+    """The folders that the stage wrote, run with so many processes, changed flags, and its models sharded or not."""
+    found = []
+    for number, (processes, changes, sharded) in enumerate(runs):
+        key = json.dumps([stage, processes, sharded, flags | changes, os.environ.get("ENDS_AT_ONCE")], default=str)
+        if key not in DONE:
+            output = folder / f"{stage}-{number}"
+            job = launch(stage, processes, flags | changes | {"output_dir": output}, SHARDED if sharded else None)
+            succeeded(job, processes)
+            DONE[key] = output
+        found.append(DONE[key])
+    return found
+
+
+DONE: dict[str, Path] = {}  # runs of this session that several tests compare with
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def succeeded(job: subprocess.Popen, processes: int) -> None:
+    """The job ended well, and each process left its group itself, before the interpreter took it down."""
+    said = finish(job)
+    errors = "\n".join(line for line in said.splitlines() if line.startswith("error:"))
+    assert job.returncode == 0, errors or said[-3000:]
+    assert said.count("a process group is left: False") == processes
 
 
 def rows(folder: Path) -> list[dict]:
@@ -151,32 +175,151 @@ def ppo_flags(world: Path) -> dict:
         "total_episodes": 32, "rollout_batch_size": 16, "num_mini_batches": 2, "per_device_train_batch_size": 3,
         "per_device_rollout_batch_size": 4, "max_prompt_length": 64, "max_new_tokens": 8, "ptx_coef": 0.5,
         "ptx_examples_per_episode": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4, "adam_epsilon": 1e-3,
-        "warmup_iterations": 1, "ema_decay": 0.5, "kl_target": 0.1, "importance_weight_cap": 2,
+        "warmup_iterations": 1, "ema_decay": 0.5, "kl_target": 0.1, "importance_weight_cap": 2, "save_iterations": 1,
+        "transcript_iterations": 1,
     }  # fmt: skip
 
 
+def rm_flags(world: Path) -> dict:
+    return {
+        "model_name_or_path": world / "policy", "train_file": world / "rankings.jsonl",
+        "validation_file": world / "rankings_held_out.jsonl", "demonstrations_file": world / "demonstrations.jsonl",
+        "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3, "logging_steps": 1,
+        "muon_learning_rate": 1e-4, "eval_steps": 2,
+    }  # fmt: skip
+
+
+def sft_flags(world: Path) -> dict:
+    return {
+        "model_name_or_path": world / "policy", "train_file": world / "demonstrations.jsonl",
+        "validation_file": world / "held_out.jsonl", "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3,
+        "logging_steps": 1, "num_train_epochs": 3, "max_length": 100, "muon_learning_rate": 1e-4,
+    }  # fmt: skip
+
+
+PPO_METRICS = ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr")
 LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
+MUON = {"optim": "muon"}
+SAMPLER = {"old_logprobs": "sampler", "importance_weight_cap": "null"} | LORA  # the frozen trunk is then read first
+FEW_TOKENS = {"microbatch_tokens": 60}  # cuts microbatches otherwise than a count of rows, in each process its own
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_P16_ppo_in_two_processes(world, more):
-    # In two processes a token limit cuts microbatches too, unlike in either.
-    one, two = both("ppo", world, ppo_flags(world) | more, {}, {"microbatch_tokens": 60})
-    check_metrics(one, two, ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr"))
-    check_weights(one, two, world / "policy")
-    check_weights(one / "value_model", two / "value_model", world / "reward")
+def check_ppo(one: Path, other: Path, world: Path) -> None:
+    """Metrics, transcripts, weights, and what a resume reads."""
+    check_metrics(one, other, PPO_METRICS)
+    check_transcripts(one, other)
+    check_weights(one, other, world / "policy")
+    check_weights(one / "value_model", other / "value_model", world / "reward")
+    for step in (1, 2):
+        first, second = (load_training_state(folder / f"checkpoint-{step}") for folder in (one, other))
+        check_same(first, second, f"checkpoint-{step}")
+
+
+def check_same(a: object, b: object, where: str) -> None:
+    """Nested dicts and lists of tensors and numbers, within 1e-5."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        pairs = [(a[key], b[key], f"{where}.{key}") for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        pairs = [(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    elif isinstance(a, torch.Tensor):
+        assert a.shape == b.shape and a.dtype == b.dtype, where
+        assert torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-5), (where, (a - b).abs().max())
+        return
+    else:
+        assert b == (pytest.approx(a, rel=1e-5, abs=1e-5) if isinstance(a, float) else a), where
+        return
+    for pair in pairs:
+        check_same(*pair)
+
+
+def check_transcripts(a: Path, b: Path) -> None:
+    """The same prompts in the same order, and the same words sampled from them."""
+    one, two = ([json.loads(line) for line in (f / "transcripts.jsonl").open(encoding="utf-8")] for f in (a, b))
+    texts = [[{k: v for k, v in row.items() if isinstance(v, str)} for row in rows] for rows in (one, two)]
+    assert texts[0] == texts[1] and len(texts[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded", "more", "changes"),
+    [
+        pytest.param(2, False, {}, FEW_TOKENS, id="2"),
+        pytest.param(2, True, {}, FEW_TOKENS, id="2-sharded"),
+        pytest.param(2, False, LORA, FEW_TOKENS, id="2-lora", marks=pytest.mark.slow),
+        pytest.param(2, True, LORA, FEW_TOKENS, id="2-sharded-lora", marks=pytest.mark.slow),
+        pytest.param(2, True, SAMPLER, {}, id="2-sharded-lora-sampler", marks=pytest.mark.slow),
+        pytest.param(2, True, MUON, {}, id="2-sharded-muon", marks=pytest.mark.slow),
+        pytest.param(2, True, {"frozen_quantization": "int8"}, {}, id="2-sharded-int8", marks=pytest.mark.slow),
+        pytest.param(4, False, {}, FEW_TOKENS, id="4", marks=pytest.mark.slow),
+        pytest.param(4, True, {}, FEW_TOKENS, id="4-sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_P16_ppo_in_several_processes(world, tmp_path, processes, sharded, more, changes):
+    one, other = outputs("ppo", tmp_path, ppo_flags(world) | more, (1, {}, False), (processes, changes, sharded))
+    if "use_peft" in more or "optim" in more or "frozen_quantization" in more:
+        check_metrics(one, other, PPO_METRICS)
+        check_weights(one, other, world / "policy")
+        check_weights(one / "value_model", other / "value_model", world / "reward")
+    else:
+        check_ppo(one, other, world)
 
 
 @pytest.mark.slow
-def test_two_processes_that_stop_keep_one_whole_batch(world):
+@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(("first", "then"), [((1, False), (2, True)), ((2, True), (1, False)), ((2, True), (2, False))])
+def test_ppo_resumes_with_other_processes(world, tmp_path, first, then, more):
+    """Sharded and saved, loaded whole, and the reverse: the second iteration is the uninterrupted run's."""
+    flags = ppo_flags(world) | more
+    whole, saved = outputs("ppo", tmp_path, flags, (1, {}, False), (first[0], {}, first[1]))
+    resumed = tmp_path / "resumed"
+    changes = {"output_dir": resumed, "resume_from_checkpoint": saved / "checkpoint-1"}
+    succeeded(launch("ppo", then[0], flags | changes, SHARDED if then[1] else None), then[0])
+    (first_row, second_row), (again,) = rows(whole), rows(resumed)
+    for key in second_row:
+        if key.startswith(PPO_METRICS):
+            assert again[key] == pytest.approx(second_row[key], rel=1e-5, abs=1e-5), key
+    assert first_row["step"] == 1 and again["step"] == 2
+    check_weights(whole, resumed, world / "policy")
+    check_weights(whole / "value_model", resumed / "value_model", world / "reward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize(
+    ("first", "then"), [((1, False), (2, True)), ((2, True), (1, False)), ((2, False), (1, False))]
+)
+def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, first, then):
+    """From the checkpoint of its third step, in the middle of an epoch, to the weights of the uninterrupted run."""
+    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": 3}
+    total = {"sft": 8, "rm": 4}[stage]  # rows a step
+
+    def size(processes: int) -> dict:
+        return {"per_device_train_batch_size": total // processes}
+
+    alone, saving = (1, size(1), False), (first[0], size(first[0]), first[1])
+    whole, saved = outputs(stage, tmp_path, flags, alone, saving)
+    resumed = tmp_path / "resumed"
+    changes = {"output_dir": resumed, "resume_from_checkpoint": saved / "checkpoint-3"} | size(then[0])
+    succeeded(launch(stage, then[0], flags | changes, SHARDED if then[1] else None), then[0])
+    check_weights(whole, resumed, world / "policy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
+def test_a_process_whose_episodes_all_end_at_once(world, tmp_path, sharded, monkeypatch):
+    """Every second query is answered with EOS alone: with two processes, all of the second one's."""
+    monkeypatch.setenv("ENDS_AT_ONCE", "1")
+    one, two = outputs("ppo", tmp_path, ppo_flags(world), (1, {}, False), (2, {}, sharded))
+    check_ppo(one, two, world)
+
+
+@pytest.mark.slow
+def test_two_processes_that_stop_keep_one_whole_batch(world, tmp_path):
     """The first minibatch's step throws the value model so far that the second overflows, in both processes."""
-    output = world / "ppo-stopped"
+    output = tmp_path / "stopped"
     job = launch("ppo", 2, ppo_flags(world) | {"value_learning_rate": 1e37, "output_dir": output})
-    try:
-        said, _ = job.communicate(timeout=240)
-    finally:
-        if job.poll() is None:
-            job.kill()
+    said = finish(job)
     assert job.returncode != 0 and "; its batch is in " in said
     assert [path.name for path in output.glob("*stopped*")] == ["stopped-0"]
     about = json.loads((output / "stopped-0" / "batch.json").read_text(encoding="utf-8"))
@@ -184,24 +327,113 @@ def test_two_processes_that_stop_keep_one_whole_batch(world):
     assert len(load_file(output / "stopped-0" / "batch.safetensors")["input_ids"]) == 8, "both processes' rows"
 
 
-def test_P16_rm_in_two_processes(world):
-    flags = {
-        "model_name_or_path": world / "policy", "train_file": world / "rankings.jsonl",
-        "validation_file": world / "rankings_held_out.jsonl", "demonstrations_file": world / "demonstrations.jsonl",
-        "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3, "logging_steps": 1,
-        "muon_learning_rate": 1e-4, "eval_steps": 2,
-    }  # fmt: skip
-    one, two = both("rm", world, flags, {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2})
-    check_metrics(one, two, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
-    check_weights(one, two, world / "policy")
+ADAPTER = {"use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4, "muon_learning_rate": "null"}
 
 
-def test_P16_sft_in_two_processes(world):
+@pytest.mark.parametrize(
+    ("processes", "sharded", "changes", "more"),
+    [
+        pytest.param(2, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}, id="2"),
+        *(pytest.param(*case, marks=pytest.mark.slow, id=name) for name, *case in [
+            ("4", 4, False, {"per_device_train_batch_size": 1}, {}),
+            ("2-sharded", 2, True, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}),
+            ("2-sharded-lora", 2, True, {"per_device_train_batch_size": 2}, ADAPTER),
+        ]),
+    ],
+)  # fmt: skip
+def test_P16_rm_in_several_processes(world, tmp_path, processes, sharded, changes, more):
+    """21 rankings, 4 a step: the last step has one, and a process without any."""
+    alone = (1, {"per_device_train_batch_size": 4}, False)
+    one, other = outputs("rm", tmp_path, rm_flags(world) | more, alone, (processes, changes, sharded))
+    check_metrics(one, other, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
+    check_weights(one, other, world / "policy")
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded", "changes", "more"),
+    [
+        pytest.param(2, False, {"per_device_train_batch_size": 4}, {}, id="2"),
+        *(pytest.param(*case, marks=pytest.mark.slow, id=name) for name, *case in [
+            ("1x8", 1, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, {}),
+            ("4", 4, False, {"per_device_train_batch_size": 2}, {}),
+            ("2-sharded", 2, True, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {}),
+            ("2-sharded-lora", 2, True, {"per_device_train_batch_size": 4}, ADAPTER),
+        ]),
+    ],
+)  # fmt: skip
+def test_P16_sft_in_several_processes(world, tmp_path, processes, sharded, changes, more):
+    """21 demonstrations, 8 a step: the last step has five."""
+    alone = (1, {"per_device_train_batch_size": 8}, False)
+    one, other = outputs("sft", tmp_path, sft_flags(world) | more, alone, (processes, changes, sharded))
+    check_metrics(one, other, ("loss", "grad_norm", "learning_rate", "eval_loss", "mean_token_accuracy", "num_tokens"))
+    check_weights(one, other, world / "policy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_collect_in_several_processes(world, tmp_path, processes):
     flags = {
-        "model_name_or_path": world / "policy", "train_file": world / "demonstrations.jsonl",
-        "validation_file": world / "held_out.jsonl", "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3,
-        "logging_steps": 1, "num_train_epochs": 3, "max_length": 100, "muon_learning_rate": 1e-4,
+        "model_name_or_path": world / "policy", "prompts_file": world / "prompts.jsonl", "max_new_tokens": 8,
+        "max_prompt_length": 64, "per_device_batch_size": 4,
     }  # fmt: skip
-    one, two = both("sft", world, flags, {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4})
-    check_metrics(one, two, ("loss", "grad_norm", "learning_rate", "eval_loss"))
-    check_weights(one, two, world / "policy")
+    one, other = outputs("collect", tmp_path, flags, (1, {}, False), (processes, {}, False))
+    first, second = ((folder / "train_to_label.jsonl").read_bytes() for folder in (one, other))
+    assert first == second and first.count(b"\n") == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "sharded"), [(2, False), (2, True), (4, True)])
+def test_a_step_moves_the_bytes_of_theory(processes, sharded):
+    found = communication.count(processes, sharded)
+    assert {kind: size for kind, size in found["counted"].items() if size} == found["theory"]
+    assert found["sampling"] == (found["weights"] if sharded else 0)
+
+
+@pytest.mark.slow
+def test_evaluate_in_several_processes(world, tmp_path):
+    flags = {
+        "sft_path": world / "policy", "reward_model_path": world / "reward", "judge": "tests.launched:judge",
+        "prompts_file": world / "prompts.jsonl", "text_file": world / "text.jsonl", "max_new_tokens": 8,
+        "rankings_file": world / "rankings_held_out.jsonl", "per_device_batch_size": 4,
+    }  # fmt: skip
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / f"run-{processes}"
+        outputs("evaluate", run, flags | {"run_dir": run}, (processes, {}, False))
+        found.append(json.loads((run / "evaluation.json").read_text(encoding="utf-8")))
+        del found[-1]["seconds"]
+    check_same(*found, "evaluation")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, LORA, SAMPLER], ids=["full", "lora", "lora-sampler"])
+def test_sharded_half_precision(world, tmp_path, more):
+    """Weights are cast as they are gathered; frozen trunks lie in bfloat16 under float32 adapters."""
+    flags = ppo_flags(world) | more | {"bf16": "true"}
+    one, two = outputs("ppo", tmp_path, flags, (1, {}, False), (2, {}, True))
+    for key in ("objective/raw_scores", "loss/policy_avg", "objective/entropy"):
+        first, second = rows(one)[0][key], rows(two)[0][key]
+        assert second == pytest.approx(first, rel=0.05, abs=0.02), key
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_row_is_learned_once_an_epoch(world_size):
+    """And a step's rows are the same for any number of processes; what fills the last step up is no row."""
+    lengths = [3 + i % 7 for i in range(21)]
+    batch = 8 // world_size
+    fillers = -len(lengths) % 8
+    sampler = LengthGroups(lengths, 8, seed=0, fillers=fillers)
+    batches = BatchSampler(sampler, batch, drop_last=False)
+    shards = [list(BatchSamplerShard(batches, world_size, rank, even_batches=True)) for rank in range(world_size)]
+    assert len({len(shard) for shard in shards}) == 1
+    steps = [sorted(row for rows in step for row in rows if row < 21) for step in zip(*shards, strict=True)]
+    alone = [sorted(rows) for rows in BatchSampler(LengthGroups(lengths, 8, seed=0), 8, drop_last=False)]
+    assert steps == alone and sorted(row for step in steps for row in step) == list(range(21))
+
+
+def test_an_error_in_one_process_ends_both(world, tmp_path):
+    """Soon, and by name: the other waits in a collective that nobody will join."""
+    flags = {"reward": "[{function: tests.launched:rank_one_raises}]", "reward_retries": 0}
+    job = launch("ppo", 2, ppo_flags(world) | flags | {"output_dir": tmp_path / "failed"})
+    said = finish(job, 90)
+    assert job.returncode != 0 and "ValueError: no score today" in said

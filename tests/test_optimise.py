@@ -20,7 +20,7 @@ from align.optimise import (
     make_optimizer,
     orthogonal,
     trainer_optim,
-    trainer_optimizers,
+    trainer_optimizer,
 )
 
 
@@ -91,8 +91,8 @@ def test_muon_resumes_where_it_was():
 @pytest.mark.parametrize("config_class", [SFTConfig, RMConfig])
 def test_a_trainer_keeps_its_adamw_unless_muon_gets_a_rate(config_class):
     model = nn.ModuleDict({"linear": nn.Linear(4, 4)})
-    assert trainer_optimizers(model, config_class("out")) == (None, None)
-    optimizer, _ = trainer_optimizers(model, config_class("out", muon_learning_rate=1e-2, learning_rate=1e-3))
+    assert trainer_optimizer(model, config_class("out")) is None
+    optimizer = trainer_optimizer(model, config_class("out", muon_learning_rate=1e-2, learning_rate=1e-3))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
     assert optimizer.parts[1].defaults["betas"] == (0.9, 0.95)
 
@@ -102,10 +102,10 @@ def test_optim_names_what_the_trainer_makes(config_class):
     model = nn.ModuleDict({"linear": nn.Linear(4, 4)})
     assert trainer_optim(config_class("out")) == TrainingArguments("out").optim == "adamw_torch_fused"
     assert trainer_optim(config_class("out", optim="adafactor")) == "adafactor"
-    assert trainer_optimizers(model, config_class("out", optim="adafactor")) == (None, None)
+    assert trainer_optimizer(model, config_class("out", optim="adafactor")) is None
     stage = {SFTConfig: stages.sft, RMConfig: stages.rm}[config_class]
     assert stage.training_arguments(config_class("out", optim="adafactor"), Path("out")).optim == "adafactor"
-    optimizer, _ = trainer_optimizers(model, config_class("out", optim="muon", learning_rate=1e-3))
+    optimizer = trainer_optimizer(model, config_class("out", optim="muon", learning_rate=1e-3))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3], "no rate of its own: AdamW's"
 
 
@@ -158,8 +158,8 @@ def test_an_optimiser_that_is_not_installed_is_told_in_one_line(monkeypatch, opt
     model = nn.Linear(2, 2)
     makers = (
         lambda: make_optimizer(model, 1e-3, ppo_config(optim=optim)),
-        lambda: trainer_optimizers(model, SFTConfig("out", optim=optim)),
-        lambda: trainer_optimizers(model, RMConfig("out", optim=optim)),
+        lambda: trainer_optimizer(model, SFTConfig("out", optim=optim)),
+        lambda: trainer_optimizer(model, RMConfig("out", optim=optim)),
     )
     for make in makers:
         with pytest.raises(UserError, match=f"optim: {optim}: needs {package}, .*pip install {package}"):

@@ -377,6 +377,9 @@ class Machine:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compute_dtype: torch.dtype = torch.float32
 
+    def as_many(self, batches: list[list[int]]) -> list[list[int]]:
+        return batches
+
 
 def test_the_whole_sum(world, bert, tiny_codec, chatml, episodes, monkeypatch, capsys):
     module = types.ModuleType("some_rewards")

@@ -23,7 +23,7 @@ from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Actors, Query, collect_rollout, token_weights
 from align.runtime import Runtime
 from align.types import Episode, Prompt
-from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, update
+from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, step, update
 
 EOS, PAD = 1, 0
 DOCUMENTS = [[5, 9, 33, 2, 1], [40, 41, 1], [7, 7, 8, 60, 61, 62, 1], [12, 1]]
@@ -639,3 +639,17 @@ def test_P17_toy_bandit(tiny_llama, folder, runtime):
     _, held = bandit(tiny_llama, folder, runtime, share_of_low_tokens, 100.0)
     assert up[-1] > up[0] + 0.15 and down[-1] < down[0] - 0.15
     assert free[-1] > 0.3 and abs(held[-1]) < 0.1 * free[-1]
+
+
+def test_an_overflow_under_float16_is_left_to_the_loss_scaler(runtime, monkeypatch):
+    """Its step is skipped by the scaler; in every other type it stops the run."""
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad = torch.full((2, 2), float("inf"))
+    arguments = "policy", model, Recorder(model.parameters()), {"policy_loss": 1.0}, config_of(), runtime
+    with pytest.raises(UserError, match="policy_grad_norm is inf"):
+        step(*arguments)
+    monkeypatch.setattr(Runtime, "scales_loss", True)
+    model.weight.grad = torch.full((2, 2), float("inf"))
+    assert math.isinf(step(*arguments))
+    with pytest.raises(UserError, match="policy_loss is nan"):
+        step(*arguments[:3], {"policy_loss": float("nan")}, *arguments[4:])
