@@ -55,7 +55,7 @@ from align.runtime import (
 )
 from align.text import Codec
 from align.track import announce, save_log_sizes
-from align.update import Learner
+from align.update import Learner, PtxSource
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Inputs:
     parents: list[dict[str, Any]]
     reports: dict[str, DataReport]
     value_start: ValueStart
+
+    def next_documents(self, cursor: Cursor) -> PtxSource:
+        return lambda count: [self.documents[i] for i in cursor.take(count)]
 
 
 def load_inputs(config: PPOConfig) -> Inputs:

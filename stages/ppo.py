@@ -60,19 +60,14 @@ def main(argv: list[str]) -> None:
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
     actors = build_actors(config, codec, learner, runtime)
-    prompts, documents = (
-        Cursor(len(inputs.queries), config.seed),
-        Cursor(max(len(inputs.documents), 1), config.seed + 1),
-    )
+    prompts = Cursor(len(inputs.queries), config.seed)
+    documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
     first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
         first, kl_coef, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
         stopped = kl_stop_reason(row["objective/kl"], config, first)
     metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output)
     judge = GoldJudge(config.judge, codec)
-
-    def next_documents(count: int) -> list[list[int]]:
-        return [inputs.documents[i] for i in documents.take(count)]
 
     # 4. Iterate: rollout, update, log.
     defer()
@@ -82,7 +77,7 @@ def main(argv: list[str]) -> None:
         rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
         if iteration == 0:
             step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
-        stats = update(rollout, learner, next_documents, config, runtime, iteration)
+        stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
         row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
         if config.kl_target is not None:
             kl_coef = adapt_kl_coef(kl_coef, row["objective/kl"], config.kl_target, algebra.rollout, config.kl_horizon)
