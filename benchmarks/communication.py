@@ -55,8 +55,6 @@ class Counting(TorchDispatchMode):
             self.bytes[COLLECTIVES[name]] += largest(args[:2])
         elif space == "_c10d_functional" and name == "all_gather_into_tensor":
             self.bytes["all-gather"] += largest(args[:1]) * args[1]
-        elif space == "_c10d_functional" and name == "all_reduce":
-            self.bytes["all-reduce"] += largest(args[:1])
         return function(*args, **(kwargs or {}))
 
 
@@ -78,13 +76,12 @@ def theory(model: nn.Module, microbatches: int, processes: int, sharded: bool) -
 
     Data parallel: every gradient is all-reduced once, in the last microbatch. Sharded: in every microbatch weights are
     gathered in the forward pass and again in the backward pass, and gradients scattered, padded so that all processes
-    hold as much of each; the norm of the gradient is one number more.
+    hold as much of each. What the gradient's norm moves, some numbers of four bytes, is not counted.
     """
     if not sharded:
         return Counter({"all-reduce": sum(4 * p.numel() for p in model.parameters())})
     padded = sum(4 * p.numel() // p.shape[0] * (-(-p.shape[0] // processes) * processes) for p in model.parameters())
-    gathered = {"all-gather": 2 * microbatches * padded, "reduce-scatter": microbatches * padded}
-    return Counter(gathered | {"all-reduce": 4})
+    return Counter({"all-gather": 2 * microbatches * padded, "reduce-scatter": microbatches * padded})
 
 
 def work() -> dict[str, Any]:
