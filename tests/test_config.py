@@ -360,6 +360,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--reward_retries", "-1"], ["reward_retries", "outside"]),
         (["--kl_stop", "0"], ["kl_stop", "more than 0"]),
         (["--ptx_coef", "1"], ["pretraining_file", "ptx_coef: 0"]),
+        (["--ptx_max_length", "1"], ["ptx_max_length", "1"]),
         (["--reward", "[]"], ["reward: missing"]),
         (["--optim", "adam"], ["optim", "'adam'", "adamw_torch_fused", "muon"]),
         (["--lora_r", "0"], ["lora_r", "outside"]),
