@@ -84,7 +84,7 @@ def load_reward(
         model, tokenizer, context = load_classifier(path, key, dtype)
         return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
     if shares_tokenizer(path, codec):
-        return ModelReward(load_scalar(path), codec.pad_id, batch_size, max_tokens, even)
+        return ModelReward(load_scalar(path), codec.pad_id, codec.eos_id, batch_size, max_tokens, even)
     own = Codec.load(path)
     closing = closing_tokens(own, read_manifest(path) is not None)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -39,18 +39,19 @@ class Reward(Protocol):
 
 
 class ModelReward:
-    """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
+    """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled, and EOS behind a
+    response that was cut off, since at EOS alone it has learned to say something."""
 
     def __init__(
-        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None,
-        even: Even | None = None,
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, batch_size: int,
+        max_tokens: int | None = None, even: Even | None = None,
     ):  # fmt: skip
-        self.model, self.pad_id, self.batch_size, self.max_tokens = model, pad_id, batch_size, max_tokens
-        self.even = even
+        self.model, self.pad_id, self.eos_id = model, pad_id, eos_id
+        self.batch_size, self.max_tokens, self.even = batch_size, max_tokens, even
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        rows = [[*e.query, *e.response] for e in episodes]
+        rows = [[*e.query, *e.response, *([] if e.finished else [self.eos_id])] for e in episodes]
         with self.model.hold():
             return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
 
@@ -58,8 +59,8 @@ class ModelReward:
 class TextReward:
     """A reward model with a tokenizer, and so a prompt format, of its own: text crosses, its tokens are scored.
 
-    What it reads ends in `closing` where the episode ended, and in the response's last token where it did not. Rows
-    over `context` tokens lose their first ones; their share is noted as `cut`.
+    What it reads ends in `closing`, whether the episode ended or was cut off: there it has learned to say something.
+    Rows over `context` tokens lose their first ones; their share is noted as `cut`.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class TextReward:
         queries = self.codec.prompts([prompt.prompt for prompt in prompts])
         responses = self.codec.responses([self.policy_codec.decode(episode.response) for episode in episodes])
         return [
-            [*query, *response[:-1], *(self.closing if episode.finished else [])] or [self.codec.eos_id]
-            for query, response, episode in zip(queries, responses, episodes, strict=True)
+            [*query, *response[:-1], *self.closing] or [self.codec.eos_id]
+            for query, response in zip(queries, responses, strict=True)
         ]
 
 

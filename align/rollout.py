@@ -178,7 +178,8 @@ def check_step_zero(
     with runtime.autocast():
         rows = head.input_ids, head.query_lengths, head.response_lengths
         new, _ = response_logprobs(actors.policy, *rows, config.temperature)
-        values = response_values(actors.value_model, head.input_ids, rows[1] + rows[2], torch.ones_like(rows[2]))[:, 0]
+        ids, ends = closed(head, eos_id)
+        values = response_values(actors.value_model, ids, ends, torch.ones_like(ends))[:, 0]
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
     numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
@@ -203,6 +204,15 @@ def check_step_zero(
         if value is not None and not value <= limit:
             raise UserError(f"step-zero check: {name} is {value:.4g}, over {limit:g}: {cause}")
     return numbers
+
+
+def closed(rollout: Rollout, eos_id: int) -> tuple[Tensor, Tensor]:
+    """The rows as a reward model reads them: EOS behind those that were cut off. ids (B, T + 1), lengths (B,)"""
+    ends = rollout.query_lengths + rollout.response_lengths
+    ids = torch.nn.functional.pad(rollout.input_ids, (0, 1))
+    cut = (~rollout.finished).nonzero().squeeze(1)
+    ids[cut, ends[cut]] = eos_id
+    return ids, ends + ~rollout.finished
 
 
 CAUSES = {

@@ -60,7 +60,7 @@ def iteration(folder, runtime: Runtime, place, config: PPOConfig) -> tuple[dict,
     """One iteration of stage 3: the rollout's numbers, the update's, and a weight."""
     policy, ref_policy = (place(load_packed_policy(str(folder / "policy"))) for _ in range(2))
     value_model, reward_model = (place(load_scalar_model(str(folder / "reward"))) for _ in range(2))
-    reward = RewardSum([Term("reward", 1.0, [ModelReward(reward_model, PAD, 4)])])
+    reward = RewardSum([Term("reward", 1.0, [ModelReward(reward_model, PAD, EOS, 4)])])
     actors = Actors(policy, ref_policy, value_model, reward, make_sampler(policy, EOS, PAD, 4), PAD)
     rollout = collect_rollout(QUERIES, actors, config, runtime, 0.1, 0)
     check_step_zero(rollout, actors, config, runtime, EOS, "reward")

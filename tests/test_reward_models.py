@@ -122,13 +122,12 @@ def conversation(prompt: Prompt, answer: str) -> list[dict]:
 
 @torch.no_grad()
 def stock_scores(folder: Path, codec: Codec) -> list[float]:
-    """The foreign reward model as its makers use it: transformers' class, their template over the conversation, and
-    for an answer that goes on, the same up to the answer's end."""
+    """The foreign reward model as its makers use it: transformers' class, their template over the conversation. An
+    answer that was cut off is closed like the others."""
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     scores = []
-    for prompt, answer, done in zip(PROMPTS, ANSWERS, FINISHED, strict=True):
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         text = codec.tokenizer.apply_chat_template(conversation(prompt, answer), tokenize=False)
-        text = text if done else text.removesuffix("<|im_end|>\n")
         ids = codec.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         scores.append(float(model(ids).logits[0, 0]))
     return scores
@@ -202,7 +201,7 @@ def test_another_tokenizer_reads_the_text_in_its_own_format(world, tiny_codec, c
     assert texts == [
         "<|im_start|>user\nWhich word is the opposite of hot?<|im_end|>\n<|im_start|>assistant\ncold<|im_end|>\n",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName animals.<|im_end|>\n"
-        "<|im_start|>assistant\na cow, a dog and a bird",
+        "<|im_start|>assistant\na cow, a dog and a bird<|im_end|>\n",
         "<|im_start|>user\n用中文说出三种水果。<|im_end|>\n<|im_start|>assistant\n苹果、香蕉<|im_end|>\n",
     ]
 
@@ -235,7 +234,8 @@ def test_the_same_tokenizer_reads_the_sampled_tokens(world, tiny_codec, episodes
     reward = load(world / "alike", tiny_codec)
     assert type(reward) is ModelReward
     with torch.no_grad():
-        expected = [float(model(torch.tensor([[*e.query, *e.response]])).logits[0, 0]) for e in episodes]
+        rows = [[*e.query, *e.response, *([] if e.finished else [tiny_codec.eos_id])] for e in episodes]
+        expected = [float(model(torch.tensor([row])).logits[0, 0]) for row in rows]
     assert reward(PROMPTS, episodes) == pytest.approx(expected, abs=1e-5)
 
 

@@ -26,24 +26,26 @@ def functions(monkeypatch):
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])
-def test_R8_model_reward_reads_the_last_sampled_token(tiny_llama, tmp_path, attention):
+def test_R8_model_reward_reads_eos_also_behind_a_response_that_was_cut_off(tiny_llama, tmp_path, attention):
     tiny_llama.save_pretrained(tmp_path)
     model = load_scalar_model(str(tmp_path), attention, fresh_head=True).eval()
     for size in (1, 2, 8):
-        scores = ModelReward(model, 0, size)(PROMPTS, EPISODES)
+        scores = ModelReward(model, 0, 1, size)(PROMPTS, EPISODES)
         for episode, score in zip(EPISODES, scores, strict=True):
             with torch.no_grad():
-                ids = torch.tensor([[*episode.query, *episode.response]])
+                ids = torch.tensor([[*episode.query, *episode.response, *([] if episode.finished else [1])]])
                 expected = float(model.head(model.inner.base_model(input_ids=ids).last_hidden_state[0, -1]))
             assert score == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("tokens, batches", [(None, [[4, 4, 4, 2]]), (8, [[2, 4], [4, 4]]), (3, [[2], [4], [4], [4]])])
+@pytest.mark.parametrize(
+    "tokens, batches", [(None, [[5, 4, 4, 2]]), (8, [[2, 4], [4], [5]]), (3, [[2], [4], [4], [5]])]
+)
 def test_model_reward_reads_at_most_so_many_tokens_at_once(tiny_llama, tmp_path, monkeypatch, tokens, batches):
     tiny_llama.save_pretrained(tmp_path)
     model = load_scalar_model(str(tmp_path), None, fresh_head=True).eval()
     episodes, prompts = [*EPISODES, Episode((8,), (1,), True)], [*PROMPTS, Prompt("d")]
-    expected = ModelReward(model, 0, 1)(prompts, episodes)
+    expected = ModelReward(model, 0, 1, 1)(prompts, episodes)
     forward, read = ScalarModel.forward, []
 
     def spy(self, pack, at):
@@ -51,7 +53,7 @@ def test_model_reward_reads_at_most_so_many_tokens_at_once(tiny_llama, tmp_path,
         return forward(self, pack, at)
 
     monkeypatch.setattr(ScalarModel, "forward", spy)
-    assert ModelReward(model, 0, 8, tokens)(prompts, episodes) == pytest.approx(expected, abs=1e-5)
+    assert ModelReward(model, 0, 1, 8, tokens)(prompts, episodes) == pytest.approx(expected, abs=1e-5)
     assert read == [sorted(batch) for batch in batches]
 
 

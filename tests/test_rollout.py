@@ -62,7 +62,7 @@ def actors(request, tiny_llama, tmp_path) -> Actors:
     assert policy.packed == reward_model.packed == request.param
     sampler = make_sampler(policy, EOS, PAD, 4)
     reference, value_model = copy.deepcopy(policy), copy.deepcopy(reward_model)
-    return Actors(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, 4)), sampler, PAD)
+    return Actors(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, EOS, 4)), sampler, PAD)
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def last_value(value_model, row: torch.Tensor) -> float:
 def test_P2_value_at_the_last_token_is_the_score(rollout, actors):
     for i in range(len(rollout)):
         total = int(rollout.query_lengths[i] + rollout.response_lengths[i])
-        value = last_value(actors.value_model, rollout.input_ids[i, :total])
+        row = rollout.input_ids[i, :total]
+        read = row if rollout.finished[i] else torch.cat([row, torch.tensor([EOS])])
+        value = last_value(actors.value_model, read)
         assert value == pytest.approx(float(rollout.raw_scores[i]), abs=1e-4)
 
 

@@ -80,7 +80,7 @@ def reward_of(folder, packed: bool = True):
 
 def actors_of(model, folder, reward=None, packed: bool = True) -> Actors:
     policy = Policy(model, packed)
-    reward = RewardSum([Term("reward", 1.0, [reward or ModelReward(reward_of(folder, packed), PAD, 16)])])
+    reward = RewardSum([Term("reward", 1.0, [reward or ModelReward(reward_of(folder, packed), PAD, EOS, 16)])])
     sampler = make_sampler(policy, EOS, PAD, 64)
     return Actors(policy, copy.deepcopy(policy), reward_of(folder, packed), reward, sampler, PAD)
 

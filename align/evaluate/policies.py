@@ -58,8 +58,7 @@ def answer(
     with torch.no_grad(), runtime.autocast():
         here = sequence_logprobs(policy, episodes, setting, runtime.device)
         there = sequence_logprobs(setting.sft, own, setting, runtime.device)
-        closed = [e if e.finished else Episode(e.query, (*e.response, codec.eos_id), True) for e in own]
-        proxies = setting.reward([prompts[i] for i in picked], closed)
+        proxies = setting.reward([prompts[i] for i in picked], own)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
     return runtime.gather_list(rows)
