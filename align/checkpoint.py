@@ -33,7 +33,7 @@ import align
 from align.card import model_card
 from align.errors import UserError
 from align.lock import LOCK, release_lock, take_lock
-from align.runtime import is_main_process, wait_for_everyone
+from align.runtime import broadcast, is_main_process, wait_for_everyone
 
 SCHEMA = 1
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
@@ -299,8 +299,8 @@ def write_manifest(
     """
     manifest = Manifest(
         stage=stage,
-        parents=plain(parents or []),
-        data=plain(data or {}),
+        parents=redact(plain(parents or [])),
+        data=redact(plain(data or {})),
         config=redact(plain(config)),
         seed=seed,
         versions=versions(),
@@ -498,7 +498,7 @@ def copy_weights(checkpoint: str | Path, folder: str | Path) -> None:
 
 def is_finished(output_dir: str | Path, resume: str | None) -> bool:
     """Whether "latest" is asked of a run that has ended: there is nothing to do, which is said."""
-    finished = resume == "latest" and (Path(output_dir) / MANIFEST).is_file()
+    finished = resume == "latest" and read_manifest(output_dir) is not None
     if finished and is_main_process():
         remedy = "to train again set overwrite_output_dir: true, to go on from a checkpoint name its folder"
         print(f"{output_dir}: this run is finished and stays as it is; {remedy}")
@@ -530,6 +530,8 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
                 remedy = "set overwrite_output_dir: true to replace it, resume_from_checkpoint: latest to go on"
                 raise UserError(f"output_dir: {folder}: already holds another run: {remedy}, or choose another folder")
             _empty(folder)
+        if resume and _holds_run(folder) and not _holds_start(folder):
+            raise UserError(f"output_dir: {folder}: holds a model but no run to go on with; choose another folder")
         _tidy(folder)
         (folder / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
     except UserError:
@@ -579,6 +581,11 @@ def _holds_run(folder: Path) -> bool:
         or name.startswith("checkpoint-")
         for name in names
     )
+
+
+def _holds_start(folder: Path) -> bool:
+    """A run of ours began here: it logged, or saved a checkpoint."""
+    return (folder / "metrics.jsonl").is_file() or bool(checkpoints(folder))
 
 
 def _empty(folder: Path) -> None:
@@ -662,18 +669,29 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from; None when `resume` is None.
+    """The checkpoint to resume from, the same in all processes; None when `resume` is None.
 
     "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; with none it
     is None too, which is said: a scheduler starts and restarts a job with one command. A folder is taken when it is
-    whole, else UserError.
+    whole, else UserError; those of `output_dir` that come after it are set aside, or "latest" would go on with them.
     """
     if resume is None:
         return None
+    return broadcast(_choose_checkpoint(output_dir, resume) if is_main_process() else None)
+
+
+def _choose_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
     if resume != "latest":
         fault = checkpoint_fault(resume)
         if fault:
             raise UserError(f"resume_from_checkpoint: {resume}: {fault}: give a whole checkpoint, or latest")
+        found = checkpoints(output_dir)
+        chosen = next((i for i, path in enumerate(found) if path.resolve() == Path(resume).resolve()), len(found))
+        for later in found[chosen + 1 :]:
+            aside = later.with_name(f"abandoned-{later.name}")
+            _remove(aside)
+            os.rename(later, aside)
+            _tell(f"{later}: comes after {resume}: now {aside.name}")
         return Path(resume)
     for folder in reversed(checkpoints(output_dir)):
         fault = checkpoint_fault(folder)
@@ -717,7 +735,7 @@ def load_training_state(folder: str | Path, name: str = "training_state.pt") -> 
     """What `save_training_state` wrote, on the CPU. Raises UserError when it is missing, torn, or holds code."""
     path = Path(folder) / name
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # what shards leave out is not read
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give a checkpoint that a stage of align wrote") from None
     except Exception as error:  # a torn or foreign pickle raises almost anything

@@ -239,7 +239,7 @@ class PPOConfig(TrainingConfig):
 
     model_name_or_path: str = ""
     reward: tuple[RewardTerm, ...] = ()  # their weighted sum
-    reward_timeout: float | None = None  # seconds a reward function may take; null: as long as it likes
+    reward_timeout: float | None = 1800.0  # seconds a reward function may take; null: as long as it likes
     reward_retries: int = 2  # a function that raises, hangs or miscounts is called again so many times
     value_model_path: str | None = None  # null: a reward model that reads the policy's tokens, else the policy
     train_file: str = ""

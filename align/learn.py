@@ -40,7 +40,7 @@ from align.models import (
     load_scalar_model,
     require_context,
 )
-from align.optimise import make_optimizer
+from align.optimise import make_optimizer, require_whole
 from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
@@ -98,9 +98,8 @@ def load_inputs(config: PPOConfig) -> Inputs:
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
     """Policy and value model without dropout, an optimiser each, and the average of the policy's trained weights."""
+    require_whole(config.optim)
     if runtime.sharded:
-        if config.optim in WHOLE:
-            raise UserError(f"optim: {config.optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
         announce(f"weights, gradients and optimiser states lie in parts over {runtime.world} processes")
     # What is trained is float32; weights frozen under an adapter need only the type of the forward passes.
     policy_dtype, value_dtype = (
@@ -120,9 +119,6 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
     )
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
-
-
-WHOLE = ("adafactor", "adamw_8bit")
 
 
 def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:
@@ -195,7 +191,7 @@ def save_state(
         "kl_coef": kl_coef,
         "step_zero": step_zero,
         "row": row,
-        "random": random_state(),
+        "random": runtime.gather_list([random_state()]),
         "prompts": prompts.state(),
         "documents": documents.state(),
         "policy_optimizer": whole_state(learner.policy_optimizer.state_dict()),
@@ -230,7 +226,8 @@ def load_state(
             write(value, learner.ema.shadow[name])
     for cursor, saved in ((prompts, state["prompts"]), (documents, state["documents"])):
         cursor.position = Cursor.from_state(saved, cursor.num_rows).position
-    set_random_state(state["random"])
+    same = len(state["random"]) == runtime.world
+    set_random_state(state["random"][runtime.rank if same else 0])
     return state["iteration"], state["kl_coef"], state["step_zero"], state["row"]
 
 

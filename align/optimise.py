@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from align.config import PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
-from align.runtime import full, part_like
+from align.runtime import full, part_like, sharding
 
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
@@ -121,12 +121,19 @@ class MuonAdamW(torch.optim.Optimizer):
 def trainer_optimizer(model: nn.Module, config: SFTConfig | RMConfig) -> torch.optim.Optimizer | None:
     """A Trainer's optimiser: ours where the config asks for Muon, else None, and the Trainer makes its own of
     `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
+    require_whole(trainer_optim(config))
     if not takes_muon(config):
         optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here
         return None
     rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
     betas = (config.adam_beta1, config.adam_beta2)
     return MuonAdamW(model, rate, config.learning_rate, betas, config.adam_epsilon, config.bf16)
+
+
+def require_whole(optim: str) -> None:
+    """Refuses optimisers whose steps need whole matrices where each process has a part of them."""
+    if optim in ("adafactor", "adamw_8bit") and sharding():
+        raise UserError(f"optim: {optim} needs whole matrices, not shards; use adamw_torch_fused or muon")
 
 
 def trainer_optim(config: SFTConfig | RMConfig) -> str:

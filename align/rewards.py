@@ -23,6 +23,7 @@ from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import Even, score_rows
+from align.runtime import broadcast, is_main_process
 from align.text import Codec
 from align.types import Episode, Prompt, Rollout, Text
 
@@ -288,9 +289,12 @@ class GoldJudge:
         self.judge, self.codec = (import_function(path, "judge") if path else None), codec
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
-        """{"eval/gold": mean}, or nothing without a judge. `prompts` in the rollout's order."""
+        """{"eval/gold": mean}, or nothing without a judge. `prompts` in the rollout's order. The main process asks."""
         if self.judge is None:
             return {}
+        return broadcast(self.ask(prompts, rollout) if is_main_process() else None)
+
+    def ask(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
         ends = (rollout.query_lengths + rollout.response_lengths).tolist()
         total = 0.0
         for i, prompt in enumerate(prompts):

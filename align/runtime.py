@@ -164,9 +164,11 @@ class Runtime:
         return self.accelerator.gather(x).view(self.world, -1).max(0).values if self.world > 1 else x
 
     def as_many(self, batches: list[list[int]]) -> list[list[int]]:
-        """The same rows in as many batches as any process has: a sharded model's forward passes must match. All
+        """The same rows in as many batches as any process has, where a sharded model's forward passes must match. All
         processes hold equally many rows, so there is always one to split."""
         batches = list(batches)
+        if not self.sharded:
+            return batches
         wanted = int(self.max(torch.tensor([len(batches)], device=self.device)))
         while len(batches) < wanted:
             most = max(range(len(batches)), key=lambda i: len(batches[i]))
@@ -191,10 +193,6 @@ class Runtime:
         shares = gather_object([rows])
         total = sum(len(share) for share in shares)
         return [shares[i % self.world][i // self.world] for i in range(total)]
-
-    def broadcast(self, value: Any) -> Any:
-        """The main process's value, everywhere."""
-        return broadcast_object_list([value])[0] if self.world > 1 else value
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -362,6 +360,11 @@ def most(number: int) -> int:
     if state().num_processes == 1:
         return number
     return int(gather(torch.tensor([number], device=state().device)).max())
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value, everywhere."""
+    return broadcast_object_list([value])[0] if state().num_processes > 1 else value
 
 
 def end_processes() -> None:

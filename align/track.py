@@ -61,7 +61,7 @@ class Metrics:
 
 
 class Tracker:
-    """wandb, as a guest: what it does wrong is told on stderr, and never ends or holds up the run.
+    """wandb, as a guest: what it does wrong is told on stderr and never ends the run; its start and end have a minute.
 
     One wandb run a folder, also after a resume. `tracker.json` keeps its id and how many rows it was sent, so that none
     is sent twice when a resumed run computes it again; after a kill one may be missing.
@@ -242,7 +242,7 @@ def cut_logs(output: Path, checkpoint: Path | None) -> None:
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:
     if is_main_process():
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

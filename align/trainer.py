@@ -1,6 +1,5 @@
 """What the stages driven by a transformers or TRL Trainer share: arguments, resume, the ranking trainer."""
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,11 +11,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.checkpoint import checkpoint_folder, rotate, write_json
+from align.checkpoint import checkpoint_folder, load_training_state, rotate, write_json
 from align.config import RMConfig, SFTConfig, TrainerConfig
+from align.errors import UserError
 from align.interrupt import Interrupted, arrived, defer
 from align.maths.logprobs import token_logprobs
 from align.optimise import trainer_optimizer
@@ -227,6 +228,7 @@ class ResumesExactly:
             self.save_sums(folder)
             if is_main_process():
                 save_log_sizes(path.parent, folder)
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
         rotate(path, self.args.save_total_limit, self.kept())
 
     def kept(self) -> list[Path]:
@@ -266,10 +268,16 @@ class Sharded:
     def __init__(self, *args: Any, config: SFTConfig | RMConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.config, self.shards = config, None
+        if is_deepspeed_zero3_enabled():
+            raise UserError("launcher: a stage needs its model whole at the end, which ZeRO-3 does not give; use fsdp2")
         if sharding():
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
             self.shards = Shards(self.model, self.args.device, dtype)
             self.is_distributed_loading_by_transformers = True
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        if not sharding():  # else it need not fit there whole
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.config is not None:
@@ -277,9 +285,11 @@ class Sharded:
         return super().create_optimizer(model)
 
     def finished_model(self) -> torch.nn.Module:
-        """The trained model as an ordinary one, in every process."""
+        """The trained model as an ordinary one, in every process. Training is over: the optimiser makes room for it."""
         if self.shards is None:
             return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator.free_memory()
         return self.shards.put_together()
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
@@ -299,14 +309,17 @@ class Sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, whole)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
         whole = whole_state(self.optimizer.state_dict())
         with instead(self, "optimizer", SimpleNamespace(state_dict=lambda: whole)):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        load = functools.partial(load_optimizer_state, self.optimizer)
-        with instead(self, "optimizer", SimpleNamespace(load_state_dict=load)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if self.shards is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_state(self.optimizer, load_training_state(checkpoint, "optimizer.pt"))
+        self.lr_scheduler.load_state_dict(load_training_state(checkpoint, "scheduler.pt"))
 
 
 @contextmanager

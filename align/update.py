@@ -123,7 +123,7 @@ def optimiser_step(
         numbers = summed(stats, runtime)
         norm = step("policy", learner.policy, learner.policy_optimizer, numbers, config, runtime)
         numbers["policy_grad_norm"] = norm
-        if learner.ema is not None:
+        if learner.ema is not None and not getattr(learner.policy_optimizer, "step_was_skipped", False):  # float16
             learner.ema.update(runtime.unwrap(learner.policy))
     with runtime.timed("update value"):
         value_numbers = summed(backward(micros, value_terms, learner.value_model, tokens, config, runtime), runtime)

@@ -85,8 +85,8 @@ def theory(model: nn.Module, microbatches: int, processes: int, sharded: bool) -
 
 
 def work() -> dict[str, Any]:
-    """Two steps in this process, the second counted: {"counted", "theory", "sampling", "weights"} in bytes, and the sum
-    of the policy's absolute weights, to compare runs by."""
+    """Two steps in this process, the second counted: {"counted", "theory", "sampling", "policy"} in bytes; and, to
+    compare runs by, the policy's weights, its gradient's norm, and the bytes that a GPU holds meanwhile."""
     config = PPOConfig(
         output_dir="unused", model_name_or_path="unused", reward=(ModelTerm("unused"),), pretraining_file="unused",
         per_device_train_batch_size=2, rollout_batch_size=EPISODES, num_mini_batches=1, ptx_coef=1.0,
@@ -107,7 +107,7 @@ def work() -> dict[str, Any]:
     pretraining = DOCUMENTS // runtime.world // config.per_device_train_batch_size
     expected = theory(policy, share + pretraining, runtime.world, runtime.sharded)
     expected += theory(value_model, share, runtime.world, runtime.sharded)
-    weights = sum(4 * p.numel() for p in policy.parameters())
+    size = sum(4 * p.numel() for p in policy.parameters())
 
     policy, policy_optimizer = runtime.prepare(policy, lambda m: make_optimizer(m, 1e-4, config))
     value_model, value_optimizer = runtime.prepare(value_model, lambda m: make_optimizer(m, 1e-4, config))
@@ -115,13 +115,15 @@ def work() -> dict[str, Any]:
     documents = [[2 + i, 3, 4, 1] for i in range(DOCUMENTS)]
     optimiser_step(rollout, documents, learner, config, runtime)  # the first step also sets the wrappers up
     with Counting() as counted:
-        optimiser_step(rollout, documents, learner, config, runtime)
+        stats = optimiser_step(rollout, documents, learner, config, runtime)
+    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     with Counting() as sampling, runtime.for_sampling(policy):
         pass
     with runtime.for_saving(policy) as whole:
-        checksum = sum(float(p.double().abs().sum()) for p in whole.parameters()) if runtime.is_main else 0.0
-    found = {"counted": counted.bytes, "theory": expected, "sampling": sampling.bytes["all-gather"], "weights": weights}
-    return found | {"main": runtime.is_main, "weight": checksum}
+        weights = torch.cat([p.flatten() for p in whole.parameters()]).tolist() if runtime.is_main else []
+    found = {"counted": counted.bytes, "theory": expected, "sampling": sampling.bytes["all-gather"], "policy": size}
+    found |= {"weights": weights, "gradient": stats.sums["policy_grad_norm"], "held": held}
+    return found | {"main": runtime.is_main}
 
 
 def made_up_rollout(device: torch.device) -> Rollout:
@@ -169,7 +171,7 @@ def main() -> None:
         found = count(options.processes, sharded)
         for kind in sorted(found["counted"] | found["theory"]):
             print(f"{name:14} {kind:14} {found['counted'].get(kind, 0):12,} {found['theory'].get(kind, 0):12,}")
-        print(f"{name:14} {'sampling':14} {found['sampling']:12,} {found['weights'] if sharded else 0:12,}")
+        print(f"{name:14} {'sampling':14} {found['sampling']:12,} {found['policy'] if sharded else 0:12,}")
 
 
 if __name__ == "__main__":

@@ -54,13 +54,13 @@ def run(stage, argv: list[str]) -> int:
 
     try:
         status = run_here(stage, argv)
+        if status == 0:
+            end_processes()
     except Exception:
         leave_processes(1, traceback.format_exc())
         raise
     if status:
         leave_processes(status)
-    else:
-        end_processes()
     return status
 
 

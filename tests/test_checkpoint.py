@@ -366,6 +366,15 @@ def test_a_folder_with_another_run_is_refused_replaced_or_resumed(tmp_path):
     ck.release_output(out)
 
 
+def test_latest_does_not_take_a_folder_with_a_model_of_others(tmp_path):
+    model(tmp_path)
+    with pytest.raises(UserError, match="holds a model but no run to go on with"):
+        ck.start_output(tmp_path, resume="latest")
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="is torn"):
+        ck.is_finished(tmp_path, "latest")
+
+
 def test_other_files_in_the_folder_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     ck.start_output(tmp_path, overwrite=True)
@@ -451,9 +460,22 @@ def test_latest_is_the_highest_whole_one(tmp_path, capsys):
         f"warning: {tmp_path}/checkpoint-10: model.safetensors is torn or missing: passed over\n"
         f"resuming from {tmp_path}/checkpoint-9\n"
     )
-    assert ck.latest_checkpoint(tmp_path, str(tmp_path / "checkpoint-2")) == tmp_path / "checkpoint-2"
     with pytest.raises(UserError, match="resume_from_checkpoint: .*checkpoint-10: model.safetensors is torn"):
         ck.latest_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"))
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
+    for step in (2, 9, 10):
+        own_checkpoint(tmp_path / "run", step)
+    elsewhere = own_checkpoint(tmp_path / "other", 1)
+    assert ck.latest_checkpoint(tmp_path / "run", str(elsewhere)) == elsewhere
+    assert names(tmp_path / "run") == ["checkpoint-10", "checkpoint-2", "checkpoint-9"]
+    chosen = tmp_path / "run" / "checkpoint-2"
+    for _ in range(2):
+        assert ck.latest_checkpoint(tmp_path / "run", str(chosen)) == chosen
+        assert names(tmp_path / "run") == ["abandoned-checkpoint-10", "abandoned-checkpoint-9", "checkpoint-2"]
+        assert ck.latest_checkpoint(tmp_path / "run", "latest") == chosen
+    assert "checkpoint-9: comes after" in capsys.readouterr().err
 
 
 def test_with_no_checkpoint_yet_latest_starts_from_the_beginning(tmp_path, capsys):

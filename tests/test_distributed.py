@@ -386,7 +386,7 @@ def test_collect_in_several_processes(world, tmp_path, processes):
 def test_a_step_moves_the_bytes_of_theory(processes, sharded):
     found = communication.count(processes, sharded)
     assert {kind: size for kind, size in found["counted"].items() if size} == found["theory"]
-    assert found["sampling"] == (found["weights"] if sharded else 0)
+    assert found["sampling"] == (found["policy"] if sharded else 0)
 
 
 @pytest.mark.slow

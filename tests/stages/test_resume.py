@@ -129,7 +129,7 @@ def test_a_signal_saves_at_the_next_step_and_has_its_own_status(
 @pytest.mark.parametrize("stage", ["collect", "evaluate"])
 def test_a_signal_ends_a_stage_that_does_not_train_at_once(mini, tmp_path, monkeypatch, capsys, stage):
     def interrupted(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal was to end this")
 
     monkeypatch.setattr(f"stages.{stage}.start_output", interrupted)
@@ -143,12 +143,12 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 
     with interrupt.handled():
         interrupt.defer()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the same request: Ctrl-C under a launcher comes twice
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # the same request: Ctrl-C under a launcher comes twice
         assert interrupt.arrived() == signal.SIGTERM
         monkeypatch.setattr(interrupt, "SAME", -1.0)
         with pytest.raises(interrupt.Interrupted, match="stopped by SIGTERM"):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

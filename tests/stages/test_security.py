@@ -161,7 +161,7 @@ def test_tokens_and_keys_are_in_no_file_and_on_no_line(mini, tmp_path, monkeypat
     said = capfd.readouterr()
     leaks = [path for path in out.rglob("*") if path.is_file() and b"SENTINEL" in path.read_bytes()]
     assert leaks == [] and (out / "manifest.json").exists()
-    for value in (*SECRETS.values(), "hf_SENTINELcccccccc"):
+    for value in (*SECRETS.values(), "hf_SENTINELcccccccc", "SENTINELpw"):
         assert value not in said.out + said.err
 
 
