@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -47,4 +48,11 @@ def rank_one_raises(prompts: list, completions: list, **_) -> list[float]:
     """A reward that fails in the second process, while the first waits for its scores."""
     if state().process_index == 1:
         raise ValueError("no score today")
+    return [0.0] * len(completions)
+
+
+def rank_one_is_told_to_end(prompts: list, completions: list, **_) -> list[float]:
+    """A reward during which the second process alone gets a signal."""
+    if state().process_index == 1:
+        signal.raise_signal(signal.SIGTERM)
     return [0.0] * len(completions)

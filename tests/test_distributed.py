@@ -437,3 +437,18 @@ def test_an_error_in_one_process_ends_both(world, tmp_path):
     job = launch("ppo", 2, ppo_flags(world) | flags | {"output_dir": tmp_path / "failed"})
     said = finish(job, 90)
     assert job.returncode != 0 and "ValueError: no score today" in said
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(world, tmp_path):
+    """And the run goes on from it, alone, to the numbers of a run that no signal met."""
+    reward = {"value_model_path": world / "reward", "save_iterations": 0}
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    told = reward | {"reward": "[{function: tests.launched:rank_one_is_told_to_end}]"}
+    job = launch("ppo", 2, ppo_flags(world) | told | {"output_dir": cut})
+    said = finish(job, 120)
+    assert job.returncode != 0 and "stopped by SIGTERM" in said and f"{cut}/checkpoint-1 holds the run" in said
+    again = {"output_dir": cut, "resume_from_checkpoint": "latest"}
+    for changes in (again, {"output_dir": whole}):
+        succeeded(launch("ppo", 1, ppo_flags(world) | told | changes), 1)  # one process: nobody is rank 1
+    check_metrics(whole, cut, ("objective/", "loss/", "policy/grad_norm", "val/grad_norm"))
