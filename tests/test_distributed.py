@@ -212,6 +212,8 @@ def check_ppo(one: Path, other: Path, world: Path) -> None:
     check_weights(one / "value_model", other / "value_model", world / "reward")
     for step in (1, 2):
         first, second = (load_training_state(folder / f"checkpoint-{step}") for folder in (one, other))
+        for state in (first, second):
+            state["random"] = state["random"][0]  # one a process
         check_same(first, second, f"checkpoint-{step}")
 
 
@@ -429,6 +431,23 @@ def test_every_row_is_learned_once_an_epoch(world_size):
     steps = [sorted(row for rows in step for row in rows if row < 21) for step in zip(*shards, strict=True)]
     alone = [sorted(rows) for rows in BatchSampler(LengthGroups(lengths, 8, seed=0), 8, drop_last=False)]
     assert steps == alone and sorted(row for step in steps for row in step) == list(range(21))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_P16_base_in_several_processes(world, tmp_path, processes):
+    """30 documents, 8 a step: the fourth step of an epoch has six, and with four processes two fillers."""
+    flags = {
+        "train_file": world / "text.jsonl", "validation_file": world / "prose.jsonl", "vocab_size": 300,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_steps": 6,
+        "decay_steps": 2, "warmup_steps": 2, "logging_steps": 1, "bf16": "false", "max_position_embeddings": 128,
+    }  # fmt: skip
+    write(world / "prose.jsonl", [{"text": f"{word} and a boat"} for word in WORDS])
+    alone, several = ((n, {"per_device_train_batch_size": 8 // n}, False) for n in (1, processes))
+    one, other = outputs("base", tmp_path, flags, alone, several)
+    check_metrics(one, other, ("loss", "grad_norm", "learning_rate", "eval_"))
+    for name, x in load_file(one / "model.safetensors").items():
+        assert torch.allclose(load_file(other / "model.safetensors")[name], x, rtol=1e-5, atol=1e-5), name
 
 
 def test_an_error_in_one_process_ends_both(world, tmp_path):
