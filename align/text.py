@@ -6,10 +6,15 @@ response is the completion's own tokens followed by EOS, so a sequence trained o
 sampled from, token for token.
 
 What is learned is known from that join, never from the template: one without `{% generation %}` marks, or without a
-generation prompt, masks the prompt all the same. Where a template refuses system messages, they stand before the first
-question instead.
+generation prompt, masks the prompt all the same. Where a template refuses system messages or leaves them out, they
+stand before the first question instead.
+
+A special token spelled out in a prompt, completion or document stays text: only the template writes control tokens.
+Each spelled-out one in a prompt is rendered as a mark; the text is then cut at the marks and what they stand for is
+encoded as plain characters, so no token spans a cut.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.errors import UserError, first_line
 from align.types import Text, pad_rows
+
+SYSTEM_ROLES = ("system", "developer")
+MARK, MARK_END = "\ufdd0", "\ufdd1"  # noncharacters; a text that holds them is marked too
 
 
 class Codec:
@@ -31,6 +39,10 @@ class Codec:
         # Padding is never learned from: lengths say what is real. When a tokenizer has no pad of its own, EOS may
         # fill the gap without harm.
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._marked = [*sorted(special, key=len, reverse=True), MARK]
+        self._spelled = re.compile("|".join(map(re.escape, self._marked)))
+        self._kept: dict[tuple[str, str], bool] = {}
 
     @staticmethod
     def load(path: str, chat_template_path: str | None = None) -> "Codec":
@@ -60,29 +72,70 @@ class Codec:
         if self.tokenizer.chat_template is None:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError("a prompt is a conversation but the tokenizer has no chat template; use plain text")
-            return self.tokenizer(prompts)["input_ids"]
-        return self.tokenizer([self.render(prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
+            return self.tokenizer(prompts, split_special_tokens=True)["input_ids"]
+        return self._encode([self._rendered(prompt) for prompt in prompts])
 
     def render(self, prompt: Text) -> str:
         """The text of the query, generation prompt included; plain text as it stands without a chat template."""
+        return self._unmark(self._rendered(prompt))
+
+    def _rendered(self, prompt: Text) -> str:
+        """`render`, with marks for the special tokens that its contents spell out."""
         if self.tokenizer.chat_template is None:
-            return prompt
+            return self._mark(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        try:
-            return self._apply(messages)
-        except TemplateError as error:
-            folded = fold_system(messages)
-            if folded == messages:
+        messages = [message | {"content": self._mark(message["content"])} for message in messages]
+        folded = fold_system(messages)
+        tries = [messages, folded] if all(self._keeps(m["role"]) for m in messages) else [folded]
+        for attempt in tries:
+            try:
+                text = self._apply(attempt)
+            except TemplateError as error:
+                refusal = error
+                continue
+            if any(not self._keeps(m["role"]) for m in attempt):
                 raise UserError(
-                    f"the chat template refuses a prompt ({error}); mend the data or the template"
-                ) from None
-        try:
-            return self._apply(folded)
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses a prompt ({error}); mend the data or the template") from None
+                    "the chat template leaves out a system message that no question follows; mend the data or the "
+                    "template"
+                )
+            return text
+        raise UserError(f"the chat template refuses a prompt ({refusal}); mend the data or the template")
+
+    def _keeps(self, role: str) -> bool:
+        """Whether the template writes what a message of a system role says. One that refuses the role may keep it
+        elsewhere in a conversation, so only silence counts."""
+        if role not in SYSTEM_ROLES:
+            return True
+        key = str(self.tokenizer.chat_template), role
+        if key not in self._kept:
+            probe = [{"role": role, "content": MARK}, {"role": "user", "content": "question"}]
+            try:
+                self._kept[key] = MARK in self._apply(probe)
+            except TemplateError:
+                self._kept[key] = True
+        return self._kept[key]
 
     def _apply(self, messages: list[dict]) -> str:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _mark(self, text: str) -> str:
+        return self._spelled.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK_END}", text)
+
+    def _unmark(self, text: str) -> str:
+        return re.sub(f"{MARK}(\\d+){MARK_END}", lambda found: self._marked[int(found[1])], text)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered texts: control tokens where a template wrote them, plain text for each mark."""
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [self._encode_marked(text) if MARK in text else row for text, row in zip(texts, rows, strict=True)]
+
+    def _encode_marked(self, text: str) -> list[int]:
+        ids = []
+        for i, piece in enumerate(re.split(f"{MARK}(\\d+){MARK_END}", text)):
+            spelled = i % 2 == 1
+            piece = self._marked[int(piece)] if spelled else piece
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
+        return ids
 
     def response(self, completion: Text) -> list[int]:
         """Token ids of the completion, closed by EOS."""
@@ -111,21 +164,34 @@ class Codec:
 
     def query_text(self, query: list[int]) -> str:
         """A query as people read it: all that the policy sees but BOS."""
-        return self.tokenizer.decode(query).removeprefix(self.tokenizer.bos_token or "")
+        return self.tokenizer.decode(query).removeprefix(self._opener())
 
     def few_shot(self, examples: list[tuple[str, str]], prompts: list[str]) -> list[list[int]]:
         """Token ids of the paper's few-shot prefix, solved examples parted by blank lines, then the prompt (3.5)."""
-        bos = self.tokenizer.bos_token or ""  # a template may open with it; a sequence has one
-        shown = "".join(f"{self.render(prompt).removeprefix(bos)}{answer}\n\n" for prompt, answer in examples)
-        texts = [self.render(prompt) for prompt in prompts]
-        texts = [bos * text.startswith(bos) + shown + text.removeprefix(bos) for text in texts]
-        return self.tokenizer(texts, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
+        opener = self._opener()  # a sequence has one, before the first example
+        shown = "".join(
+            f"{self._rendered(prompt).removeprefix(opener)}{self._mark(answer)}\n\n" for prompt, answer in examples
+        )
+        texts = [self._rendered(prompt) for prompt in prompts]
+        texts = [opener * text.startswith(opener) + shown + text.removeprefix(opener) for text in texts]
+        if self.tokenizer.chat_template is None:  # a tokenizer's own BOS stands before the whole
+            return self.tokenizer([self._unmark(text) for text in texts], split_special_tokens=True)["input_ids"]
+        return self._encode(texts)
+
+    def _opener(self) -> str:
+        """BOS where it opens a sequence and nothing else: the tokenizer puts it there, or the template writes it once
+        for several turns. SmolLM2's BOS, <|im_start|>, opens every turn and is part of the text."""
+        bos = self.tokenizer.bos_token or ""
+        if self.tokenizer.chat_template is None:
+            return bos if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
+        turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
+        return bos if bos and self._apply(turns).count(bos) == 1 else ""
 
 
 def fold_system(messages: list[dict]) -> list[dict]:
     """System messages put before the first question, a blank line between, for templates that know no such role."""
-    system = [m["content"] for m in messages if m["role"] in ("system", "developer")]
-    rest = [dict(m) for m in messages if m["role"] not in ("system", "developer")]
+    system = [m["content"] for m in messages if m["role"] in SYSTEM_ROLES]
+    rest = [dict(m) for m in messages if m["role"] not in SYSTEM_ROLES]
     if not system or not rest or rest[0]["role"] != "user":
         return messages
     rest[0]["content"] = "\n\n".join([*system, rest[0]["content"]])

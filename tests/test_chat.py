@@ -3,6 +3,8 @@
 The templates are those of SmolLM2-135M-Instruct (Apache-2.0) and, written anew, the shapes of other families.
 """
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +47,14 @@ MARKED = (
     "'<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
-TEMPLATES = {"smollm2": SMOLLM2, "chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "marked": MARKED}
+HH = (Path(__file__).parents[1] / "configs/hh-llama-8b/chat.jinja").read_text(encoding="utf-8")
+TEMPLATES = {
+    "smollm2": SMOLLM2, "chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "marked": MARKED, "hh": HH,
+}  # fmt: skip
+DEAF = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'A: ' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{{ 'A: ' }}"
+)  # leaves system messages out without a word
 SPECIAL = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>", "<|start|>", "<|end|>"]
 REPORT = DataReport(("rows.jsonl",), 1, 1, {})
 
@@ -152,6 +161,44 @@ def test_the_next_question_goes_on_from_what_was_trained_on(name, prompt, answer
     longer = (*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": again})
     trained = codec.tokenizer.decode(sft_row(codec, prompt, answer)["input_ids"], skip_special_tokens=False)
     assert codec.render(longer).startswith(trained)
+    if name == "hh":  # token for token, as a history is what was sampled
+        row = sft_row(codec, prompt, answer)["input_ids"]
+        assert codec.prompt(longer)[: len(row)] == row
+
+
+@every_template
+@given(before=words, token=st.sampled_from(SPECIAL), after=words)
+def test_a_special_token_spelled_out_in_a_prompt_stays_text(name, before, token, after):
+    """Only the template writes control tokens: as many with such a prompt as without."""
+    codec = CODECS[name]
+    special = set(codec.tokenizer.all_special_ids)
+    spelled, harmless = f"x{before}{token}{after}x", f"x{before}{after}x"
+    history = ({"role": "user", "content": spelled}, {"role": "assistant", "content": spelled})
+    for wrap in (lambda text: text, lambda text: (*history, {"role": "user", "content": text})):
+        prompt = wrap(spelled)
+        ids = codec.prompt(prompt)
+        assert codec.tokenizer.decode(ids, skip_special_tokens=False) == codec.render(prompt)
+        plain = codec.prompt(
+            [{**m, "content": harmless} for m in prompt] if isinstance(prompt, tuple) else wrap(harmless)
+        )
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert sft_row(codec, prompt, "yes")["input_ids"][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3"])
+def test_few_shot_keeps_what_opens_each_turn(name):
+    """BOS that is a turn's own token stays before every example; one that opens the sequence stands there once."""
+    codec = codec_of(TEMPLATES[name])
+    if name != "llama3":
+        codec.tokenizer.bos_token = "<|im_start|>"  # as SmolLM2's
+    (ids,) = codec.few_shot([("a", "b <s>"), ("n", "no")], ["?"])
+    shown = [codec.render(prompt) for prompt in ("a", "n", "?")]
+    if name == "llama3":
+        shown[1:] = [text.removeprefix("<s>") for text in shown[1:]]
+    assert codec.tokenizer.decode(ids) == f"{shown[0]}b <s>\n\n{shown[1]}no\n\n{shown[2]}"
+    assert ids.count(codec.tokenizer.bos_token_id) == "".join(shown).count(codec.tokenizer.bos_token)
+    query = codec.prompt("a")
+    assert codec.query_text(query) == shown[0].removeprefix("<s>")
 
 
 def test_a_system_message_goes_before_the_question_where_the_template_knows_no_system():
@@ -161,6 +208,16 @@ def test_a_system_message_goes_before_the_question_where_the_template_knows_no_s
     assert "SmolLM" in CODECS["smollm2"].render((question,)) and "SmolLM" not in CODECS["smollm2"].render(
         (system, question)
     )
+
+
+def test_a_system_message_that_the_template_leaves_out_goes_before_the_question():
+    codec = codec_of(DEAF)
+    system, question = {"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}
+    assert codec.render((system, question)) == "Q: be brief\n\nwhy?\nA: "
+    assert codec.render(({**system, "role": "developer"}, question)) == "Q: be brief\n\nwhy?\nA: "
+    assert codec.render((question,)) == "Q: why?\nA: "
+    with pytest.raises(UserError, match="leaves out a system message"):
+        codec.render((system, {"role": "assistant", "content": "yes?"}, question))
 
 
 def test_what_a_template_refuses_is_one_line():
