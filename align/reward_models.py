@@ -31,6 +31,7 @@ from align.rewards import FunctionReward, ModelReward, PairReward, Reward, Rewar
 from align.runtime import Runtime
 from align.text import Codec
 from align.track import announce
+from align.types import Text
 
 LoadScalar = Callable[[str], ScalarModel]
 PROBES = ("Name three animals.", "用中文说出三种水果。", "def f(x):\n    return 2 * x  # twice")
@@ -83,12 +84,10 @@ def load_reward(
     if not has_linear_score(config):
         model, tokenizer, context = load_classifier(path, key, dtype)
         return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
-    if shares_tokenizer(path, codec):
+    if reads_sampled_tokens(path, codec):
         return ModelReward(load_scalar(path), codec.pad_id, codec.eos_id, batch_size, max_tokens, even)
-    own = Codec.load(path)
-    closing = closing_tokens(own, read_manifest(path) is not None)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return TextReward(load_scalar(path), own, codec, closing, context, batch_size, max_tokens, even)
+    return TextReward(load_scalar(path), reward_codec(path, codec), codec, context, batch_size, max_tokens, even)
 
 
 def load_classifier(
@@ -152,6 +151,30 @@ def shares_tokenizer(path: str, codec: Codec) -> bool:
     return own.prompts(probes) == codec.prompts(probes) and own.responses(probes) == codec.responses(probes)
 
 
+def reads_sampled_tokens(path: str, codec: Codec) -> bool:
+    """Whether a model shares the policy's tokenizer and reads a response at EOS, as sampling ends it."""
+    return shares_tokenizer(path, codec) and closing_tokens(codec, read_manifest(path) is not None) == [codec.eos_id]
+
+
+class ClosedCodec(Codec):
+    """Responses closed by given tokens: those that another's reward model learned to be read at."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: list[int]):
+        super().__init__(tokenizer)
+        self.closing = closing
+
+    def responses(self, completions: list[Text]) -> list[list[int]]:
+        return [[*row[:-1], *self.closing] for row in super().responses(completions)]
+
+
+def reward_codec(path: str, policy_codec: Codec | None = None) -> Codec:
+    """How a reward model reads text, in training and evaluation alike: its own format, or the policy's where it came
+    without a tokenizer; responses closed as its makers close them."""
+    bare = policy_codec is not None and Path(path).is_dir() and tokenizer_sha256(path) is None
+    codec = policy_codec if bare else Codec.load(path)
+    return ClosedCodec(codec.tokenizer, closing_tokens(codec, read_manifest(path) is not None))
+
+
 def closing_tokens(codec: Codec, ours: bool) -> list[int]:
     """What follows a response that ended. Reward models of this pipeline learned EOS; others what their chat template
     writes after an answer, which may be more (a newline after <|im_end|>), or EOS where there is no template."""
@@ -167,7 +190,7 @@ def describe(path: str, reward: Reward) -> str:
     """What a reward model reads, and whether its zero means something."""
     reads = {
         ModelReward: "reads the sampled tokens",
-        TextReward: "has another tokenizer, so it reads text",
+        TextReward: "has a tokenizer or format of its own, so it reads text",
         PairReward: "is no causal language model, so it reads pairs of texts",
     }[type(reward)]
     if read_manifest(path) is not None:
@@ -193,10 +216,10 @@ class ValueStart:
 def value_start(config: PPOConfig, codec: Codec) -> ValueStart:
     """`value_model_path`, else the first reward model that reads the policy's tokens, else the policy (section 3.5)."""
     models = {term.model: term_name(term) for term in reversed(config.reward) if isinstance(term, ModelTerm)}
-    if config.value_model_path:
-        return ValueStart(config.value_model_path, term=models.get(config.value_model_path))
+    if path := config.value_model_path:
+        return ValueStart(path, term=models.get(path) if path in models and reads_sampled_tokens(path, codec) else None)
     for i, term in enumerate(config.reward):
         for key, path in model_paths(term, f"reward[{i}]").items():
-            if has_linear_score(reward_config(path, key)) and shares_tokenizer(path, codec):
+            if has_linear_score(reward_config(path, key)) and reads_sampled_tokens(path, codec):
                 return ValueStart(path, term=models.get(path))
     return ValueStart(config.model_name_or_path, fresh_head=True)

@@ -58,18 +58,18 @@ class ModelReward:
 
 
 class TextReward:
-    """A reward model with a tokenizer, and so a prompt format, of its own: text crosses, its tokens are scored.
+    """A reward model with a tokenizer, prompt format or end of its own (`codec`): text crosses, its tokens are scored.
 
-    What it reads ends in `closing`, whether the episode ended or was cut off: there it has learned to say something.
+    What it reads is closed whether the episode ended or was cut off: there it has learned to say something.
     Rows over `context` tokens lose their first ones; their share is noted as `cut`.
     """
 
     def __init__(
-        self, model: ScalarModel, codec: Codec, policy_codec: Codec, closing: list[int], context: int | None,
-        batch_size: int, max_tokens: int | None = None, even: Even | None = None,
+        self, model: ScalarModel, codec: Codec, policy_codec: Codec, context: int | None, batch_size: int,
+        max_tokens: int | None = None, even: Even | None = None,
     ):  # fmt: skip
         self.model, self.codec, self.policy_codec = model, codec, policy_codec
-        self.closing, self.context, self.batch_size, self.max_tokens = closing, context, batch_size, max_tokens
+        self.context, self.batch_size, self.max_tokens = context, batch_size, max_tokens
         self.even = even
         self.notes: dict[str, float] = {}
 
@@ -85,10 +85,7 @@ class TextReward:
         """Query and response in this model's own tokens."""
         queries = self.codec.prompts([prompt.prompt for prompt in prompts])
         responses = self.codec.responses([self.policy_codec.decode(episode.response) for episode in episodes])
-        return [
-            [*query, *response[:-1], *self.closing] or [self.codec.eos_id]
-            for query, response in zip(queries, responses, strict=True)
-        ]
+        return [[*query, *response] for query, response in zip(queries, responses, strict=True)]
 
 
 class PairReward:
@@ -101,30 +98,41 @@ class PairReward:
     ):  # fmt: skip
         self.model, self.tokenizer, self.policy_codec = model, tokenizer, policy_codec
         self.context, self.batch_size, self.max_tokens = context, batch_size, max_tokens
-        self.tokenizer.truncation_side = "left"
         self.notes: dict[str, float] = {}
 
-    @torch.no_grad()
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        asked = [plain_text(prompt.prompt) for prompt in prompts]
         answers = [self.policy_codec.decode(episode.response) for episode in episodes]
-        lengths = [len(ids) for ids in self.tokenizer(asked, answers)["input_ids"]]
+        pairs = [(plain_text(prompt.prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        scores, cut = score_pairs(self.model, self.tokenizer, pairs, self.context, self.batch_size, self.max_tokens)
         if self.context is not None:
-            self.notes = {"cut": sum(length > self.context for length in lengths) / len(lengths)}
-        scores = [0.0] * len(episodes)
-        for rows in token_batches(lengths, self.batch_size, self.max_tokens):
-            batch = self.tokenizer(
-                [asked[i] for i in rows], [answers[i] for i in rows], padding=True, return_tensors="pt",
-                truncation=self.context is not None, max_length=self.context,
-            ).to(self.model.device)  # fmt: skip
-            for i, score in zip(rows, self.model(**batch).logits[:, 0].float().tolist(), strict=True):
-                scores[i] = score
+            self.notes = {"cut": cut / len(pairs)}
         return scores
 
 
-def plain_text(prompt: Text) -> str:
-    """A prompt as a model without a chat format reads it: the messages' texts, parted by blank lines."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+@torch.no_grad()
+def score_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], context: int | None,
+    batch_size: int, max_tokens: int | None = None,
+) -> tuple[list[float], int]:  # fmt: skip
+    """A classifier's scores of N (prompt, response) as its tokenizer joins the two, and how many were over `context`
+    tokens: those are cut, on the left."""
+    tokenizer.truncation_side = "left"
+    lengths = [len(ids) for ids in tokenizer(*map(list, zip(*pairs, strict=True)))["input_ids"]]
+    scores = [0.0] * len(pairs)
+    for rows in token_batches(lengths, batch_size, max_tokens):
+        asked, answers = zip(*(pairs[i] for i in rows), strict=True)
+        batch = tokenizer(
+            list(asked), list(answers), padding=True, return_tensors="pt", truncation=context is not None,
+            max_length=context,
+        ).to(model.device)  # fmt: skip
+        for i, score in zip(rows, model(**batch).logits[:, 0].float().tolist(), strict=True):
+            scores[i] = score
+    return scores, 0 if context is None else sum(length > context for length in lengths)
+
+
+def plain_text(text: Text) -> str:
+    """A prompt or completion as a model without a chat format reads it: the messages' texts, parted by blank lines."""
+    return text if isinstance(text, str) else "\n\n".join(message["content"] for message in text)
 
 
 class FunctionReward:

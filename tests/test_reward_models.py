@@ -22,6 +22,7 @@ from transformers import (
 from align.checkpoint import write_manifest
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
+from align.evaluate.scorer import load_scorer
 from align.models import load_scalar_model, save_scalar_model
 from align.reward_models import (
     ValueStart,
@@ -35,7 +36,7 @@ from align.reward_models import (
 )
 from align.rewards import ModelReward, PairReward, TextReward
 from align.text import Codec
-from align.types import Episode, Prompt
+from align.types import Episode, Prompt, Ranking
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -237,6 +238,25 @@ def test_the_same_tokenizer_reads_the_sampled_tokens(world, tiny_codec, episodes
         rows = [[*e.query, *e.response, *([] if e.finished else [tiny_codec.eos_id])] for e in episodes]
         expected = [float(model(torch.tensor([row])).logits[0, 0]) for row in rows]
     assert reward(PROMPTS, episodes) == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_model_is_read_alike_by_ppo_and_by_evaluation(world, bert, tmp_path, tiny_codec, chatml, episodes):
+    """The policy's own tokenizer whose template writes more than EOS, another tokenizer, and no language model."""
+    tokenizer = copy.deepcopy(tiny_codec.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "{{ eos_token + '\n' }}")
+    chatty = Codec(tokenizer)
+    save_classifier(tmp_path / "newline", chatty, 5)
+    rankings = [Ranking(p.prompt, (a, "?"), (0.0, 1.0)) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    for folder, codec in ((tmp_path / "newline", chatty), (world / "foreign", tiny_codec), (bert, tiny_codec)):
+        said = load(folder, codec)(PROMPTS, episodes)
+        read = load_scorer(str(folder), "x", torch.device("cpu")).score(rankings, 2)
+        assert said == pytest.approx([scores[0] for scores in read], abs=1e-5)
+    reward = load(tmp_path / "newline", chatty)
+    assert type(reward) is TextReward and all(row[-2] == chatty.eos_id for row in reward.rows(PROMPTS, episodes))
+    config = config_of(world, ModelTerm(str(tmp_path / "newline")))
+    assert value_start(config, chatty).fresh_head, "a value is read at EOS, where this model has learned nothing"
+    write_manifest(tmp_path / "newline", "rm", {}, seed=0)
+    assert type(load(tmp_path / "newline", chatty)) is ModelReward, "ours is read at EOS"
 
 
 def test_rows_over_the_models_context_lose_their_first_tokens(world, tmp_path, tiny_codec, chatml, episodes):

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from align.checkpoint import read_manifest
-from align.data import contents, ranking_length
+from align.data import ranking_length
 from align.models import ScalarModel, load_scalar_model
 from align.packing import pack_rows, token_batches
 from align.ranking import score_rankings, score_rows
-from align.reward_models import closing_tokens, has_linear_score, load_classifier, reward_config
+from align.reward_models import has_linear_score, load_classifier, reward_codec, reward_config
+from align.rewards import plain_text, score_pairs
 from align.text import Codec
-from align.types import Ranking, Text
+from align.types import Ranking
 
 
 class Scorer(Protocol):
@@ -33,17 +32,6 @@ class Scorer(Protocol):
     def score(self, rankings: list[Ranking], batch_size: int) -> list[list[float]]:
         """K scores a ranking; `batch_size` prompts a forward pass, those of like length together."""
         ...
-
-
-class ClosedCodec(Codec):
-    """Responses closed by given tokens: those that another's reward model learned to be read at."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: list[int]):
-        super().__init__(tokenizer)
-        self.closing = closing
-
-    def responses(self, completions: list[Text]) -> list[list[int]]:
-        return [[*row[:-1], *self.closing] for row in super().responses(completions)]
 
 
 @dataclass(frozen=True)
@@ -72,20 +60,17 @@ class ClassifierScorer:
     def tokens(self, ranking: Ranking) -> int:
         return max(len(self.tokenizer(*pair)["input_ids"]) for pair in _texts(ranking))
 
-    @torch.no_grad()
     def score(self, rankings: list[Ranking], batch_size: int) -> list[list[float]]:
-        lengths = [self.tokens(ranking) for ranking in rankings]
         scores: dict[int, list[float]] = {}
-        for picked in token_batches(lengths, batch_size):
+        for picked in token_batches([self.tokens(ranking) for ranking in rankings], batch_size):
             pairs = [pair for i in picked for pair in _texts(rankings[i])]
-            rows = self.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
-            flat = iter(self.model(**rows.to(self.model.device)).logits.float().squeeze(-1).tolist())
+            flat = iter(score_pairs(self.model, self.tokenizer, pairs, self.context, len(pairs))[0])
             scores |= {i: [next(flat) for _ in rankings[i].completions] for i in picked}
         return [scores[i] for i in range(len(rankings))]
 
 
 def _texts(ranking: Ranking) -> list[tuple[str, str]]:
-    return [(contents(ranking.prompt), contents(completion)) for completion in ranking.completions]
+    return [(plain_text(ranking.prompt), plain_text(completion)) for completion in ranking.completions]
 
 
 def load_scorer(
@@ -101,10 +86,8 @@ def load_scorer(
         model, tokenizer, context = load_classifier(path, role, dtype)
         return ClassifierScorer(model.to(device), tokenizer, context)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    model, codec = load_scalar_model(path, attn_implementation, dtype=dtype).to(device).eval(), Codec.load(path)
-    if read_manifest(path) is None:  # not of this pipeline
-        codec = ClosedCodec(codec.tokenizer, closing_tokens(codec, ours=False))
-    return ScalarScorer(model, codec, context)
+    model = load_scalar_model(path, attn_implementation, dtype=dtype).to(device).eval()
+    return ScalarScorer(model, reward_codec(path), context)
 
 
 def score_spread(scorer: Scorer, rankings: list[Ranking], batch_size: int, seed: int) -> dict[str, Any]:

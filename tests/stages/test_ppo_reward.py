@@ -51,7 +51,9 @@ def test_ppo_on_text_and_a_function(mini, foreign, brief, tmp_path, capsys):
     mini.stage("ppo", mini.run, output_dir=tmp_path / "out", reward=reward)
     out = capsys.readouterr().out
     assert f"value model: {mini.run / 'sft'} with a fresh head" in out
-    assert f"reward judge, weight 2: {foreign} has another tokenizer, so it reads text (no manifest" in out
+    assert (
+        f"reward judge, weight 2: {foreign} has a tokenizer or format of its own, so it reads text (no manifest" in out
+    )
     for row in rows(tmp_path / "out" / "metrics.jsonl"):
         total = 2 * row["objective/scores/judge"] + 0.5 * row["objective/scores/brief"]
         assert row["objective/raw_scores"] == pytest.approx(total, abs=1e-5)
