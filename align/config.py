@@ -289,7 +289,7 @@ class PPOConfig(TrainingConfig):
     whiten_rewards: bool = False
     reward_clip: float | None = None
     missing_eos_penalty: float | None = -1.0  # the score of a response that does not end
-    missing_eos_mode: str = "replace"  # or "subtract": score - penalty
+    missing_eos_mode: str = "replace"  # or "subtract": score - |penalty|
     ema_decay: float | None = 0.992  # per optimiser step; the saved policy is the average
     save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
     transcript_iterations: int = 10

@@ -20,6 +20,13 @@ NAMES = sorted({path.parent.name for path in PRESETS})
 CLUSTER = ("tldr-pythia-1b", "hh-llama-8b", "instructgpt-175b")  # not run here
 OTHERS = {"data": PrepareConfig, "export": ExportConfig}
 PROCESSES = re.compile(r"^# Processes: (\d+)\.")
+# Keys that change no trained weight, or only with another key that the preset leaves off (LoRA, folds, KL target).
+NO_TRAINING = {
+    "output_dir", "on_bad_rows", "report_to", "save_total_limit", "logging_steps", "transcript_iterations",
+    "gradient_accumulation_steps", "reward_retries", "num_folds", "lora_r", "lora_alpha", "kl_horizon",
+    "importance_weight_level",
+}  # fmt: skip
+SELECTION = {"selection_prompts", "max_new_tokens", "temperature"}  # SFT's, with a reward model
 CITED = re.compile(r"# .*(App\. [A-F]|[Ss]ection \d|Table \d|Eq\. \d|not in the paper)")
 
 
@@ -119,6 +126,20 @@ def test_every_value_of_the_paper_cites_its_place(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith(("#", *skip)):
             assert CITED.search(line), f"{path.name}: {line!r} cites no table, section or appendix"
+
+
+@pytest.mark.parametrize("name", ["sft", "sft-6b", "sft-baseline", "rm", "ppo"])
+def test_every_training_value_in_force_is_named(name):
+    """A default of ours that the paper does not give must not pass as the paper's."""
+    config, text = load("instructgpt-175b", name), files("instructgpt-175b")[name].read_text(encoding="utf-8")
+    off = NO_TRAINING | (SELECTION if name in ("sft", "sft-6b") else set())
+    in_force = {
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) not in (None, False, 0, "", ())
+    }
+    assert {"learning_rate", "adam_epsilon", "max_grad_norm"} <= in_force
+    assert sorted(key for key in in_force - off if f"\n{key}:" not in text) == []
 
 
 def test_the_papers_numbers():
