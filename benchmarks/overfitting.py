@@ -2,8 +2,9 @@
 
     python -m benchmarks.overfitting --data FOLDER --model MODEL --output runs/overfitting
 
-Stage `rm` twice, with `batch_element: ranking` and `pair`, as many optimiser steps each; held-out loss and accuracy
-after each epoch. A side that is done is not run again. Writes overfitting.png and results.json.
+Stage `rm` twice, with `batch_element: ranking` and `pair`, one seed and one learning rate, as many optimiser steps an
+epoch to within a few; held-out loss and accuracy after each epoch. A side that is done is not run again, so give
+another --output with other arguments. Writes overfitting.png and results.json.
 """
 
 import argparse

@@ -2,10 +2,12 @@
 
     python -m benchmarks.reward_quality --data FOLDER --model MODEL --output runs/reward-quality [--scale 2] [--seeds 3]
 
-Same base, head, tokens, rates, schedule, epochs and number of optimiser steps; only the batch element differs: a prompt
-with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each of the two sides' runs is a process of its
-own; one that is done is not run again, so a stopped benchmark goes on where it was. Writes results.json with held-out
-accuracy, paired gain and 95% intervals by prompt, pooled over seeds: overall, K > 2, by source, beside length alone.
+Same base, head, tokens, schedule, epochs and number of optimiser steps, at one learning rate, tuned for neither side;
+only the batch element differs: a prompt with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each
+run of the two sides is a process of its own; one that is done is not run again, so a stopped benchmark goes on where it
+was, with the same arguments. Writes results.json with held-out accuracy and paired gain, averaged over seeds: overall,
+K > 2, by source, as the mean over sources (`macro`), beside length alone. The 95% intervals draw seeds and prompts anew
+together (few seeds show less than their whole spread), those of length alone prompts.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +27,10 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from align.checkpoint import write_json, write_jsonl
-from align.data import load_rankings
+from align.data import load_rankings, prompt_key
+from align.errors import UserError
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
-from align.evaluate.win_rate import accuracy_gain, accuracy_interval, plain
+from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, plain
 from align.models import load_scalar_model, save_scalar_model
 from align.prepare import main as prepare
 from align.ranking import encode_rankings, score_rankings, split_pairs
@@ -37,11 +41,12 @@ from align.types import Ranking
 from stages import rm
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # prompts of each source, times --scale
+TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # rankings of each source, times --scale
 HELD_OUT = {"en_100_tree": 40, "dev_feedback": 70, "harmless-base-test": 120}
 PROMPTS_A_STEP, PROMPTS_A_PASS, PAIRS_A_PASS = 8, 4, 2  # a pass is one forward and backward
 SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
+RESAMPLES = 2000
 
 
 def main(argv: list[str]) -> None:
@@ -57,6 +62,7 @@ def main(argv: list[str]) -> None:
     if args.run:
         side, seed = args.run[0], int(args.run[1])
         return {"ours": train_ours, "trl": train_trl}[side](args.model, output, seed)
+    same_arguments(output, {"data": args.data, "model": args.model, "scale": args.scale, **SETTINGS})
     if not (output / "train.jsonl").exists():
         make_data(args.data, output, args.scale)
     for seed, side in itertools.product(range(args.seeds), SIDES):
@@ -70,8 +76,20 @@ def main(argv: list[str]) -> None:
     print_table(results)
 
 
+def same_arguments(output: Path, arguments: dict) -> None:
+    """Store what a benchmark was started with. Raises UserError where it would go on with something else."""
+    path = output / "arguments.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        return write_json(path, arguments)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in arguments.items():
+        if stored.get(key) != value:
+            raise UserError(f"{path}: {key} was {stored.get(key)}, not {value}; choose another --output")
+
+
 def make_data(data: str, output: Path, scale: float) -> None:
-    """train.jsonl and held_out.jsonl: the first prompts of each source on either side of the split."""
+    """train.jsonl and held_out.jsonl: the first rankings of each source on either side of the split."""
     prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", data])
     pick("rankings", {name: round(count * scale) for name, count in TRAIN.items()}, output, "train")
     pick("rankings_validation", HELD_OUT, output, "held_out")
@@ -84,6 +102,9 @@ def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
         taken[row["source"]] += 1
         if taken[row["source"]] <= counts[row["source"]]:
             kept.append(row)
+    for source, count in counts.items():
+        if taken[source] < count:
+            raise UserError(f"{output / 'data'}: {source} gives {taken[source]} {name}, {count} are asked for")
     write_jsonl(output / f"{to}.jsonl", kept)
 
 
@@ -175,41 +196,90 @@ def report(output: Path, args: argparse.Namespace) -> dict:
     return {
         "model": args.model,
         "seeds": args.seeds,
+        "settings": SETTINGS,  # one learning rate, the same for both sides
         "training": {
-            "prompts": len(training),
+            "prompts": distinct(training),
             "pairs": len(untied_pairs([(r, [0.0] * len(r.ranks)) for r in training])),
         },
         "seconds": {side: [run["seconds"] for run in found] for side, found in runs.items()},
-        "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items() if rows},
+        "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items() if rows}
+        | {"macro": macro(rankings, runs, [groups[source] for source in HELD_OUT if groups[source]])},
     }
 
 
-def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ranking]) -> dict:
-    """Accuracy of both sides on the pairs of `group`, each pair's averaged over seeds, and their difference."""
-    chosen = {id(ranking) for ranking in group}
-    correct: dict[str, np.ndarray] = {}
-    by_seed: dict[str, list[float]] = {}
+def distinct(rankings: list[Ranking]) -> int:
+    return len({prompt_key(ranking.prompt) for ranking in rankings})
+
+
+@dataclass(frozen=True)
+class Right:
+    """What both sides got right of a group's untied pairs."""
+
+    pairs: list
+    by_seed: dict[str, np.ndarray]  # side -> (S, m) in [0, 1]
+    prompts: np.ndarray  # (m,) cluster of each pair
+
+
+def judge(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ranking]) -> Right:
+    chosen, by_seed = {id(ranking) for ranking in group}, {}
     for side, found in runs.items():
         seeds = []
         for run in found:
             scored = [(r, s) for r, s in zip(rankings, run["scores"], strict=True) if id(r) in chosen]
             pairs = untied_pairs(scored)
             seeds.append(right(pairs))
-        correct[side], by_seed[side] = np.mean(seeds, axis=0), [float(one.mean()) for one in seeds]
-    prompts = prompts_of(pairs)
-    longer = (np.sign([a - b for a, b in (pair.lengths for pair in pairs)]) + 1) / 2
-    numbers = {side: accuracy_interval(correct[side], prompts, 0) for side in SIDES}
+        by_seed[side] = np.array(seeds, dtype=float)
+    return Right(pairs, by_seed, np.unique(prompts_of(pairs), return_inverse=True)[1])
+
+
+def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ranking]) -> dict:
+    """Accuracy of both sides on the pairs of `group`, each pair's averaged over seeds, and their difference."""
+    found = judge(rankings, runs, group)
+    longer = (np.sign([a - b for a, b in (pair.lengths for pair in found.pairs)]) + 1) / 2
     return plain(
         {
-            "pairs": len(pairs),
-            "prompts": len(group),
-            **numbers,
-            "by_seed": by_seed,
-            "difference": accuracy_gain(correct["ours"], correct["trl"], prompts, 0),
-            "length_only": accuracy_interval(longer, prompts, 0),
-            "gain_over_length": accuracy_gain(correct["ours"], longer, prompts, 0),
+            "pairs": len(found.pairs),
+            "prompts": distinct(group),
+            **resampled([found]),
+            "by_seed": {side: seeds.mean(axis=1).tolist() for side, seeds in found.by_seed.items()},
+            "length_only": accuracy_interval(longer, found.prompts, 0),
+            "gain_over_length": accuracy_gain(found.by_seed["ours"].mean(axis=0), longer, found.prompts, 0),
         }
     )
+
+
+def macro(rankings: list[Ranking], runs: dict[str, list[dict]], sources: list[list[Ranking]]) -> dict:
+    """The mean over sources of both sides' accuracy, so that the source with the most pairs does not decide."""
+    found = [judge(rankings, runs, source) for source in sources]
+    pairs, prompts = sum(len(one.pairs) for one in found), sum(distinct(source) for source in sources)
+    return plain({"pairs": pairs, "prompts": prompts, **resampled(found)})
+
+
+def resampled(groups: list[Right]) -> dict[str, Interval]:
+    """Mean over groups of each side's accuracy, and of ours less TRL's, with a percentile bootstrap of two levels:
+    S seeds, the same for both sides (they share the first head), and of each group its prompts, whole."""
+    rng = np.random.default_rng(0)
+    seeds = len(groups[0].by_seed["ours"])
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds  # (R, S)
+    draws: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+    means: dict[str, list[float]] = {side: [] for side in SIDES}
+    for group in groups:
+        trials = np.bincount(group.prompts)
+        n = len(trials)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)  # (R, n)
+        for side in SIDES:
+            gained = np.array([np.bincount(group.prompts, weights=one) for one in group.by_seed[side]])  # (S, n)
+            draws[side].append(((drawn_seeds @ gained) * drawn).sum(axis=1) / (drawn @ trials))
+            means[side].append(float(group.by_seed[side].mean()))
+    spread = {side: np.mean(found, axis=0) for side, found in draws.items()}
+    middle = {side: float(np.mean(found)) for side, found in means.items()}
+    spread["difference"] = spread["ours"] - spread["trl"]
+    middle["difference"] = middle["ours"] - middle["trl"]
+    ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in spread.items()}
+    return {
+        name: Interval(mean, min(float(ends[name][0]), mean), max(float(ends[name][1]), mean))
+        for name, mean in middle.items()
+    }
 
 
 def print_table(results: dict) -> None:
@@ -218,10 +288,11 @@ def print_table(results: dict) -> None:
 
     print("| held-out pairs | ours | TRL | ours - TRL | the longer is better |\n|---|---|---|---|---|")
     for name, row in results["held_out"].items():
-        cells = " | ".join(show(row[key]) for key in (*SIDES, "difference", "length_only"))
+        cells = " | ".join(show(row[key]) if key in row else "-" for key in (*SIDES, "difference", "length_only"))
         print(f"| {name} ({row['pairs']}) | {cells} |")
     seconds = {side: round(sum(found)) for side, found in results["seconds"].items()}
-    print(f"trained on {results['training']}, {results['seeds']} seeds; seconds {seconds}")
+    print(f"trained on {results['training']} at one learning rate, {SETTINGS['learning_rate']:g}")
+    print(f"{results['seeds']} seeds; seconds {seconds}")
 
 
 if __name__ == "__main__":

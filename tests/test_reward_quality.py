@@ -3,10 +3,13 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 
+from align.errors import UserError
+from align.evaluate.win_rate import accuracy_interval
 from align.ranking import RankedTokens, split_pairs
-from benchmarks.reward_quality import pair_row, pick, report
+from benchmarks.reward_quality import SIDES, Right, pair_row, pick, report, resampled, same_arguments
 
 
 def lines(path, rows) -> None:
@@ -25,8 +28,35 @@ def test_a_pairs_better_completion_is_chosen_whatever_its_place():
 def test_pick_takes_the_first_of_each_source(tmp_path):
     (tmp_path / "data").mkdir()
     lines(tmp_path / "data" / "rankings.jsonl", [{"source": s, "n": n} for n, s in enumerate("aababb")])
+    with pytest.raises(UserError, match="a gives 3 rankings, 4 are asked for"):
+        pick("rankings", {"a": 4, "b": 1}, tmp_path, "train")
+    assert not (tmp_path / "train.jsonl").exists()
     pick("rankings", {"a": 2, "b": 1}, tmp_path, "train")
     assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 2]
+
+
+def test_a_benchmark_goes_on_with_its_own_arguments_alone(tmp_path):
+    same_arguments(tmp_path / "out", {"model": "m", "scale": 1.0})
+    same_arguments(tmp_path / "out", {"model": "m", "scale": 1.0})
+    with pytest.raises(UserError, match="scale was 1.0, not 2.0"):
+        same_arguments(tmp_path / "out", {"model": "m", "scale": 2.0})
+
+
+def test_the_interval_holds_what_another_seed_would_give():
+    """Seeds that differ by 0.1 where prompts differ little: prompts alone would claim the mean of these seeds."""
+    rng = np.random.default_rng(0)
+    safe, naive = [], []
+    prompts = np.arange(200)
+    for _ in range(60):
+        sides = {side: (rng.random((5, 200)) < 0.6 + 0.1 * rng.standard_normal((5, 1))) * 1.0 for side in SIDES}
+        interval, alone = (
+            resampled([Right([], sides, prompts)])["ours"],
+            accuracy_interval(sides["ours"].mean(axis=0), prompts, 0),
+        )
+        safe.append(interval.low <= 0.6 <= interval.high)
+        naive.append(alone.low <= 0.6 <= alone.high)
+        assert interval.mean == pytest.approx(sides["ours"].mean())
+    assert np.mean(safe) >= 0.85 > 0.7 > np.mean(naive)
 
 
 @pytest.fixture
@@ -58,4 +88,9 @@ def test_accuracies_by_hand(output):
     assert many["pairs"] == 3 and many["ours"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
     assert everything["length_only"]["mean"] == 0.5  # best > 3, second one > 3, best < second one, yes < no!!!
     assert results["training"] == {"prompts": 2, "pairs": 4}
+    # The mean over sources: ours (5/6 + 1) / 2; TRL 0 and (1/2 + 1 + 1) / 3 of dev_feedback, 0 and 1 of the other.
+    assert results["held_out"]["macro"]["ours"]["mean"] == pytest.approx((5 / 6 + 1) / 2)
+    assert results["held_out"]["macro"]["trl"]["mean"] == pytest.approx((2.5 / 6 + 0.5) / 2)
+    assert results["held_out"]["macro"]["prompts"] == everything["prompts"] == 2
+    assert results["settings"]["learning_rate"] == 1e-5
     assert results["held_out"]["harmless-base-test"]["trl"]["mean"] == 0.5
