@@ -118,7 +118,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             else:
                 verdict = "is worse than SFT" if gain.high < 0 else "does not differ measurably from SFT"
             who = " by the reward model that it climbed" if unjudged else ""
-            size = f" ({numbers['gain_in_deviations']:.2f} standard deviations)" if unjudged else ""
+            size = f" ({Interval(**numbers['gain_in_deviations'])} standard deviations)" if unjudged else ""
             lines.append(f"{LABELS[name]}, {mode}, {verdict}{who}: paired gain {gain}{size}, win rate {rate}.")
     return lines
 
@@ -260,16 +260,19 @@ def _proxy_table(summary: Mapping[str, Any]) -> Table:
     """What the reward model and plain counts say of each policy's answers."""
     rows = []
     for name, modes in summary["by_reward_model"].items():
-        for mode, numbers in modes.items():
-            cells = [str(Interval(**numbers[key])) for key in REWARD_KEYS]
-            gain, perplexity = f"{numbers['gain_in_deviations']:.2f}", f"{summary['policies'][name]['perplexity']:.2f}"
-            rows.append([f"{LABELS[name]}, {mode}", *cells, gain, perplexity])
-    columns = ["score", "gain", "win rate", "KL", "tokens", "finished", "repetition", "gain / sd", "perplexity"]
+        perplexity = f"{summary['policies'][name]['perplexity']:.2f} ({modes['perplexity_vs_sft']:.3f})"
+        for mode in MODES:
+            cells = [str(Interval(**modes[mode][key])) if modes[mode][key] else "-" for key in REWARD_KEYS]
+            rows.append([f"{LABELS[name]}, {mode}", *cells, perplexity])
+    columns = [
+        "score", "gain", "gain / sd", "win rate", "KL", "tokens", "finished", "finished: gain", "repetition",
+        "perplexity (/ SFT's)",
+    ]  # fmt: skip
     note = (
-        "No judge: score is the reward model's, which PPO climbed, so a gain says that it climbed. Gain and win rate "
+        "No judge: score is the reward model's, which PPO climbed, so a gain says that it climbed. Gains and win rate "
         "(ties half) against SFT on the same prompts; gain / sd in standard deviations of SFT's scores. KL to SFT in "
-        "nats per episode; finished ends in EOS; repetition is the share of 3-grams that stood before; perplexity is "
-        "on held-out text. Brackets: 95% intervals."
+        "nats per episode, of sampled answers; finished ends in EOS; repetition is the share of 3-grams that stood "
+        "before; perplexity is on held-out text. Brackets: 95% intervals."
     )
     return Table("Policies by the reward model", note, ["policy", *columns], rows)
 

@@ -8,10 +8,12 @@
     P = {"sampled": D, "greedy": D, "proxy", "kl", "perplexity", "response_tokens", "finished"} or null
     D = {"gold": I, "gain_vs_sft": I, "win_rate_vs_sft": I};  I = {"mean", "low", "high"}
 
-Without a judge every D holds nulls and "by_reward_model" is added, {policy: {mode: R}}: what the reward model, which is
-also what PPO climbed, says of the same answers.
-    R = {"score": I, "gain_vs_sft": I, "gain_in_deviations", "win_rate_vs_sft": I,
-         "kl": I, "response_tokens": I, "finished": I, "repetition": I}
+Without a judge every D holds nulls and "by_reward_model" is added, {policy: {mode: R, "perplexity_vs_sft"}}: what the
+reward model, which is also what PPO climbed, says of the same answers, and perplexity as a ratio to SFT's.
+    R = {"score": I, "gain_vs_sft": I, "gain_in_deviations": I, "win_rate_vs_sft": I, "kl": I or null,
+         "response_tokens": I, "finished": I, "finished_gain_vs_sft": I, "repetition": I}
+"gain_in_deviations" is the gain over the standard deviation of SFT's scores, taken as known. "kl" is null for greedy
+answers: the mean log-ratio estimates a KL where the answers were sampled, at temperature 1.
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
 no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
@@ -21,12 +23,13 @@ All else is a finite number.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
 from align.errors import UserError
-from align.evaluate.win_rate import mean_interval, paired_gain, plain, rate_interval, win_rate
+from align.evaluate.win_rate import Interval, mean_interval, paired_gain, plain, rate_interval, win_rate
 
 SCHEMA = 1
 POLICIES = ("base", "prompted", "sft", "ppo", "ppo_ptx")
@@ -36,7 +39,10 @@ RECORD_MEANS = ("proxy", "kl", "response_tokens", "finished")
 RM_KEYS = ("accuracy", "gold_accuracy", "demonstration_mean", "pairs")
 STEP_ZERO_KEYS = ("ratio_max_deviation", "kl", "value_minus_score")
 
-REWARD_KEYS = ("score", "gain_vs_sft", "win_rate_vs_sft", "kl", "response_tokens", "finished", "repetition")
+REWARD_KEYS = (
+    "score", "gain_vs_sft", "gain_in_deviations", "win_rate_vs_sft", "kl", "response_tokens", "finished",
+    "finished_gain_vs_sft", "repetition",
+)  # fmt: skip
 GOLD_KEYS = ("gold", "gain_vs_sft", "win_rate_vs_sft")
 
 Record = Mapping[str, Any]  # one prompt's answer: id, prompt, response, likert, fields, finished, proxy, kl, ...
@@ -74,9 +80,14 @@ def _require_same_prompts(records: Sequence[Record], sft_records: Sequence[Recor
 
 
 def by_reward_model(policies: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
-    """{policy: {mode: R}} of the schema, for every policy that was trained."""
+    """{policy: {mode: R, "perplexity_vs_sft"}} of the schema, for every policy that was trained."""
+    sft = policies["sft"]
     return {
-        name: {mode: _reward_numbers(policy[mode], policies["sft"][mode], seed) for mode in MODES}
+        name: {
+            "sampled": _reward_numbers(policy["sampled"], sft["sampled"], seed),
+            "greedy": _reward_numbers(policy["greedy"], sft["greedy"], seed) | {"kl": None},
+            "perplexity_vs_sft": float(policy["perplexity"] / sft["perplexity"]),
+        }
         for name, policy in policies.items()
         if policy
     }
@@ -85,18 +96,18 @@ def by_reward_model(policies: Mapping[str, Any], seed: int) -> dict[str, dict[st
 def _reward_numbers(records: Sequence[Record], sft_records: Sequence[Record], seed: int) -> dict[str, Any]:
     _require_same_prompts(records, sft_records)
     scores, sft_scores = ([float(r["proxy"]) for r in rows] for rows in (records, sft_records))
+    ended, sft_ended = ([float(bool(r["finished"])) for r in rows] for rows in (records, sft_records))
     gain, spread = paired_gain(scores, sft_scores), float(np.std(sft_scores, ddof=1))
-    finished = sum(bool(record["finished"]) for record in records)
     numbers = {
         "score": mean_interval(scores),
         "gain_vs_sft": gain,
+        "gain_in_deviations": Interval(*(number / spread if spread else 0.0 for number in astuple(gain))),
         "win_rate_vs_sft": win_rate(scores, sft_scores, seed),
-        "finished": rate_interval(finished, len(records)),
+        "finished": rate_interval(int(sum(ended)), len(ended)),
+        "finished_gain_vs_sft": paired_gain(ended, sft_ended),
         **{key: mean_interval([r[key] for r in records]) for key in ("kl", "response_tokens", "repetition")},
     }
-    return plain({key: numbers[key] for key in REWARD_KEYS}) | {
-        "gain_in_deviations": gain.mean / spread if spread else 0.0  # standard deviations of SFT's scores
-    }
+    return plain({key: numbers[key] for key in REWARD_KEYS})
 
 
 def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -181,13 +192,14 @@ def _check_step_zero(numbers: Any) -> list[str]:
 def _check_by_reward_model(table: Any) -> list[str]:
     problems = []
     for name, modes in table.items():
+        problems += _number(modes.get("perplexity_vs_sft"), f"by_reward_model.{name}.perplexity_vs_sft", low=0.0)
         for mode in MODES:
             place = f"by_reward_model.{name}.{mode}"
-            wrong = _keys(modes[mode], (*REWARD_KEYS, "gain_in_deviations"), place)
             rates = ("win_rate_vs_sft", "finished")
-            problems += wrong or [
+            problems += _keys(modes[mode], REWARD_KEYS, place) or [
                 problem
                 for key in REWARD_KEYS
+                if (key, mode) != ("kl", "greedy") or modes[mode][key] is not None
                 for problem in _interval(modes[mode][key], f"{place}.{key}", rate=key in rates)
             ]
     return problems

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # align.types imports torch, which nothing here needs
 
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))  # 1.96
+FEW_CLUSTERS = 10  # fewer show a bootstrap too little of the spread
 
 Verdict = float  # 1.0 the first answer is better, 0.5 a tie, 0.0 the second is better
 
@@ -141,6 +142,10 @@ def win_interval(verdicts: ArrayLike) -> Interval:
         raise ValueError(f"an interval needs at least 2 verdicts, got {n}")
     if not np.isin(values, (0.0, 0.5, 1.0)).all():
         raise ValueError("verdicts must be 0, 0.5 or 1")
+    return _score_interval(mean, n, ties)
+
+
+def _score_interval(mean: float, n: float, ties: float = 0.0) -> Interval:
     a, b, c = n + Z**2, 2 * n * mean + Z**2, n * mean**2 + Z**2 * ties / 4
     root = max(b**2 - 4 * a * c, 0.0) ** 0.5
     return Interval(mean, min(max((b - root) / (2 * a), 0.0), mean), max(min((b + root) / (2 * a), 1.0), mean))
@@ -174,33 +179,48 @@ def cluster_interval(numerators: ArrayLike, denominators: ArrayLike, seed: int, 
 def accuracy_interval(correct: ArrayLike, clusters: ArrayLike, seed: int) -> Interval:
     """Mean of trials in [0, 1], (m,), whose cluster ids are `clusters`, (m,): `cluster_interval` made safe for rates.
 
-    Where the bootstrap sees no spread at all (every trial right, or every one wrong) it would claim certainty; there
-    each cluster counts as one trial of Wilson's interval. One cluster says nothing: its interval is [0, 1].
+    Few clusters show the bootstrap too little spread, equal ones none at all (two prompts, half right each), and it
+    would claim certainty. There each cluster is one trial of Wilson's interval, unequal ones as many as Kish's
+    effective number: trials in [0, 1] spread at most as much as right and wrong. One cluster says nothing: [0, 1].
     """
     values = _finite(correct, "correct")
     if not len(values):
         raise ValueError("no trial to take an accuracy of")
-    _, ids = np.unique(np.asarray(clusters), return_inverse=True)
-    right, trials = np.bincount(ids, weights=values), np.bincount(ids)
+    right, trials, effective = _by_cluster(values, clusters)
     mean = float(values.mean())
     if len(trials) == 1:
         return Interval(mean, 0.0, 1.0)
-    if mean in (0.0, 1.0):
-        return rate_interval(int(mean) * len(trials), len(trials))
+    if effective < FEW_CLUSTERS or np.ptp(right / trials) == 0:
+        return _score_interval(mean, effective)
     return cluster_interval(right, trials, seed)
 
 
 def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, seed: int) -> Interval:
     """Mean of correct - other over the same trials, (m,) each in [0, 1]: paired, so what both find hard cancels out.
 
-    One cluster says nothing: its interval is [-1, 1].
+    Few clusters get Student's interval of a ratio. Where all n clusters gain the same, up to Wilson's bound on what was
+    seen in 0 of n trials may gain otherwise, anything in [-1, 1]. One cluster says nothing: its interval is [-1, 1].
     """
     gains = np.subtract(*_pair(correct, other))
+    gained, trials, effective = _by_cluster(gains, clusters)
+    mean, n = float(gains.mean()), len(trials)
+    if n == 1:
+        return Interval(mean, -1.0, 1.0)
+    if np.ptp(gained / trials) == 0:
+        unseen = _score_interval(0.0, effective).high
+        return Interval(mean, mean - unseen * (1 + mean), mean + unseen * (1 - mean))
+    if effective < FEW_CLUSTERS:
+        error = np.sqrt(n / (n - 1) * np.sum((gained - mean * trials) ** 2)) / trials.sum()
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * error)
+        return Interval(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+    return cluster_interval(gained, trials, seed)
+
+
+def _by_cluster(values: NDArray[np.float64], clusters: ArrayLike) -> tuple[NDArray, NDArray, float]:
+    """Sum and count of each cluster's values, (n,) each, and how many clusters of equal size tell as much."""
     _, ids = np.unique(np.asarray(clusters), return_inverse=True)
-    trials = np.bincount(ids)
-    if len(trials) == 1:
-        return Interval(float(gains.mean()), -1.0, 1.0)
-    return cluster_interval(np.bincount(ids, weights=gains), trials, seed)
+    counts = np.bincount(ids)
+    return np.bincount(ids, weights=values), counts, float(counts.sum() ** 2 / (counts**2).sum())
 
 
 def judged_pairs(rankings: Iterable[Ranking]) -> dict[tuple[str, str, str], list[tuple[str | None, Verdict]]]:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from align.errors import UserError
-from align.evaluate.summary import POLICIES, check_summary, policy_summary, summarise
+from align.evaluate.summary import MODES, POLICIES, by_reward_model, check_summary, policy_summary, summarise
 
 
 def answers(*likert):
@@ -40,6 +40,29 @@ def test_summarise_gives_the_schema(make_evaluation):
     assert ppo_ptx["finished"] == pytest.approx(sum(r["finished"] for r in sampled) / len(sampled))
     assert summary["policies"]["sft"]["sampled"]["gain_vs_sft"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert summary["policies"]["sft"]["greedy"]["win_rate_vs_sft"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_by_reward_model_by_hand():
+    """SFT scores 0, 2, 4 (deviation 2), PPO 2, 4, 12: gains 2, 2, 8, mean 4, half-width 4.302653 x 2; finished -1, 0, 1
+    and 0 in the mean."""
+    about = {"kl": 1.0, "response_tokens": 3, "repetition": 0.0}
+    ends = {"sft": (True, False, False), "ppo": (False, False, True)}
+    scores = {"sft": (0, 2, 4), "ppo": (2, 4, 12)}
+    policies = {
+        name: {mode: [{"id": i, "proxy": s, "finished": ends[name][i], **about} for i, s in enumerate(scores[name])]
+               for mode in MODES} | {"perplexity": 10.0 if name == "sft" else 10.2}
+        for name in scores
+    }  # fmt: skip
+    table = by_reward_model(policies, seed=0)
+    ppo = table["ppo"]["sampled"]
+    assert ppo["gain_vs_sft"] == pytest.approx({"mean": 4.0, "low": 4 - 8.605306, "high": 4 + 8.605306}, abs=1e-5)
+    assert ppo["gain_in_deviations"] == pytest.approx(
+        {"mean": 2.0, "low": 2 - 4.302653, "high": 2 + 4.302653}, abs=1e-5
+    )
+    ended = ppo["finished_gain_vs_sft"]
+    assert ended == pytest.approx({"mean": 0.0, "low": -4.302653 / 3**0.5, "high": 4.302653 / 3**0.5}, abs=1e-5)
+    assert table["ppo"]["perplexity_vs_sft"] == pytest.approx(1.02)
+    assert ppo["kl"]["mean"] == 1.0 and table["ppo"]["greedy"]["kl"] is None
 
 
 def test_policies_that_were_not_trained_are_null(make_evaluation):

@@ -8,6 +8,8 @@ import pytest
 
 from align.evaluate.win_rate import (
     Interval,
+    Z,
+    accuracy_gain,
     accuracy_interval,
     agreement,
     cluster_interval,
@@ -151,7 +153,37 @@ def test_clusters_widen_the_interval_as_they_must():
 
 def test_accuracy_interval_never_claims_certainty():
     assert accuracy_interval([1, 1, 0], ["p", "p", "p"], 0) == Interval(pytest.approx(2 / 3), 0.0, 1.0)
-    assert accuracy_interval([1] * 6, ["p", "p", "q", "q", "r", "r"], 0) == rate_interval(3, 3)
+    close(accuracy_interval([1] * 6, ["p", "p", "q", "q", "r", "r"], 0), 1.0, rate_interval(3, 3).low, 1.0)
+    half = accuracy_interval([1, 0, 1, 0], ["p", "p", "q", "q"], 0)  # each prompt half right
+    close(half, 0.5, rate_interval(1, 2).low, rate_interval(1, 2).high)
+    many = accuracy_interval([1, 0] * 40, [i // 2 for i in range(80)], 0)
+    close(many, 0.5, rate_interval(20, 40).low, rate_interval(20, 40).high)
+    # One prompt of 8 pairs and two of 1: (8 + 1 + 1)^2 / (64 + 1 + 1) = 1.5 prompts, so wider than 3.
+    lopsided = accuracy_interval([1] * 10, ["p"] * 8 + ["q", "r"], 0)
+    assert lopsided.low == pytest.approx(1 / (1 + Z**2 / (100 / 66))) and lopsided.low < rate_interval(3, 3).low
+
+
+def test_accuracy_gain_never_claims_certainty():
+    # Wilson's bound on 0 of n is z^2 / (n + z^2) = 3.841 / (n + 3.841).
+    close(accuracy_gain([1, 0, 1], [1, 0, 1], ["p", "q", "r"], 0), 0.0, -3.841459 / 6.841459, 3.841459 / 6.841459)
+    close(accuracy_gain([1, 1], [0, 0], ["p", "q"], 0), 1.0, 1 - 2 * 3.841459 / 5.841459, 1.0)
+    # Gains of four prompts 1, 0, 0, 1: mean .5, standard error .57735 / 2, t of 3 degrees 3.182446: clipped at 1.
+    close(accuracy_gain([1, 1, 0, 1], [0, 1, 0, 0], range(4), 0), 0.5, 0.5 - 3.182446 * 0.5773503 / 2, 1.0)
+    assert accuracy_gain([1, 0], [0, 0], ["p", "p"], 0) == Interval(0.5, -1.0, 1.0)
+
+
+def test_few_clusters_are_covered_where_the_bootstrap_is_not():
+    rng = np.random.default_rng(0)
+    safe, gain, naive = [], [], []
+    prompts = np.repeat(np.arange(5), 8)
+    for _ in range(300):
+        skill = np.repeat(rng.beta(1.4, 0.6, 5), 8)  # true accuracies .7 and .35
+        right, other = rng.random(40) < skill, rng.random(40) < skill / 2
+        safe.append(covers(accuracy_interval(right, prompts, 0), 0.7))
+        gain.append(covers(accuracy_gain(right, other, prompts, 0), 0.35))
+        naive.append(covers(cluster_interval(right.reshape(5, 8).sum(1), np.full(5, 8), 0, resamples=400), 0.7))
+    assert np.mean(safe) >= 0.95 and np.mean(gain) >= 0.92
+    assert np.mean(naive) < 0.88  # what was claimed as 95%
 
 
 def test_agreement_by_hand():

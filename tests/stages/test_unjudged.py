@@ -29,7 +29,7 @@ def test_summary_has_the_reward_models_view_in_place_of_gold(unjudged):
         assert 0 <= modes["sampled"]["repetition"]["mean"] <= 1
     assert summary["rm"]["gold_accuracy"] is None and summary["rm"]["accuracy"]["mean"] >= 0
     sft = summary["by_reward_model"]["sft"]["greedy"]
-    assert sft["gain_in_deviations"] == 0 and sft["win_rate_vs_sft"]["mean"] == 0.5
+    assert sft["gain_in_deviations"]["mean"] == 0 and sft["kl"] is None and sft["win_rate_vs_sft"]["mean"] == 0.5
 
 
 def test_gain_is_paired_and_in_standard_deviations_of_sft(unjudged):
@@ -40,7 +40,8 @@ def test_gain_is_paired_and_in_standard_deviations_of_sft(unjudged):
     gain = sum(a - b for a, b in zip(scores["ppo_ptx"], scores["sft"], strict=True)) / len(scores["sft"])
     numbers = evaluation["by_reward_model"]["ppo_ptx"]["sampled"]
     assert numbers["gain_vs_sft"]["mean"] == pytest.approx(gain)
-    assert numbers["gain_in_deviations"] == pytest.approx(gain / spread)
+    assert numbers["gain_in_deviations"]["mean"] == pytest.approx(gain / spread)
+    assert numbers["gain_in_deviations"]["low"] == pytest.approx(numbers["gain_vs_sft"]["low"] / spread)
 
 
 def test_prompts_are_evenly_spaced_over_the_file():
