@@ -323,6 +323,24 @@ def test_squality_reviews_take_the_question_from_the_stories(tmp_path):
     assert rows_of(text)[0] == {"text": "once upon a time", "id": "p"}
 
 
+def test_a_review_that_not_every_answer_has_is_named(tmp_path):
+    answers = {
+        name: {"response": f"by {name}", "reviews": [review(i, "7")]} for i, name in enumerate(("bart", "human"))
+    }
+    answers["bart"]["reviews"].append(review(1, "9"))
+    none = {name: {"response": name, "reviews": []} for name in answers}
+    judged = lines(tmp_path / "judged.jsonl", [{"passage-id": "p", "questions": {"0": answers, "1": none}}])
+    questions = [{"question_text": "why?", "question_number": i, "responses": []} for i in (1, 2)]
+    stories = lines(
+        tmp_path / "stories.jsonl", [{"metadata": {"passage_id": "p"}, "document": "x", "questions": questions}]
+    )
+    (conversion,) = read([stories, judged], to="ranking")
+    assert len(conversion.rows) == 1
+    assert [(p.place, p.kind) for p in conversion.problems] == [
+        (f"{judged}:1, question 0, review 2", "missing_review"), (f"{judged}:1, question 1", "no_answer"),
+    ]  # fmt: skip
+
+
 def test_safetybench_takes_its_answers_from_the_other_file(tmp_path):
     asked = lines(tmp_path / "q.jsonl", [{"id": i, "options": ["x", "y"], "question": "q"} for i in (3, 4)])
     answers = tmp_path / "a.json"

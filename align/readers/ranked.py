@@ -201,11 +201,18 @@ def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], optio
         ranked = [(field(answers[name], "response"), float(review["overall-rank"])) for name, review in reviews.items()]
         return ranking_row(prompt, ranked, notes, labeler=str(next(iter(reviews.values()))["worker_id"]))
 
-    reviewed = min(len(answer["reviews"]) for answer in answers.values())
-    if not reviewed:
+    counts = [len(answer["reviews"]) for answer in answers.values()]
+    if not max(counts):
         yield Problem(place, "no_answer", "nobody ranked it", "take it out, or have it ranked")
-    for number in range(reviewed):
-        yield from attempt(f"{place}, review {number + 1}", {"number": number}, order, options)
+    for number in range(max(counts)):
+        if number < min(counts):
+            yield from attempt(f"{place}, review {number + 1}", {"number": number}, order, options)
+        else:
+            missing = sum(count <= number for count in counts)
+            what = f"{missing} of the {len(counts)} answers have no such review"
+            yield Problem(
+                f"{place}, review {number + 1}", "missing_review", what, "have each answer ranked, or take it out"
+            )
 
 
 ranked_lists, scored_rows = each(ranked_list), each(scored)
