@@ -106,24 +106,25 @@ def prompt_of(row: Row) -> Any:
     return row.get("prompt", row.get("text"))
 
 
+def counted(conversion: Conversion) -> dict[str, Any]:
+    """What was read of a data set, and what of it was dropped and mended, by kind."""
+    return {
+        "paths": conversion.paths,
+        "sha256": {path: sha256_file(path) for path in conversion.paths if Path(path).is_file()},
+        "format": conversion.format,
+        "kind": conversion.kind,
+        "units_read": conversion.units,
+        "units_used": conversion.used,
+        "dropped": dict(Counter(problem.kind for problem in conversion.problems)),
+        "notes": dict(Counter(note.kind for note in conversion.notes)),
+    }
+
+
 def report(conversions: list[Conversion], outputs: dict[str, list[Row]]) -> dict[str, Any]:
     """Counts by data set, and the place, kind and reason of everything dropped or mended."""
     return {
         "outputs": {path: len(rows) for path, rows in outputs.items()},
-        "data": [
-            {
-                "paths": conversion.paths,
-                "sha256": {path: sha256_file(path) for path in conversion.paths if Path(path).is_file()},
-                "format": conversion.format,
-                "kind": conversion.kind,
-                "units_read": conversion.units,
-                "units_used": conversion.used,
-                "rows": len(conversion.rows),
-                "dropped": dict(Counter(problem.kind for problem in conversion.problems)),
-                "notes": dict(Counter(note.kind for note in conversion.notes)),
-            }
-            for conversion in conversions
-        ],
+        "data": [counted(conversion) | {"rows": len(conversion.rows)} for conversion in conversions],
         "dropped": [vars(problem) for conversion in conversions for problem in conversion.problems],
         "notes": [vars(note) for conversion in conversions for note in conversion.notes],
     }

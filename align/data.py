@@ -591,16 +591,20 @@ def _check_shares(shares: Mapping[str, float]) -> None:
         raise UserError(f"shares: {dict(shares)} do not sum to 1: give each split a share of the rows")
 
 
+def opening_key(prompt: Text) -> str:
+    """`prompt_key` of the first question, which all prompts of one conversation tree share."""
+    if isinstance(prompt, str):
+        return prompt_key(prompt)
+    return prompt_key(next((message["content"] for message in prompt if message["role"] == "user"), prompt))
+
+
 def split_of(prompt: Text, shares: Mapping[str, float], seed: int = 0) -> str:
     """The split of a prompt by a hash of it: the same in every file, in every run, whatever else the files hold.
 
     Only the first message of the user counts, so all prompts of one conversation tree share a split.
     """
     _check_shares(shares)
-    opening = prompt
-    if not isinstance(prompt, str):
-        opening = next((m["content"] for m in prompt if m["role"] == "user"), prompt)
-    digest = hashlib.sha256(f"{seed}\n{prompt_key(opening)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{opening_key(prompt)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64  # uniform on [0, 1)
     ends = zip(shares, itertools.accumulate(shares.values()), strict=True)
     return next((name for name, end in ends if place < end), list(shares)[-1])

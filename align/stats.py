@@ -85,7 +85,7 @@ def ranking_lines(rankings: Sequence[Ranking]) -> list[str]:
     lines = ["K: " + ", ".join(f"{k} x {sizes[k]}" for k in sorted(sizes))]
     lines.append(f"pairs: {len(gaps)}, {ties} of them ties ({ties / len(gaps):.1%})")
     lines.append(f"the longer answer is better in {longer_is_better(rankings):.1%} of the pairs that are no ties")
-    agreed = agreement(pairs(rankings))
+    agreed = agreement(rankings)
     if agreed is not None:
         where = f"over {agreed.pairs} pairs that two of them ordered, of {agreed.prompts} prompts"
         lines.append(f"agreement between labelers: {agreed.interval} (95%) {where}")
@@ -101,14 +101,6 @@ def longer_is_better(rankings: Iterable[Ranking]) -> float:
             if first != second:
                 right.append(0.5 if one == other else float((one > other) == (first < second)))
     return sum(right) / max(len(right), 1)
-
-
-def pairs(rankings: Iterable[Ranking]) -> Iterator[Ranking]:
-    """Every pair of every ranking as a ranking of its own, so that labelers who saw other sets can be compared."""
-    for ranking in rankings:
-        for chosen in itertools.combinations(zip(ranking.completions, ranking.ranks, strict=True), 2):
-            completions, ranks = zip(*chosen, strict=True)
-            yield Ranking(ranking.prompt, completions, ranks, ranking.labeler)
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -15,8 +15,8 @@ import pytest
 from align.data import Problem, parse_row, prompt_key, split_of
 from align.readers import Conversion, read
 from align.readers.files import read_records
-from align.stats import pairs as ranking_pairs
 from align.stats import parsed
+from align.types import Ranking
 from align.validate import validate
 
 ROOT = Path(os.environ.get("ALIGN_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -133,10 +133,16 @@ def test_qa_feedback_judgements_become_rankings():
     assert strict == 1577 + 1039  # every preference that was stated, none invented and none lost
 
 
+def pairs_of(ranking: Ranking):
+    for chosen in itertools.combinations(zip(ranking.completions, ranking.ranks, strict=True), 2):
+        completions, ranks = zip(*chosen, strict=True)
+        yield Ranking(ranking.prompt, completions, ranks, ranking.labeler)
+
+
 def test_pandalm_keeps_every_preference_that_no_rule_takes_out():
     conversion = real("pandalm/testset-v1.json")
     said: dict[str, Counter[str]] = {}
-    for ranking in ranking_pairs(parsed(conversion)):
+    for ranking in (pair for whole in parsed(conversion) for pair in pairs_of(whole)):
         better = ranking.completions[ranking.ranks.index(min(ranking.ranks))]
         verdict = better if len(set(ranking.ranks)) > 1 else "tie"
         said.setdefault(ranking.labeler, Counter())[
