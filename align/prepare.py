@@ -5,7 +5,7 @@
 A prompt's split is the same in every file of the run, so nothing that any stage holds out is trained on by any other.
 A source may be held out whole (`split: validation`); a training row that asks one of its questions is dropped and named
 (`held_out_elsewhere`). Beside the files lie `card.json` (counts, digests, prompts that sources share) and
-`dropped.jsonl` (place and reason of every unit that was dropped or mended). No message repeats a row's text.
+`dropped.jsonl` (place and reason of every unit that was dropped, mended or not drawn). No message repeats a row's text.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import atomic_folder, sha256_file, write_json, write_jsonl
+from align.checkpoint import atomic_folder, write_json, write_jsonl
 from align.config import choose, parse
-from align.convert import decorated, prompt_of
-from align.data import Problem, check_splits, contents, parse_row, prompt_key, split_of
+from align.convert import counted, decorated, prompt_of
+from align.data import Problem, check_splits, contents, opening_key, parse_row, prompt_key, split_of
 from align.errors import UserError
 from align.readers import FORMATS, KINDS, Conversion, read
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
@@ -28,6 +28,7 @@ from align.readers.files import read_records
 from align.types import Demonstration, Ranking
 
 SPLITS = ("train", "validation")
+PAIR = ("chosen", "rejected")
 USAGE = "usage: align prepare --config FILE --data_dir FOLDER [--run DIR] [--seed N]"
 
 
@@ -84,6 +85,20 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise UserError(f"validation_share: {self.validation_share}; give a share between 0 and 1")
+        self._check_contexts()
+
+    def _check_contexts(self) -> None:
+        """A prompt is hashed with its context, so a question cut in two ways could lie on both sides of the split."""
+        seen: dict[str, tuple[str, int | None]] = {}
+        for name, output in self.outputs.items():
+            for source in output.sources if output.kind != "text" else ():
+                for file in source.files:
+                    other, characters = seen.setdefault(file, (name, source.context_characters))
+                    if characters != source.context_characters:
+                        raise UserError(
+                            f"outputs.{name}: {file}: context_characters is {source.context_characters} here and "
+                            f"{characters} in outputs.{other}; give one, or a question may be trained on and held out"
+                        )
 
 
 @dataclass
@@ -95,7 +110,7 @@ class Part:
     conversion: Conversion
     rows: dict[str, list[tuple[str, Row]]] = field(default_factory=lambda: {split: [] for split in SPLITS})  # place
     problems: list[Problem] = field(default_factory=list)
-    over_max_rows: int = 0
+    undrawn: list[Problem] = field(default_factory=list)  # over max_rows
 
     def label(self) -> str:
         return f"{self.name} from {', '.join(self.source.files)}"
@@ -125,10 +140,10 @@ def main(argv: list[str]) -> int:
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in part.rows.items())
         reasons = Counter(problem.kind for problem in part.problems)
         dropped = "".join(f"; {count} {kind}" for kind, count in reasons.most_common())
-        print(f"{part.conversion.summary()}\n  {part.label()}: {counts}{dropped}; {part.over_max_rows} over max_rows")
+        print(f"{part.conversion.summary()}\n  {part.label()}: {counts}{dropped}; {len(part.undrawn)} over max_rows")
     for line in shared_prompts(parts):
         print(line)
-    print(f"every dropped and mended row by its place in {config.output_dir}/dropped.jsonl")
+    print(f"every row that was dropped, mended or not drawn by its place in {config.output_dir}/dropped.jsonl")
     print(f"{config.output_dir}: " + ", ".join(f"{name} {len(rows)}" for name, rows in files.items()))
     return 0
 
@@ -191,10 +206,7 @@ def characters(kind: str, place: str, row: Row) -> int:
 
 def opening(row: Row) -> str:
     """The first question, by which rows are split: all prompts of one conversation tree share it."""
-    prompt = prompt_of(row)
-    if isinstance(prompt, str):
-        return prompt_key(prompt)
-    return prompt_key(next((turn["content"] for turn in prompt if turn["role"] == "user"), contents(prompt)))
+    return opening_key(prompt_of(row))
 
 
 def drop_held_out(parts: list[Part]) -> None:
@@ -238,11 +250,13 @@ def draw(part: Part, seed: int) -> None:
         return
     ranks = [hashlib.sha256(f"draw {seed} {part.name}\n{opening(row)}".encode()).digest() for _, _, row in everything]
     drawn = set(sorted(range(len(everything)), key=lambda i: ranks[i])[:limit])
-    part.over_max_rows = len(everything) - limit
     part.rows = {split: [] for split in SPLITS}
     for i, (split, place, row) in enumerate(everything):
         if i in drawn:
             part.rows[split].append((place, row))
+        else:
+            what = f"was not among the {limit} rows that were drawn"
+            part.undrawn.append(Problem(place, "over_max_rows", what, "raise max_rows to keep it"))
 
 
 def gather(parts: list[Part], config: PrepareConfig) -> dict[str, list[Row]]:
@@ -281,7 +295,7 @@ def save(config: PrepareConfig, files: dict[str, list[Row]], parts: list[Part]) 
     reasons = [
         {"output": part.name, **vars(one)}
         for part in parts
-        for one in (*part.conversion.problems, *part.problems, *part.conversion.notes)
+        for one in (*part.conversion.problems, *part.problems, *part.undrawn, *part.conversion.notes)
     ]
     card = {
         "config": config,
@@ -296,18 +310,22 @@ def save(config: PrepareConfig, files: dict[str, list[Row]], parts: list[Part]) 
         write_json(folder / "card.json", card)
 
 
+def completions(part: Part) -> dict[str, dict[int, int]]:
+    """Split -> K -> rankings with K completions; chosen and rejected are two."""
+    return {
+        split: dict(sorted(Counter(len(row.get("completions", PAIR)) for _, row in rows).items()))
+        for split, rows in part.rows.items()
+    }
+
+
 def describe(part: Part) -> dict[str, Any]:
     conversion = part.conversion
     return {
         "output": part.name,
-        "sha256": {path: sha256_file(path) for path in conversion.paths},
-        "format": conversion.format,
-        "units_read": conversion.units,
-        "units_used": conversion.used,
+        **counted(conversion),  # dropped: units, by the reader
         "rows_read": len(conversion.rows),
         "rows": {split: len(rows) for split, rows in part.rows.items()},
-        "over_max_rows": part.over_max_rows,
-        "dropped": dict(Counter(problem.kind for problem in conversion.problems)),  # units, by the reader
+        **({"completions": completions(part)} if conversion.kind == "ranking" else {}),
+        "over_max_rows": len(part.undrawn),
         "left_out": dict(Counter(problem.kind for problem in part.problems)),  # rows, by this config
-        "notes": dict(Counter(note.kind for note in conversion.notes)),
     }

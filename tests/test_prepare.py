@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,11 @@ def test_limits_are_counted_and_draws_repeat(folder):
     (source,) = card["sources"]
     long = sum(len(f"question {i}?") + len(("bad " * (i % 3 + 1)).strip()) > 20 for i in range(60))
     assert source["left_out"] == {"too_long": long} and source["over_max_rows"] == 60 - long - 10
+    named = [row for row in read(run / "dropped.jsonl") if row["kind"] == "over_max_rows"]
+    places = {row["place"] for row in named}
+    assert len(named) == len(places) == source["over_max_rows"]
+    ks = Counter(len(row["completions"]) for row in read(run / "rankings.jsonl"))
+    assert source["completions"]["train"] == {str(k): count for k, count in ks.items()} == {"2": sum(ks.values())}
     assert sum(source["rows"].values()) == sum(card["rows"].values()) == 10
     other = (prepare(folder, {"rankings": limited}, seed=1) / "rankings.jsonl").read_text(encoding="utf-8")
     assert other != first
@@ -140,6 +146,10 @@ def test_evaluation_rows_are_never_trained_on(folder):
         ({"x": output("ranking", {"files": ["ranked.jsonl"], "max_characters": 3})}, "outputs.x: none of its sources"),
         ({"x": output("ranking", {"files": ["ranked.jsonl"], "split": "test"})}, "split: 'test' is not one of"),
         ([], "outputs: .* is no mapping"),
+        (
+            BOTH | {"x": output("ranking", {"files": ["ranked.jsonl"], "context_characters": 0})},
+            "outputs.x: ranked.jsonl: context_characters is 0 here and None in outputs.rankings",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder, outputs, words):
@@ -170,7 +180,11 @@ def test_the_real_files_of_preset_smollm2(tmp_path, capsys):
         assert source["units_read"] == source["units_used"] + sum(source["dropped"].values())
         left_out = sum(source["left_out"].values()) + source["over_max_rows"]
         assert source["rows_read"] == sum(source["rows"].values()) + left_out
-    assert len(named) == sum(sum(s[key].values()) for s in card["sources"] for key in ("dropped", "left_out", "notes"))
+    counted = sum(sum(s[key].values()) for s in card["sources"] for key in ("dropped", "left_out", "notes"))
+    assert len(named) == counted + sum(source["over_max_rows"] for source in card["sources"])
+    annotated = Counter(row["source"] for row in read(run / "annotators_validation.jsonl"))
+    assert annotated["squality"] == 60 and len(annotated) == 2
+    assert {row["source"] for row in read(run / "text_validation.jsonl")}.isdisjoint({"input"})
     asking = ("demonstrations", "rankings", "prompts")
     train = {opening(row) for name in asking for row in read(run / f"{name}.jsonl")}
     held = {opening(row) for name in (*asking, "annotators") for row in read(run / f"{name}_validation.jsonl")}
