@@ -89,16 +89,21 @@ class PrepareConfig:
 
     def _check_contexts(self) -> None:
         """A prompt is hashed with its context, so a question cut in two ways could lie on both sides of the split."""
+        asked = [
+            (file, name, source.context_characters)
+            for name, output in self.outputs.items()
+            for source in output.sources
+            for file in source.files
+            if output.kind != "text"
+        ]
         seen: dict[str, tuple[str, int | None]] = {}
-        for name, output in self.outputs.items():
-            for source in output.sources if output.kind != "text" else ():
-                for file in source.files:
-                    other, characters = seen.setdefault(file, (name, source.context_characters))
-                    if characters != source.context_characters:
-                        raise UserError(
-                            f"outputs.{name}: {file}: context_characters is {source.context_characters} here and "
-                            f"{characters} in outputs.{other}; give one, or a question may be trained on and held out"
-                        )
+        for file, name, characters in asked:
+            other, before = seen.setdefault(file, (name, characters))
+            if before != characters:
+                raise UserError(
+                    f"outputs.{name}: {file}: context_characters is {characters} here and {before} in outputs.{other}; "
+                    "give one, or a question may be trained on and held out"
+                )
 
 
 @dataclass

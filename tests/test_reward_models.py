@@ -425,7 +425,7 @@ def test_the_whole_sum(world, bert, tiny_codec, chatml, episodes, monkeypatch, c
     assert [line.split(":")[0] for line in lines] == [
         "reward foreign, weight 2", "reward crowd, weight 3", "reward brief, weight 0.25"
     ]  # fmt: skip
-    assert "another tokenizer" in lines[0] and "no manifest" in lines[0]
+    assert "of its own" in lines[0] and "no manifest" in lines[0]
     ours, alike, pairs = lines[1].split("; ")
     assert "reads the sampled tokens" in ours and "no manifest" not in ours and "no manifest" in alike
     assert "pairs of texts" in pairs
