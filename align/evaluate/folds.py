@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from align.checkpoint import read_manifest
 from align.data import prompt_key
 from align.errors import UserError
-from align.evaluate.reward_report import Scored, prompts_of, right, untied_pairs
-from align.evaluate.win_rate import accuracy_interval, mean_interval
+from align.evaluate.reward_report import Scored, pooled_accuracy
+from align.evaluate.win_rate import mean_interval
 from align.types import Ranking
 
 
@@ -75,7 +73,7 @@ def summarise_folds(
     """
     rows = [
         {"groups": list(fold.groups), "train": len(fold.train)}
-        | {name: _accuracy(results[name], seed) for name in ("in_group", "held_out")}
+        | {name: pooled_accuracy(results[name], seed) for name in ("in_group", "held_out")}
         for fold, results in zip(folds, scored, strict=True)
     ]
     both = [row for row in rows if row["in_group"] and row["held_out"]]
@@ -83,16 +81,7 @@ def summarise_folds(
     together = {name: [pair for part in scored for pair in part[name]] for name in ("in_group", "held_out")}
     return {
         "folds_by": by,
-        **{name: _accuracy(pairs, seed) for name, pairs in together.items()},
+        **{name: pooled_accuracy(pairs, seed) for name, pairs in together.items()},
         "drop": mean_interval(drops) if len(drops) > 1 else None,
         "folds": rows,
     }
-
-
-def _accuracy(scored: Sequence[Scored], seed: int) -> dict[str, Any] | None:
-    pairs = untied_pairs(scored)
-    if not pairs:
-        return None
-    prompts = prompts_of(pairs)
-    accuracy = accuracy_interval(right(pairs), prompts, seed)
-    return {"accuracy": accuracy, "pairs": len(pairs), "prompts": len(np.unique(prompts))}

@@ -163,6 +163,16 @@ def _random_scorers(pairs: Sequence[Pair], seed: int) -> Interval:
     return Interval(0.5, min(float(low), 0.5), max(float(high), 0.5))
 
 
+def pooled_accuracy(scored: Sequence[Scored], seed: int) -> dict[str, Any] | None:
+    """Accuracy with its interval on all untied pairs, how many, and of how many prompts; None when there are none."""
+    pairs = untied_pairs(scored)
+    if not pairs:
+        return None
+    prompts = prompts_of(pairs)
+    accuracy = accuracy_interval(right(pairs), prompts, seed)
+    return {"accuracy": accuracy, "pairs": len(pairs), "prompts": len(np.unique(prompts))}
+
+
 def gold_accuracy(scored: Sequence[Scored], gold: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
     """How the scores order the pairs whose `gold` values (one row of K a ranking; higher is better) differ.
 

@@ -15,8 +15,16 @@ import numpy as np
 from align.data import contents, read_rows
 from align.errors import UserError
 from align.evaluate.report import Table
-from align.evaluate.reward_report import Scored, groups_of, prompts_of, ranking_accuracy, right, untied_pairs
-from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, text_key
+from align.evaluate.reward_report import (
+    Scored,
+    groups_of,
+    pooled_accuracy,
+    prompts_of,
+    ranking_accuracy,
+    right,
+    untied_pairs,
+)
+from align.evaluate.win_rate import Interval, accuracy_gain, text_key
 from align.types import Ranking
 
 GROUPS = {
@@ -41,16 +49,10 @@ def transfer(scored: Sequence[Scored], trained: Sequence[Ranking], seed: int) ->
         source = ranking.columns.get("source")
         if source:
             groups["trained" if str(source) in known else "held_out"].append((ranking, scores))
-    return {name: _accuracy(rows, seed) for name, rows in groups.items()}
-
-
-def _accuracy(scored: Sequence[Scored], seed: int) -> dict[str, Any] | None:
-    pairs = untied_pairs(scored)
-    if not pairs:
-        return None
-    sources = sorted({str(p.ranking.columns["source"]) for p in pairs})
-    accuracy = accuracy_interval(right(pairs), prompts_of(pairs), seed)
-    return {"accuracy": accuracy, "pairs": len(pairs), "sources": sources}
+    return {
+        name: found and found | {"sources": sorted({str(ranking.columns["source"]) for ranking, _ in groups[name]})}
+        for name, found in ((name, pooled_accuracy(rows, seed)) for name, rows in groups.items())
+    }
 
 
 def compare(name: str, scored: Sequence[Scored], peer: Sequence[Sequence[float] | None], seed: int) -> dict[str, Any]:
