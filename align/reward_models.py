@@ -87,7 +87,7 @@ def load_reward(
     if reads_sampled_tokens(path, codec):
         return ModelReward(load_scalar(path), codec.pad_id, codec.eos_id, batch_size, max_tokens, even)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return TextReward(load_scalar(path), reward_codec(path, codec), codec, context, batch_size, max_tokens, even)
+    return TextReward(load_scalar(path), reward_codec(path), codec, context, batch_size, max_tokens, even)
 
 
 def load_classifier(
@@ -137,7 +137,7 @@ def has_linear_score(config: PreTrainedConfig) -> bool:
 def shares_tokenizer(path: str, codec: Codec) -> bool:
     """Whether a model reads the policy's tokens as they are: it knows each of them under the same number, ends with the
     same, and makes the same of a prompt and a response (template, BOS, merges). So does a folder without tokenizer."""
-    if Path(path).is_dir() and tokenizer_sha256(path) is None:
+    if has_no_tokenizer(path):
         return True
     try:
         own = Codec.load(path)
@@ -152,8 +152,15 @@ def shares_tokenizer(path: str, codec: Codec) -> bool:
 
 
 def reads_sampled_tokens(path: str, codec: Codec) -> bool:
-    """Whether a model shares the policy's tokenizer and reads a response at EOS, as sampling ends it."""
+    """Whether a model shares the policy's tokenizer and reads a response at EOS, as sampling ends it. One that came
+    without a tokenizer was trained on the policy's own sequences."""
+    if has_no_tokenizer(path):
+        return True
     return shares_tokenizer(path, codec) and closing_tokens(codec, read_manifest(path) is not None) == [codec.eos_id]
+
+
+def has_no_tokenizer(path: str) -> bool:
+    return Path(path).is_dir() and tokenizer_sha256(path) is None
 
 
 class ClosedCodec(Codec):
@@ -167,11 +174,10 @@ class ClosedCodec(Codec):
         return [[*row[:-1], *self.closing] for row in super().responses(completions)]
 
 
-def reward_codec(path: str, policy_codec: Codec | None = None) -> Codec:
-    """How a reward model reads text, in training and evaluation alike: its own format, or the policy's where it came
-    without a tokenizer; responses closed as its makers close them."""
-    bare = policy_codec is not None and Path(path).is_dir() and tokenizer_sha256(path) is None
-    codec = policy_codec if bare else Codec.load(path)
+def reward_codec(path: str) -> Codec:
+    """How a reward model reads text, in training and evaluation alike: its own format, responses closed as its makers
+    close them."""
+    codec = Codec.load(path)
     return ClosedCodec(codec.tokenizer, closing_tokens(codec, read_manifest(path) is not None))
 
 
