@@ -80,7 +80,8 @@ def test_a_peer_by_its_model_and_by_its_scores_is_the_same(mini, report_of, tmp_
     """Ourselves as the peer differ by nothing; a peer read from scores.jsonl gives what its model gives."""
     mini.stage("rm", mini.run, output_dir=tmp_path / "peer", seed=5)
     same = report_of(peer_model_path=mini.run / "rm", output_dir=tmp_path / "same")["peer"]
-    assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    difference = same["difference"]  # none on these prompts, which says little of others
+    assert difference["mean"] == 0.0 and -0.5 < difference["low"] == -difference["high"] < 0.0
     by_model = report_of(peer_model_path=tmp_path / "peer", output_dir=tmp_path / "a")["peer"]
     assert interval(by_model["accuracy"]) and by_model["difference"]["mean"] != 0.0
     report_of(reward_model_path=tmp_path / "peer", output_dir=tmp_path / "b")
