@@ -103,9 +103,11 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
     """Tell it on a line of its own, after the progress bars that it left open; returns the exit status."""
     from tqdm import tqdm
 
+    from align.checkpoint import redact
+
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(f"{label}{error}", file=sys.stderr)
+    print(f"{label}{redact(str(error))}", file=sys.stderr)
     return status
 
 

@@ -97,6 +97,8 @@ def test_S5_mean_reward_samples_the_checkpoint_and_scores_it(tiny_codec, tmp_pat
     total = 0.0
     for prompt in prompts[:2]:
         ids = policy.generate(torch.tensor([tiny_codec.prompt(prompt)]), max_new_tokens=5, do_sample=False)
+        if ids[0, -1] != tiny_codec.eos_id:  # cut off: read as if it ended there
+            ids = torch.cat([ids, torch.tensor([[tiny_codec.eos_id]])], 1)
         total += float(judge(ids).logits[0, -1, 0].detach())
     assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
 
@@ -139,7 +141,7 @@ def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp
     for prompt in prompts:
         query = tiny_codec.prompt(prompt)
         ids = policy.generate(torch.tensor([query]), max_new_tokens=5, do_sample=False)[0, len(query) :].tolist()
-        answer = f"user: {prompt} / assistant: {tiny_codec.decode(ids)}" + "</s>" * (ids[-1] == tiny_codec.eos_id)
+        answer = f"user: {prompt} / assistant: {tiny_codec.decode(ids)}</s>"
         tokens = other(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
         total += float(judge(tokens).logits[0, 0].detach())
     assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 3, abs=1e-4)

@@ -348,6 +348,7 @@ def test_P16_a_microbatch_of_so_many_tokens_changes_no_gradient(setup, runtime, 
 class Others:
     """A process whose peers have `batches` microbatches."""
 
+    sharded = True
     device = torch.device("cpu")
     as_many = Runtime.as_many
 
@@ -360,7 +361,7 @@ class Others:
 
 @pytest.mark.parametrize("others", range(1, 13))
 def test_P16_every_process_has_as_many_microbatches_as_the_one_that_has_most(setup, others):
-    """No wrapper of a model over processes bears it that one goes forward more often than another."""
+    """A model in parts over processes does not bear that one goes forward more often than another."""
     config = config_of(per_device_train_batch_size=5, microbatch_tokens=40)
     numbered = dataclasses.replace(setup.rollout, raw_scores=torch.arange(12.0))
     alone = microbatches(numbered, config, Others(1))

@@ -150,10 +150,7 @@ def test_tokens_and_keys_are_in_no_file_and_on_no_line(mini, tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "out"
-    place = tmp_path / "user:SENTINELpw@host"  # stands for https://user:pw@host
-    place.mkdir()
-    shutil.copy(mini.run / "data" / "demonstrations.jsonl", place / "rows.jsonl")
-    changes = {"train_file": f"file://{place}/rows.jsonl"}
+    changes = {"train_file": "https://user:SENTINELpw@host/rows.jsonl"}
     assert main(["sft", *mini.arguments("sft", mini.run, output_dir=out, **changes)]) == 2  # no such scheme
     changes = {"report_to": "wandb", "num_train_epochs": 1}
     assert main(["sft", *mini.arguments("sft", mini.run, output_dir=out, **changes)]) == 0
