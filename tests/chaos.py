@@ -29,6 +29,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline",
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -62,6 +63,7 @@ def start(stage: str, run: Path, place: dict[str, str] | None = None, **changes)
     if child:
         return child
     os.environ.update(place or {})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of this process, where a part before asked who it is
     log = os.open(run / "chaos.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
