@@ -168,6 +168,7 @@ class RMConfig(TrainerConfig):
     demonstrations_file: str = ""  # they score 0 on average once the bias is set
     max_length: int = 2048
     batch_element: str = "ranking"  # or "pair": every pair apart and shuffled, which overfits (paper section 3.5)
+    head_init: str = "normal"  # std 1 / sqrt(d + 1) (S App. B.1); "fitted": the best head for the body as it starts
     folds_by: str | None = None  # "labeler" (section 4.1) or "source": cross-validate instead of writing a model
     num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2)
@@ -194,6 +195,7 @@ class RMConfig(TrainerConfig):
         choose_optimizer(self.optim, self.muon_learning_rate)
         between("lora_r", self.lora_r, 1, 4096)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
+        choose("head_init", self.head_init, ("normal", "fitted"))
         if self.folds_by is not None:
             choose("folds_by", self.folds_by, ("labeler", "source"))
         if self.num_folds < 2:

@@ -36,6 +36,7 @@ from align.errors import UserError
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
+from align.head import fit_head
 from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
 from align.optimise import trainer_optim
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
@@ -108,6 +109,10 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
         data_collator=RankingCollator(codec.pad_id),
         callbacks=[metrics_callback(config, output, checkpoint)],
     )
+    if config.head_init == "fitted" and checkpoint is None:
+        size = config.per_device_eval_batch_size
+        found = fit_head(trainer.model, elements, codec.pad_id, size, trainer.accelerator)
+        announce(f"head fitted on the body as it is: {found['accuracy']:.3f} of the training pairs")
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
     return trainer.finished_model()
 

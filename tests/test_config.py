@@ -56,7 +56,7 @@ FIELDS = {
     """,
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
-        batch_element folds_by num_folds
+        batch_element head_init folds_by num_folds
         num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
         per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
         adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
@@ -395,6 +395,7 @@ def test_a_number_is_finite(value):
         (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),
         (PPOConfig, ["--logging_steps", "5"], ["logging_steps", "unknown key"]),
         (RMConfig, ["--batch_element", "x"], ["batch_element", "ranking, pair"]),
+        (RMConfig, ["--head_init", "x"], ["head_init", "normal, fitted"]),
         (RMConfig, ["--folds_by", "x"], ["folds_by", "labeler, source"]),
         (RMConfig, ["--num_folds", "1"], ["num_folds", "2 or more"]),
         (EvaluateRMConfig, ["--peer_model_path", "x", "--peer_scores_file", "y"], ["peer_scores_file", "one peer"]),

@@ -340,6 +340,7 @@ ADAPTER = {"use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4, "m
             ("4", 4, False, {"per_device_train_batch_size": 1}, {}),
             ("2-sharded", 2, True, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, {}),
             ("2-sharded-lora", 2, True, {"per_device_train_batch_size": 2}, ADAPTER),
+            ("2-fitted-head", 2, False, {"per_device_train_batch_size": 2}, {"head_init": "fitted"}),
         ]),
     ],
 )  # fmt: skip

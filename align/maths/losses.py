@@ -15,7 +15,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, d
     Stats: untied pairs, pairs the scores order rightly (equal scores count half), sum of margins.
     """
     assert scores.shape == ranks.shape == mask.shape
-    scores = torch.where(mask, scores, torch.zeros_like(scores)).float()
+    scores = torch.where(mask, scores, torch.zeros_like(scores))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     gap = scores[:, :, None] - scores[:, None, :]  # (B, K, K) row minus column
     better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     size = mask.sum(1)

@@ -1,0 +1,99 @@
+"""A reward model's head before its training: the best linear reading of the frozen body.
+
+With some hundred rankings a random head stays mostly random: AdamW moves a weight by at most its rate a step, far less
+than the head's own spread, and the body learns to serve a direction that means nothing. Fitted first, the head starts
+where the body's features already tell (linear probing, then fine-tuning: Kumar et al. 2022).
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from align.errors import UserError
+from align.maths.losses import ranking_loss
+from align.models import ScalarModel
+from align.packing import token_batches
+from align.ranking import RankedTokens, RankingCollator, by_prompt
+from align.runtime import sharding
+
+RIDGE = 0.2  # of a feature's variance within prompts; cross-validated on the smollm2 preset's rankings (docs/LOG.md)
+MAX_ITERATIONS = 500
+
+
+def fit_head(
+    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Set the head's weight to the minimum of the mean ranking loss plus a ridge, the body as it is; the bias to 0.
+
+    One forward pass over `elements`, shared out over processes. Returns `loss` and `accuracy` on these very rankings.
+    Raises UserError where the body lies in parts over the processes.
+    """
+    if sharding():
+        raise UserError("head_init: fitted reads a whole model, and FSDP cuts it up; use normal")
+    training = model.training
+    model.eval()
+    features = read_features(model, elements, pad_id, batch_size, accelerator)  # (N, d)
+    model.train(training)
+    rankings = [element["ranking"] for element in elements]
+    ranks = torch.tensor([rank for ranking in rankings for rank in ranking.ranks])  # (N,)
+    group = torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking.ranks])  # (N,)
+    weight, stats = best_weight(features, ranks, group)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.zero_()
+    return stats
+
+
+@torch.no_grad()
+def read_features(
+    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, accelerator: Accelerator
+) -> Tensor:
+    """What the head reads of each completion, the last hidden state at EOS, in the order of `elements`. (N, d)"""
+    device, collate = next(model.parameters()).device, RankingCollator(pad_id)
+    mine = range(accelerator.process_index, len(elements), accelerator.num_processes)
+    found: list[tuple[int, Tensor]] = []
+    for picked in token_batches([elements[i]["ranking"].tokens for i in mine], batch_size):
+        chosen = [mine[i] for i in picked]
+        batch = collate([elements[i] for i in chosen])
+        with accelerator.autocast(), model.half() as cast:
+            hidden = model.states(batch["pack"].to(device), cast)[batch["last_index"].to(device)].float().cpu()
+        sizes = [len(elements[i]["ranking"].ranks) for i in chosen]
+        found += zip(chosen, hidden.split(sizes), strict=True)
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    return torch.cat([rows for _, rows in sorted(found, key=lambda one: one[0])])
+
+
+def best_weight(features: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The weight (d,) with the least ranking loss (mean over prompts) + RIDGE * variance * |weight|^2, and its loss and
+    accuracy without the ridge. Convex; L-BFGS in float64.
+
+    features: (N, d), ranks: (N,), group: (N,) the prompt of each row, ascending from 0 without a gap.
+    """
+    features, prompts = features.double(), int(group.max()) + 1
+    ridge = RIDGE * variance_within(features, group, prompts)
+    weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=MAX_ITERATIONS, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss, _ = ranking_loss(*by_prompt(features @ weight, ranks.double(), group))
+        total = loss / prompts + ridge * weight.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(objective)
+    loss, stats = ranking_loss(*by_prompt(features @ weight.detach(), ranks.double(), group))
+    pairs = max(1, int(stats["pairs"]))
+    return weight.detach(), {"loss": float(loss) / prompts, "accuracy": float(stats["correct"]) / pairs}
+
+
+def variance_within(features: Tensor, group: Tensor, prompts: int) -> Tensor:
+    """A feature's variance around its prompt's mean, averaged over features; unbiased. ()"""
+    counts = torch.bincount(group, minlength=prompts).to(features)
+    means = features.new_zeros(prompts, features.shape[1]).index_add_(0, group, features) / counts[:, None]
+    freedom = max(1, len(features) - prompts)
+    return (features - means[group]).square().sum() / (freedom * features.shape[1])
