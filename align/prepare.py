@@ -53,7 +53,8 @@ class Source:
     context_characters: int | None = None  # cut passages and stories before a question; 0: none
     document_characters: int = DOCUMENT_CHARACTERS
     max_characters: int | None = None  # of prompt and longest completion; longer rows are dropped and counted
-    max_rows: int | None = None  # drawn by a hash of the prompt
+    max_rows: int | None = None  # drawn by a hash of the prompt, from both sides of the split
+    max_validation_rows: int | None = None  # given: so many held-out rows, and max_rows counts training rows alone
     exclude: Exclusion | None = None
 
     def __post_init__(self) -> None:
@@ -249,19 +250,25 @@ def drop_repeated_prompts(parts: list[Part]) -> None:
 
 def draw(part: Part, seed: int) -> None:
     """Keep `max_rows` rows, drawn by a hash of the first question, so that rows of one tree stay together."""
-    limit = part.source.max_rows
-    everything = [(split, place, row) for split, rows in part.rows.items() for place, row in rows]
-    if limit is None or len(everything) <= limit:
-        return
-    ranks = [hashlib.sha256(f"draw {seed} {part.name}\n{opening(row)}".encode()).digest() for _, _, row in everything]
-    drawn = set(sorted(range(len(everything)), key=lambda i: ranks[i])[:limit])
+    both = [(split, place, row) for split, rows in part.rows.items() for place, row in rows]
     part.rows = {split: [] for split in SPLITS}
-    for i, (split, place, row) in enumerate(everything):
+    if part.source.max_validation_rows is None:
+        return draw_rows(part, both, "max_rows", seed)
+    for split, key in zip(SPLITS, ("max_rows", "max_validation_rows"), strict=True):
+        draw_rows(part, [row for row in both if row[0] == split], key, seed)
+
+
+def draw_rows(part: Part, rows: list[tuple[str, str, Row]], key: str, seed: int) -> None:
+    """Of `rows` (split, place, row) keep as many as the source's `key` says."""
+    limit = getattr(part.source, key)
+    ranks = [hashlib.sha256(f"draw {seed} {part.name}\n{opening(row)}".encode()).digest() for _, _, row in rows]
+    drawn = set(sorted(range(len(rows)), key=lambda i: ranks[i])[:limit])
+    for i, (split, place, row) in enumerate(rows):
         if i in drawn:
             part.rows[split].append((place, row))
         else:
             what = f"was not among the {limit} rows that were drawn"
-            part.undrawn.append(Problem(place, "over_max_rows", what, "raise max_rows to keep it"))
+            part.undrawn.append(Problem(place, f"over_{key}", what, f"raise {key} to keep it"))
 
 
 def gather(parts: list[Part], config: PrepareConfig) -> dict[str, list[Row]]:

@@ -158,6 +158,25 @@ def test_mistakes_are_one_line(folder, outputs, words):
     assert "\n" not in str(caught.value)
 
 
+def test_held_out_rows_have_a_limit_of_their_own(folder):
+    """The training rows of `max_rows` stay the same rows, whatever is held out."""
+    whole = prepare(folder, {"rankings": output("ranking", {"files": ["ranked.jsonl"]})})
+    sides = {name: read(whole / f"{name}.jsonl") for name in ("rankings", "rankings_validation")}
+    kept = {}
+    for held in (1, 3):
+        limited = {"files": ["ranked.jsonl"], "max_rows": 10, "max_validation_rows": held}
+        run = prepare(folder, {"rankings": output("ranking", limited)})
+        train, validation = read(run / "rankings.jsonl"), read(run / "rankings_validation.jsonl")
+        assert len(train) == 10 and len(validation) == held
+        assert all(row in sides["rankings"] for row in train)
+        assert all(row in sides["rankings_validation"] for row in validation)
+        kept[held] = train
+        named = Counter(row["kind"] for row in read(run / "dropped.jsonl"))
+        rest = {"over_max_rows": len(sides["rankings"]) - 10}
+        assert named == rest | {"over_max_validation_rows": len(sides["rankings_validation"]) - held}
+    assert kept[1] == kept[3]
+
+
 def test_a_folder_of_something_else_is_kept(folder):
     (folder / "run" / "data").mkdir(parents=True)
     (folder / "run" / "data" / "mine.txt").write_text("keep")
