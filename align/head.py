@@ -5,9 +5,10 @@ than the head's own spread, and the body learns to serve a direction that means 
 where the body's features already tell (linear probing, then fine-tuning: Kumar et al. 2022).
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.errors import UserError
@@ -15,14 +16,16 @@ from align.maths.losses import ranking_loss
 from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import RankedTokens, RankingCollator, by_prompt
-from align.runtime import sharding
+from align.runtime import gather_list, my_share, sharding
+
+Autocast = Callable[[], AbstractContextManager]
 
 RIDGE = 0.2  # of a feature's variance within prompts; cross-validated on the smollm2 preset's rankings (docs/LOG.md)
 MAX_ITERATIONS = 500
 
 
 def fit_head(
-    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, accelerator: Accelerator
+    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, autocast: Autocast
 ) -> dict[str, float]:
     """Set the head's weight to the minimum of the mean ranking loss plus a ridge, the body as it is; the bias to 0.
 
@@ -33,7 +36,7 @@ def fit_head(
         raise UserError("head_init: fitted reads a whole model, and FSDP cuts it up; use normal")
     training = model.training
     model.eval()
-    features = read_features(model, elements, pad_id, batch_size, accelerator)  # (N, d)
+    features = read_features(model, elements, pad_id, batch_size, autocast)  # (N, d)
     model.train(training)
     rankings = [element["ranking"] for element in elements]
     ranks = torch.tensor([rank for ranking in rankings for rank in ranking.ranks])  # (N,)
@@ -47,22 +50,20 @@ def fit_head(
 
 @torch.no_grad()
 def read_features(
-    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, accelerator: Accelerator
+    model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, autocast: Autocast
 ) -> Tensor:
     """What the head reads of each completion, the last hidden state at EOS, in the order of `elements`. (N, d)"""
     device, collate = next(model.parameters()).device, RankingCollator(pad_id)
-    mine = range(accelerator.process_index, len(elements), accelerator.num_processes)
-    found: list[tuple[int, Tensor]] = []
+    mine = my_share(len(elements))
+    found: list[Tensor] = [torch.empty(0)] * len(mine)
     for picked in token_batches([elements[i]["ranking"].tokens for i in mine], batch_size):
-        chosen = [mine[i] for i in picked]
-        batch = collate([elements[i] for i in chosen])
-        with accelerator.autocast(), model.half() as cast:
+        batch = collate([elements[mine[j]] for j in picked])
+        with autocast(), model.half() as cast:
             hidden = model.states(batch["pack"].to(device), cast)[batch["last_index"].to(device)].float().cpu()
-        sizes = [len(elements[i]["ranking"].ranks) for i in chosen]
-        found += zip(chosen, hidden.split(sizes), strict=True)
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
-    return torch.cat([rows for _, rows in sorted(found, key=lambda one: one[0])])
+        sizes = [len(elements[mine[j]]["ranking"].ranks) for j in picked]
+        for j, rows in zip(picked, hidden.split(sizes), strict=True):
+            found[j] = rows
+    return torch.cat(gather_list(found))
 
 
 def best_weight(features: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, dict[str, float]]:

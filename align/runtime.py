@@ -188,11 +188,7 @@ class Runtime:
 
     def gather_list(self, rows: list) -> list:
         """Every process's Python objects in global order (inverse of `mine`); shares may differ by one."""
-        if self.world == 1:
-            return rows
-        shares = gather_object([rows])
-        total = sum(len(share) for share in shares)
-        return [shares[i % self.world][i // self.world] for i in range(total)]
+        return gather_list(rows)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -365,6 +361,20 @@ def most(number: int) -> int:
 def broadcast(value: Any) -> Any:
     """The main process's value, everywhere."""
     return broadcast_object_list([value])[0] if state().num_processes > 1 else value
+
+
+def my_share(count: int) -> range:
+    """Which of `count` rows are this process's."""
+    return range(state().process_index, count, state().num_processes)
+
+
+def gather_list(rows: list) -> list:
+    """Every process's Python objects in the order of which each holds `my_share`; shares may differ by one."""
+    world = state().num_processes
+    if world == 1:
+        return rows
+    shares = gather_object([rows])
+    return [shares[i % world][i // world] for i in range(sum(len(share) for share in shares))]
 
 
 def end_processes() -> None:

@@ -111,7 +111,7 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
     )
     if config.head_init == "fitted" and checkpoint is None:
         size = config.per_device_eval_batch_size
-        found = fit_head(trainer.model, elements, codec.pad_id, size, trainer.accelerator)
+        found = fit_head(trainer.model, elements, codec.pad_id, size, trainer.accelerator.autocast)
         announce(f"head fitted on the body as it is: {found['accuracy']:.3f} of the training pairs")
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
     return trainer.finished_model()

@@ -1,12 +1,12 @@
 """align/head.py: the reward head as the minimum of a convex problem, against solutions found another way."""
 
 import math
+from contextlib import nullcontext
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import get_peft_model
 from scipy.optimize import brentq, minimize
 
@@ -80,9 +80,9 @@ def test_the_fitted_head_is_where_the_models_own_scores_have_no_slope(scalar, ti
         scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
     elements = encode_rankings(rankings(), tiny_codec)
     body = {name: p.detach().clone() for name, p in scalar.named_parameters() if "score" not in name}
-    stats = fit_head(scalar, elements, tiny_codec.pad_id, 3, Accelerator(cpu=True))
+    stats = fit_head(scalar, elements, tiny_codec.pad_id, 3, nullcontext)
     fitted = scalar.head.weight.detach().clone()
-    fit_head(scalar, elements, tiny_codec.pad_id, 64, Accelerator(cpu=True))
+    fit_head(scalar, elements, tiny_codec.pad_id, 64, nullcontext)
     assert float((fitted - scalar.head.weight).abs().max()) < 1e-4 * float(fitted.abs().max())
     assert all(torch.equal(p, body[name]) for name, p in scalar.named_parameters() if "score" not in name)
     assert scalar.training and float(scalar.head.bias.abs()) == 0.0
@@ -110,7 +110,7 @@ def test_it_serves_prompts_that_it_was_not_fitted_on(scalar, tiny_codec):
 
     pad = tiny_codec.pad_id
     before = held_out_loss(scalar, elements(100), pad, 8)
-    fit_head(scalar, elements(0), pad, 8, Accelerator(cpu=True))
+    fit_head(scalar, elements(0), pad, 8, nullcontext)
     after = held_out_loss(scalar, elements(100), pad, 8)
     assert after["loss"] < min(before["loss"], math.log(2)) - 0.005  # the ridge keeps it far from 0
 
@@ -118,4 +118,4 @@ def test_it_serves_prompts_that_it_was_not_fitted_on(scalar, tiny_codec):
 def test_a_body_in_parts_is_refused(scalar, tiny_codec, monkeypatch):
     monkeypatch.setattr(head, "sharding", lambda: True)
     with pytest.raises(UserError, match="head_init: fitted.*use normal"):
-        fit_head(scalar, encode_rankings(rankings(), tiny_codec), tiny_codec.pad_id, 8, Accelerator(cpu=True))
+        fit_head(scalar, encode_rankings(rankings(), tiny_codec), tiny_codec.pad_id, 8, nullcontext)
