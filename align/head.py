@@ -20,7 +20,7 @@ from align.runtime import gather_list, my_share, sharding
 
 Autocast = Callable[[], AbstractContextManager]
 
-RIDGE = 0.2  # of a feature's variance within prompts; cross-validated on the smollm2 preset's rankings (docs/LOG.md)
+RIDGE = 0.2  # of a feature's variance within prompts; cross-validated on the sources of preset smollm2 (docs/LOG.md)
 MAX_ITERATIONS = 500
 
 
