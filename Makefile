@@ -55,8 +55,9 @@ define timed
 @echo "==> $(1): $(strip $(2))"; start=$$SECONDS; $(strip $(2)); echo "==> $(1): done in $$((SECONDS - start)) s"
 endef
 
-# $(call stage,TARGET,STAGE,CONFIG,FLAGS)
-stage = $(call timed,$(1),$(PY) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
+# $(call stage,TARGET,STAGE,CONFIG,FLAGS). LAUNCH starts it: Python, or e.g. `.venv/bin/accelerate launch --num_processes 8`.
+LAUNCH ?= $(PY)
+stage = $(call timed,$(1),$(LAUNCH) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
 	--overwrite_output_dir true $(4) $(call args,$(1)))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \

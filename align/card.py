@@ -12,11 +12,19 @@ KINDS = {
     "rm": ("Reward model", "trained on rankings (InstructGPT, Eq. 1); demonstrations score 0 on average"),
     "ppo": ("PPO policy", "trained against a reward model (InstructGPT, Eq. 2)"),
 }
-LOAD = """tokenizer = AutoTokenizer.from_pretrained(folder)
+LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)"""
-LOAD_REWARD = """tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForTokenClassification.from_pretrained(folder)  # its score of the last token is the reward"""
+LOAD_REWARD = """from glob import glob
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)  # has no place for the bias
+bias = next(part["score.bias"] for part in map(load_file, glob(f"{folder}/*.safetensors")) if "score.bias" in part)
+# the reward is model(...).logits[:, 0] + bias"""
 
 
 def model_card(manifest: dict[str, Any]) -> str:
@@ -26,14 +34,12 @@ def model_card(manifest: dict[str, Any]) -> str:
     reward = stage == "rm"
     task = "text-classification" if reward else "text-generation"
     front = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["align", "rlhf", stage]).to_yaml()
-    auto = "AutoModelForTokenClassification" if reward else "AutoModelForCausalLM"
-    code = f"from transformers import {auto}, AutoTokenizer\n\n{LOAD_REWARD if reward else LOAD}"
     settings = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).strip()
     parts = [
         f"---\n{front}\n---",
         f"# {title}",
         f"{what[0].upper()}{what[1:]}. Seed {manifest['seed']}; `manifest.json` has hashes and versions.",
-        f"```python\n{code}\n```",
+        f"```python\n{LOAD_REWARD if reward else LOAD}\n```",
         *_bullets("Made from", [(p["role"], p["path"], (p["weights_sha256"] or "")[:12]) for p in manifest["parents"]]),
         *_bullets("Data", [_data_row(name, report) for name, report in manifest["data"].items()]),
         *_bullets("Numbers", _numbers(manifest["metrics"])),

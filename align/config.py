@@ -21,6 +21,8 @@ from align.runtime import has_bf16
 
 Config = TypeVar("Config")
 
+VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
+
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -235,6 +237,17 @@ RewardTerm = ModelTerm | EnsembleTerm | FunctionTerm
 TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
 
+COUNTS = (
+    "total_episodes", "rollout_batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
+    "per_device_rollout_batch_size", "microbatch_tokens", "max_prompt_length", "max_new_tokens", "kl_horizon",
+)  # fmt: skip
+BOUNDS: dict[str, tuple[float, float]] = {  # of PPO, where a key is given
+    **dict.fromkeys(COUNTS, (1, 10**9)),
+    **dict.fromkeys(("gamma", "lam", "ema_decay"), (0, 1)),
+    **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PPOConfig(TrainingConfig):
     """Stage 3: prompts, policy and reward -> policy (paper section 3.5, App. C.4)."""
@@ -244,6 +257,7 @@ class PPOConfig(TrainingConfig):
     reward_timeout: float | None = 1800.0  # seconds a reward function may take; null: as long as it likes
     reward_retries: int = 2  # a function that raises, hangs or miscounts is called again so many times
     value_model_path: str | None = None  # null: a reward model that reads the policy's tokens, else the policy
+    value_head_init: str = "kept"  # or "fitted": to the first rollout's returns, before its update
     train_file: str = ""
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
@@ -301,6 +315,10 @@ class PPOConfig(TrainingConfig):
         super().__post_init__()
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
+        choose("value_head_init", self.value_head_init, ("kept", "fitted"))
+        if self.value_head_init == "fitted" and self.rollout_batch_size < VALUE_FOLDS:
+            least = f"rollout_batch_size {VALUE_FOLDS} or more"
+            raise UserError(f"value_head_init: fitted takes folds of episodes; give {least}")
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
@@ -312,6 +330,9 @@ class PPOConfig(TrainingConfig):
             raise UserError("reward: missing; give [{model: PATH}], or [{function: package.module:name}]")
         for i, term in enumerate(self.reward):
             check_term(f"reward[{i}]", term, [term_name(other) for other in self.reward[:i]])
+        for key, bounds in BOUNDS.items():
+            if getattr(self, key) is not None:
+                between(key, getattr(self, key), *bounds)
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise UserError(f"reward_timeout: {self.reward_timeout} seconds; give more than 0, or null for no limit")
         if self.kl_stop is not None and self.kl_stop <= 0:
@@ -437,7 +458,7 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
 
     `--run DIR` fills the `{run}` of any value, so that a preset can name the files of the run it belongs to.
     """
-    flags = _flags(argv)
+    flags = read_flags(argv)
     run = flags.pop("run", None)
     values: dict[str, tuple[Any, str]] = {}
     config_file = flags.pop("config", None)
@@ -451,11 +472,19 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
             raise _unknown(key, place, cls)
     for name in _required(cls):
         if name not in values:
-            raise UserError(f"{name}: missing; set it in the config file or with --{name}")
+            raise _missing(name)
     if "bf16" in values:
         values["bf16"] = _bf16(*values["bf16"])
     filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
-    return cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
+    config = cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
+    for f in dataclasses.fields(cls):  # a path that a stage cannot do without
+        if f.default == "" == getattr(config, f.name) and not (f.name == "demonstrations_file" and config.folds_by):
+            raise _missing(f.name)
+    return config
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"{name}: missing; set it in the config file or with --{name}")
 
 
 def _required(cls: type) -> list[str]:
@@ -491,7 +520,8 @@ def _fill(value: Any, run: str | None, place: str) -> Any:
     return value.replace("{run}", run)
 
 
-def _flags(argv: list[str]) -> dict[str, str]:
+def read_flags(argv: list[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` by key."""
     flags, words = {}, list(argv)
     while words:
         word = words.pop(0)

@@ -559,7 +559,7 @@ def refuse_eval_only(rows: Iterable[Any], report: DataReport) -> None:
     marked = sum(bool(row.columns.get("eval_only")) for row in rows)
     if marked:
         what = f"{', '.join(report.paths)}: {marked} rows are marked eval_only"
-        raise UserError(f"{what}: they must not be trained on; give other prompts")
+        raise UserError(f"{what}: they must not be trained on; give other rows")
 
 
 # Filters of Appendix A.2: by user, at most 200 prompts a user, no long shared prefix, no personal data
@@ -708,10 +708,3 @@ class Cursor:
             what = f"the data set has {num_rows} rows, the checkpoint was written with {state['num_rows']}"
             raise UserError(f"{what}: resume with the same data and filters")
         return Cursor(state["num_rows"], state["seed"], state["position"])
-
-
-def batches(num_rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless lists of `batch_size` row numbers."""
-    cursor = Cursor(num_rows, seed)
-    while True:
-        yield cursor.take(batch_size)

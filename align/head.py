@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from align.errors import UserError
 from align.maths.losses import ranking_loss
 from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import RankedTokens, RankingCollator, by_prompt
-from align.runtime import gather_list, my_share, sharding
+from align.runtime import gather_list, my_share
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -29,11 +28,9 @@ def fit_head(
 ) -> dict[str, float]:
     """Set the head's weight to the minimum of the mean ranking loss plus a ridge, the body as it is; the bias to 0.
 
-    One forward pass over `elements`, shared out over processes. Returns `loss` and `accuracy` on these very rankings.
-    Raises UserError where the body lies in parts over the processes.
+    One forward pass over `elements`, shared out over processes, each with a whole model. Returns `loss` and `accuracy`
+    on these very rankings.
     """
-    if sharding():
-        raise UserError("head_init: fitted reads a whole model, and FSDP cuts it up; use normal")
     training = model.training
     model.eval()
     features = read_features(model, elements, pad_id, batch_size, autocast)  # (N, d)

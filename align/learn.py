@@ -49,6 +49,7 @@ from align.runtime import (
     is_main_process,
     load_optimizer_state,
     random_state,
+    refuse_sharding,
     set_random_state,
     whole_state,
     write,
@@ -75,6 +76,8 @@ class Inputs:
 
 def load_inputs(config: PPOConfig) -> Inputs:
     """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
+    if config.value_head_init == "fitted":
+        refuse_sharding("value_head_init: fitted", "kept")
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
     if config.value_model_path:
         parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
@@ -105,6 +108,11 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
     policy_dtype, value_dtype = (
         runtime.compute_dtype if peft else torch.float32 for peft in (config.use_peft, config.value_use_peft)
     )
+    if config.use_peft and runtime.half and config.old_logprobs == "sampler":
+        announce(
+            "warning: old_logprobs: sampler, but in half precision the sampler rounds the adapter into the weights, so "
+            "that it draws from another policy than the one that learns; set old_logprobs: recompute"
+        )
     policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
     value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head, value_dtype)
     for model, peft in ((policy, config.use_peft), (value_model, config.value_use_peft)):

@@ -52,13 +52,18 @@ def save_chosen(checkpoint: Path, folder: Path) -> None:
     copy_weights(checkpoint, folder / "adapter")
 
 
-def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:
-    """Prompt and response must fit the model's context together (paper App. C: 1k + 1k of 2k)."""
+def context_of(path: str) -> int | None:
+    """How many tokens a model can read; None where its config does not say."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model could be loaded ({first_line(error)}); give a folder or hub id") from None
-    context = getattr(config, "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:
+    """Prompt and response must fit the model's context together (paper App. C: 1k + 1k of 2k)."""
+    context = context_of(path)
     if context is not None and prompt_tokens + response_tokens > context:
         raise UserError(
             f"max_prompt_length {prompt_tokens} + max_new_tokens {response_tokens}: over the {context} tokens that "
@@ -90,6 +95,11 @@ class PackedModel(nn.Module):
     def inner(self) -> PreTrainedModel:
         """The transformers model, with or without LoRA around it."""
         return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it can read, where its config says."""
+        return getattr(self.inner.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:

@@ -41,7 +41,8 @@ class Reward(Protocol):
 
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled, and EOS behind a
-    response that was cut off, since at EOS alone it has learned to say something."""
+    response that was cut off, since at EOS alone it has learned to say something. Where that fills its context, the
+    row's first token goes."""
 
     def __init__(
         self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, batch_size: int,
@@ -49,10 +50,13 @@ class ModelReward:
     ):  # fmt: skip
         self.model, self.pad_id, self.eos_id = model, pad_id, eos_id
         self.batch_size, self.max_tokens, self.even = batch_size, max_tokens, even
+        self.context = (model.adapted if isinstance(model, WithoutAdapter) else model).context
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         rows = [[*e.query, *e.response, *([] if e.finished else [self.eos_id])] for e in episodes]
+        if self.context is not None:
+            rows = [row[-self.context :] for row in rows]
         with self.model.hold():
             return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
 

@@ -50,9 +50,8 @@ def collect_rollout(
     # 1. Respond: one sample a query at the rollout temperature, from numbers that belong to the episode.
     uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, iteration)
     mine = runtime.mine(queries)
-    shares = uniforms[runtime.rank :: runtime.world]
     with runtime.timed("sample"), runtime.for_sampling(actors.policy), runtime.autocast():
-        episodes = actors.sampler([list(q.tokens) for q in mine], shares, config.temperature)
+        episodes = actors.sampler([list(q.tokens) for q in mine], runtime.mine(uniforms), config.temperature)
 
     # 2. Log-probabilities under the policy and the reference, and values, at each response token.
     with torch.no_grad(), runtime.autocast():
@@ -131,21 +130,28 @@ def episode_tensors(episodes: list[Episode], pad_id: int, device: torch.device) 
 
 
 def shape_rewards(tensors: dict[str, Tensor], raw_scores: Tensor, config: PPOConfig, kl_coef: float) -> Rollout:
-    """Scores and log-probabilities to rewards, advantages and returns (Eq. 2; GAE of Schulman et al. 2015)."""
+    """Scores and log-probabilities to rewards, advantages and returns (Eq. 2)."""
     mask = length_mask(tensors["response_lengths"], tensors["logprobs"].shape[1])
     scores = apply_eos_rule(raw_scores, tensors["finished"], config.missing_eos_penalty, config.missing_eos_mode)
     if config.reward_clip is not None:
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     kl = kl_estimate(tensors["logprobs"], tensors["ref_logprobs"], config.kl_estimator)
     rewards = token_rewards(scores, kl, mask, kl_coef)
-    shaped = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
-    advantages, returns = gae(shaped, tensors["values"], mask, config.gamma, config.lam)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    advantages, returns = advantages_and_returns(rewards, tensors["values"], mask, config)
     return Rollout(
         **tensors, response_mask=mask, scores=scores, raw_scores=raw_scores, rewards=rewards,
         advantages=advantages, returns=returns, importance_weights=token_weights(tensors, mask, config),
     )  # fmt: skip
+
+
+def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """GAE (Schulman et al. 2015), whitened as the config asks. (B, R) each"""
+    advantages, returns = gae(whitened_rewards(rewards, mask, config), values, mask, config.gamma, config.lam)
+    return whiten(advantages, mask) if config.whiten_advantages else advantages, returns
+
+
+def whitened_rewards(rewards: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    return whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
 
 
 def token_weights(tensors: dict[str, Tensor], mask: Tensor, config: PPOConfig) -> Tensor | None:
@@ -179,12 +185,17 @@ def check_step_zero(
         rows = head.input_ids, head.query_lengths, head.response_lengths
         new, _ = response_logprobs(actors.policy, *rows, config.temperature)
         ids, ends = closed(head, eos_id)
-        values = response_values(actors.value_model, ids, ends, torch.ones_like(ends))[:, 0]
+        room = runtime.unwrap(actors.value_model).context
+        fit = torch.ones_like(head.finished) if room is None else ends < room  # what fills the context is read cut
+        some = bool(fit.any()) and value_term is not None
+        values = (
+            response_values(actors.value_model, ids[fit], ends[fit], torch.ones_like(ends[fit]))[:, 0] if some else None
+        )
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
     numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
-    score = head.part_scores[f"scores/{value_term}"] if value_term else None
-    numbers["value_minus_score"] = None if score is None else float((values - score).abs().max())
+    score = head.part_scores[f"scores/{value_term}"][fit] if some else None
+    numbers["value_minus_score"] = float((values - score).abs().max()) if some else None
     warn_of_engine(rollout, config, runtime.half)
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
     if bool((at_last[rollout.finished] != eos_id).any()):

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
 from align.errors import UserError
+
+Rows = TypeVar("Rows", list, Tensor)
 
 
 class Runtime:
@@ -86,8 +88,8 @@ class Runtime:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def mine(self, rows: list) -> list:
-        """This process's share of a global list."""
+    def mine(self, rows: Rows) -> Rows:
+        """This process's share of a global list or tensor."""
         return rows[self.rank :: self.world]
 
     @property
@@ -204,6 +206,12 @@ class Runtime:
 def sharding() -> bool:
     """Whether the launcher asks for FSDP2, and there is something to shard over."""
     return asked_to_shard() and state().num_processes > 1
+
+
+def refuse_sharding(key: str, instead: str) -> None:
+    """Raise UserError where models would lie in parts, which what `key` asks for cannot do with."""
+    if sharding():
+        raise UserError(f"{key} needs a whole model, and FSDP cuts it up; use {instead}")
 
 
 @functools.cache
@@ -461,8 +469,13 @@ def tune_cpu() -> None:
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
+def available_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has not
+
+
 def limit_threads() -> None:
     """Share the CPU's cores between this machine's processes, unless the user decided already."""
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, available_cpus() // local))

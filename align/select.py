@@ -1,5 +1,7 @@
 """Which epoch of a fine-tuning run is the policy (paper section 3.5: validation reward predicts preference best)."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +9,25 @@ import torch
 
 from align.checkpoint import checkpoint_fault
 from align.config import SFTConfig
-from align.data import load_demonstrations
+from align.data import demonstration_length, drop_long, load_demonstrations
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
 from align.models import ScalarModel, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
+from align.runtime import gather_list, my_share
 from align.text import Codec
 from align.track import announce
 from align.types import Prompt
 
+Autocast = Callable[[], AbstractContextManager]
+Device = torch.device | str
+BATCH_SIZE = 128  # rows of a forward pass
 
-def choose_epoch(output: Path, log: list[dict[str, Any]], config: SFTConfig, codec: Codec) -> dict[str, Any]:
+
+def choose_epoch(
+    output: Path, log: list[dict[str, Any]], config: SFTConfig, codec: Codec, device: Device = "cpu",
+    autocast: Autocast = nullcontext,
+) -> dict[str, Any]:  # fmt: skip
     """{"criterion", "checkpoint", "table"}: highest mean reward with a reward model, else lowest validation loss.
 
     The table has a row an epoch, with both numbers where both are known.
@@ -33,7 +43,7 @@ def choose_epoch(output: Path, log: list[dict[str, Any]], config: SFTConfig, cod
         raise UserError(f"{output}: no checkpoint to choose from; num_train_epochs must reach the end of an epoch")
     if config.reward_model_path:
         for row in table:
-            row["reward"] = mean_reward(str(output / row["checkpoint"]), config, codec)
+            row["reward"] = mean_reward(str(output / row["checkpoint"]), config, codec, device, autocast)
     return pick(table)
 
 
@@ -55,19 +65,32 @@ def pick(table: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def mean_reward(checkpoint: str, config: SFTConfig, codec: Codec) -> float:
-    """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers."""
-    demonstrations, _ = load_demonstrations(config.validation_file, config.on_bad_rows)
+def mean_reward(
+    checkpoint: str, config: SFTConfig, codec: Codec, device: Device = "cpu", autocast: Autocast = nullcontext
+) -> float:
+    """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers.
+
+    Every process answers its share of the prompts, on its device; all return the same.
+    """
+    demonstrations, report = load_demonstrations(config.validation_file, config.on_bad_rows)
+    demonstrations, _ = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
     prompts = [d.prompt for d in demonstrations[: config.selection_prompts]]
-    queries = codec.prompts(prompts)
-    policy = load_packed_policy(checkpoint, config.attn_implementation)
-    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, batch_size=128)
-    uniforms = uniform_numbers(len(queries), config.max_new_tokens, config.seed, 0)
-    episodes = sampler(queries, uniforms, config.temperature)
+    mine = list(my_share(len(prompts)))
+    uniforms = uniform_numbers(len(prompts), config.max_new_tokens, config.seed, 0)[mine]
+    prompts = [prompts[i] for i in mine]
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    policy = load_packed_policy(checkpoint, config.attn_implementation, dtype).to(device)
 
     def load_scalar(path: str) -> ScalarModel:
-        return load_scalar_model(path, config.attn_implementation).eval()
+        return load_scalar_model(path, config.attn_implementation, dtype=dtype).to(device).eval()
 
-    reward = load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, batch_size=128)
-    scores = reward([Prompt(prompt) for prompt in prompts], episodes)
+    how = {"batch_size": BATCH_SIZE, "dtype": dtype, "device": device}
+    reward = load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, **how)
+    scores: list[float] = []
+    if prompts:
+        with autocast():
+            sampler = make_sampler(policy, codec.eos_id, codec.pad_id, BATCH_SIZE)
+            episodes = sampler(codec.prompts(prompts), uniforms, config.temperature)
+            scores = reward([Prompt(prompt) for prompt in prompts], episodes)
+    scores = gather_list(scores)
     return sum(scores) / len(scores)

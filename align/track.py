@@ -131,7 +131,7 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
     mask = rollout.response_mask
     kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
     residual = masked_var(rollout.returns - rollout.values, mask)
-    non_score = -kl_coef * kl
+    non_score = masked_row_sum(rollout.rewards, mask) - rollout.scores
     responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
     repeated = repeated_ngrams(responses, rollout.response_lengths)
     return (

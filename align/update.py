@@ -114,7 +114,7 @@ def optimiser_step(
     require_finite_numbers(minibatch)
     tokens = int(minibatch.response_mask.sum())
     ptx_tokens = sum(len(document) - 1 for document in documents)
-    mine = minibatch.index(torch.arange(runtime.rank, len(minibatch), runtime.world, device=runtime.device))
+    mine = minibatch.index(runtime.mine(torch.arange(len(minibatch), device=runtime.device)))
     micros = microbatches(mine, config, runtime)
     with runtime.timed("update policy"):
         stats = backward(micros, policy_terms, learner.policy, tokens, config, runtime, more=bool(documents))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from align.checkpoint import write_json
 from align.errors import UserError
+from align.runtime import available_cpus
 from benchmarks import workloads
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +133,7 @@ def machine() -> str:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return f"{device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+    return f"{device}, {available_cpus()} cores, torch {torch.__version__}"
 
 
 def cpu_name() -> str:

@@ -23,7 +23,7 @@ from workloads import measured
 
 def main(smollm2: str, names: str, data: str, precision: str = "bf16") -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # the user's word counts on both sides
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     transformers.logging.set_verbosity_error()
     peer = f"trl {version('trl')}, transformers {version('transformers')}"
     for name in names.split(","):

@@ -74,11 +74,12 @@ def run_here(stage, argv: list[str]) -> int:
     try:
         with handled():
             stage(argv)
-            record_seconds(argv, Path(sys.modules[stage.__module__].__file__).stem)
+            record_seconds(argv, stage)
     except UserError as error:
         return fail(error)
     except Interrupted as stop:
         if stop.checkpoint is not None:  # which all processes saved together
+            record_seconds(argv, stage)
             end_processes()
         return fail(stop, "", stop.status)
     except Exception as error:
@@ -111,27 +112,31 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
     return status
 
 
-def record_seconds(argv: list[str], stage: str) -> None:
-    """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key."""
+def record_seconds(argv: list[str], stage) -> None:
+    """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key. A resumed
+    run adds to what it took before."""
     from align.checkpoint import write_json  # late: torch, which `align --help` need not load
+    from align.config import read_flags
     from align.runtime import is_main_process
 
-    flags = dict(zip(argv, argv[1:], strict=False))
-    if "--run" in flags:
-        own_folder = "--output_dir" in flags and stage != "evaluate_rm"  # its output may lie in the model's
-        name = Path(flags["--output_dir"]).name if own_folder else stage
-        if is_main_process():
-            write_json(Path(flags["--run"]) / "seconds.json", seconds_so_far(flags["--run"], name))
+    flags, name = read_flags(argv), Path(sys.modules[stage.__module__].__file__).stem
+    if "output_dir" in flags and name != "evaluate_rm":  # whose output may lie in the model's
+        name = Path(flags["output_dir"]).name
+    if "run" in flags and is_main_process():
+        seconds = seconds_so_far(flags["run"], name, "resume_from_checkpoint" in flags)
+        write_json(Path(flags["run"]) / "seconds.json", seconds)
 
 
-def seconds_so_far(run_dir: str, name: str) -> dict[str, float]:
-    """Seconds of the run's stages; under `name` those since this process started, imports included."""
+def seconds_so_far(run_dir: str, name: str, resumed: bool = False) -> dict[str, float]:
+    """Seconds of the run's stages; under `name` those since this process started, imports included, and those before
+    if it was `resumed`."""
     path = Path(run_dir) / "seconds.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or torn
         known = {}
-    return known | {name: round(time.time() - psutil.Process().create_time(), 1)}
+    before = known.get(name, 0.0) if resumed else 0.0
+    return known | {name: round(before + time.time() - psutil.Process().create_time(), 1)}
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
                 write_jsonl(folder / f"{name}.jsonl", rows)
             reports = {f"{name}_prompts": report for name, (_, report) in loaded.items()}
             write_manifest(folder, "collect", config, config.seed, parents, reports, metrics)
-    announce(f"rankings in {output}; next: make rm")
+    after = "make rm" if config.labelers else "fill in every rank and give both files to rm"
+    announce(f"rankings in {output}; next: {after}")
 
 
 def cut(pair: tuple, codec: Codec, config: CollectConfig) -> tuple:
@@ -69,7 +70,7 @@ def sample(
     repeated = [query for query, size in zip(queries, sizes, strict=True) for _ in range(size)]
     uniforms = uniform_numbers(len(repeated), config.max_new_tokens, config.seed, stream)
     with runtime.autocast():
-        mine = sampler(runtime.mine(repeated), uniforms[runtime.rank :: runtime.world], config.temperature)
+        mine = sampler(runtime.mine(repeated), runtime.mine(uniforms), config.temperature)
     return group(prompts, sizes, runtime.gather_list(mine), codec)
 
 

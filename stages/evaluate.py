@@ -12,19 +12,29 @@ Policies: base, base with a few-shot prefix ("prompted"), SFT, PPO and PPO-ptx w
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from align.checkpoint import check_parent, read_manifest, start_output, write_json, write_jsonl
 from align.config import EvaluateConfig, parse
-from align.data import load_demonstrations, load_prompts, load_rankings, load_texts
+from align.data import (
+    DataReport,
+    drop_long,
+    load_demonstrations,
+    load_prompts,
+    load_rankings,
+    load_texts,
+    prompt_length,
+    ranking_length,
+)
 from align.errors import UserError
 from align.evaluate.policies import Setting, answer, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model
 from align.evaluate.win_rate import agreement, plain
-from align.models import ScalarModel, load_packed_policy, load_scalar_model
+from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
 from align.rewards import Reward, import_function
 from align.runtime import Runtime, is_main_process, tune_cpu
@@ -44,25 +54,28 @@ def main(argv: list[str]) -> None:
     if not config.rankings_file:
         raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     codec = Codec.load(config.sft_path)
-    prompts, _ = load_prompts(config.prompts_file, config.on_bad_rows)
+    room = context_of(config.sft_path) or sys.maxsize
+    prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
     prompts = evenly(prompts, config.num_prompts)
-    rankings, _ = load_rankings(config.rankings_file, config.on_bad_rows)
+    rankings, report = load_rankings(config.rankings_file, config.on_bad_rows)
+    rankings = within(room, codec, rankings, report, ranking_length)
     shown = [row.prompt for row in (*prompts, *rankings)]
     for leak in training_leaks([*paths.values(), config.reward_model_path], shown):
         announce(leak)
-    documents = codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])
+    documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
-    policies = {name: load(path, config, runtime) for name, path in paths.items() if path}
+    sft = load(config.sft_path, config, runtime)
     reward = load_reward_model(config, codec, runtime)
     judge = import_function(config.judge, "judge") if config.judge else None
     sizes = (config.max_new_tokens, config.per_device_batch_size)
-    setting = Setting(codec, prompts, policies["sft"], reward, judge, *sizes, config.seed)
+    setting = Setting(codec, prompts, sft, reward, judge, *sizes, config.seed)
 
     # 2. Every policy answers every prompt, sampled and greedy.
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}
-    for name, policy, examples in lineup(policies, config):
+    for name, path, examples in lineup(paths, config):
         announce(f"evaluating {name}")
+        policy = sft if name == "sft" else load(path, config, runtime)  # one beside SFT at a time
         measured[name] = {
             "sampled": answer(policy, setting, 1.0, runtime, examples),
             "greedy": answer(policy, setting, 0.0, runtime, examples),
@@ -82,6 +95,16 @@ def main(argv: list[str]) -> None:
     announce(f"report in {output / 'index.html'}, numbers in {Path(config.run_dir) / 'summary.json'}")
 
 
+def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length: Callable = prompt_length) -> list:
+    """The rows that the models can read."""
+    kept, report = drop_long(rows, codec, max_tokens, report, length)
+    if len(kept) < len(rows):
+        announce(
+            f"{', '.join(report.paths)}: {len(rows) - len(kept)} of {len(rows)} rows over {max_tokens} tokens left out"
+        )
+    return kept
+
+
 def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
     """`count` prompts, evenly spaced over the file, so that every source in it has its share; all when 0."""
     count = min(count, len(prompts)) or len(prompts)
@@ -92,7 +115,10 @@ def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
     """Checked checkpoints by policy; a PPO folder that was not written counts as not trained."""
     paths = {"base": config.base_path, "sft": config.sft_path}
     for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
-        paths[name] = path if path and (Path(path) / "manifest.json").exists() else None
+        trained = path and (Path(path) / "config.json").exists()
+        paths[name] = path if trained else None
+        if path and not trained:
+            announce(f"{name}_path: {path} holds no model: not evaluated")
     for name, path in paths.items():
         if path:
             check_parent(path, f"{name}_path", {"base": ("base",), "sft": ("sft",)}.get(name, ("ppo",)))
@@ -100,22 +126,23 @@ def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
 
 
 def load(path: str, config: EvaluateConfig, runtime: Runtime):
-    return load_packed_policy(path, config.attn_implementation).to(runtime.device).eval()
+    return load_packed_policy(path, config.attn_implementation, runtime.compute_dtype).to(runtime.device).eval()
 
 
 def load_reward_model(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
     def load_scalar(path: str) -> ScalarModel:
-        return load_scalar_model(path, config.attn_implementation).to(runtime.device)
+        return load_scalar_model(path, config.attn_implementation, dtype=runtime.compute_dtype).to(runtime.device)
 
-    size, device = config.per_device_batch_size, runtime.device
-    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
+    how = {"dtype": runtime.compute_dtype, "device": runtime.device}
+    size = config.per_device_batch_size
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, **how)
 
 
-def lineup(policies: dict, config: EvaluateConfig) -> list[tuple]:
-    rows = [(name, policy, []) for name, policy in policies.items()]
-    if config.few_shot_file and "base" in policies:
+def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
+    rows = [(name, path, []) for name, path in paths.items() if path]
+    if config.few_shot_file and paths["base"]:
         examples, _ = load_demonstrations(config.few_shot_file, config.on_bad_rows)
-        rows.insert(1, ("prompted", policies["base"], [(d.prompt, d.completion) for d in examples]))
+        rows.insert(1, ("prompted", paths["base"], [(d.prompt, d.completion) for d in examples]))
     return rows
 
 

@@ -38,6 +38,7 @@ from align.rollout import check_step_zero, collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl
 from align.update import BatchAlgebra, update
+from align.value_head import fit_value_head
 from stages.__main__ import run
 
 
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> None:
         rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
         if iteration == 0:
             step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
+            rollout, value_head = fit_value_head(rollout, learner.value_model, config, runtime)
+            step_zero |= value_head
         stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
         row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
         if config.kl_target is not None:

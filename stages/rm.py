@@ -31,8 +31,15 @@ from align.checkpoint import (
     write_manifest,
 )
 from align.config import RMConfig, parse
-from align.data import drop_long, keep_apart, load_demonstrations, load_rankings, ranking_length
-from align.errors import UserError
+from align.data import (
+    demonstration_length,
+    drop_long,
+    keep_apart,
+    load_demonstrations,
+    load_rankings,
+    ranking_length,
+    refuse_eval_only,
+)
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
@@ -40,7 +47,7 @@ from align.head import fit_head
 from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
 from align.optimise import trainer_optim
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
-from align.runtime import is_main_process, tune_cpu
+from align.runtime import is_main_process, refuse_sharding, tune_cpu
 from align.text import Codec
 from align.track import announce
 from align.trainer import (
@@ -65,7 +72,9 @@ def main(argv: list[str]) -> None:
     rankings, held, reports = load_all(config, codec)
     if config.folds_by:
         return cross_validate(config, codec, rankings, held, parents, reports)
-    demonstrations, reports["demonstrations_file"] = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
+    demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
+    short = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
+    demonstrations, reports["demonstrations_file"] = short
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
 
     # 2. Train: each prompt once an epoch, its pairs never apart.
@@ -76,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
     if is_main_process():
-        metrics = report(model, held, codec, config) | {"demonstration_mean_before": mean}
+        metrics = accuracies(model, held, codec, config) | {"demonstration_mean_before": mean}
         after = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
         metrics["demonstration_mean"] = sum(after) / len(after)
         with atomic_contents(output) as folder:
@@ -141,20 +150,22 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
 
 def load_all(config: RMConfig, codec: Codec) -> tuple[list, dict[str, list], dict]:
     """Training rankings, held-out rankings by name, and what was read and dropped."""
-    if not config.validation_file:
-        raise UserError("validation_file: missing; give rankings of prompts that train_file does not have")
+    if config.head_init == "fitted":
+        refuse_sharding("head_init: fitted", "normal")
     held, reports = {}, {}
     for name, path in (("validation", config.validation_file), ("held_out_labelers", config.held_out_file)):
         if path:
-            held[name], reports[name] = load_rankings(path, config.on_bad_rows)
+            held[name], report = load_rankings(path, config.on_bad_rows)
+            held[name], reports[name] = drop_long(held[name], codec, config.max_length, report, ranking_length)
     rankings, report = load_rankings(config.train_file, config.on_bad_rows)
+    refuse_eval_only(rankings, report)
     for others in held.values():
         rankings, report = keep_apart(rankings, report, others, config.on_bad_rows)
     rankings, reports["train_file"] = drop_long(rankings, codec, config.max_length, report, ranking_length)
     return rankings, held, reports
 
 
-def report(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
+def accuracies(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
     """Accuracy with intervals, calibration and baselines, by name of the held-out set."""
     scored = {
         name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()

@@ -27,7 +27,7 @@ from align.checkpoint import (
     write_manifest,
 )
 from align.config import SFTConfig, parse
-from align.data import keep_apart, load_demonstrations, load_texts
+from align.data import keep_apart, load_demonstrations, load_texts, refuse_eval_only
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.optimise import trainer_optim
@@ -86,7 +86,8 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
 
     # 4. Choose the epoch: best mean reward of sampled responses, else lowest validation loss.
-    choice = choose_epoch(output, trainer.state.log_history, config, codec)
+    how = trainer.args.device, trainer.accelerator.autocast
+    choice = choose_epoch(output, trainer.state.log_history, config, codec, *how)
     announce(f"chose {choice['checkpoint']} by {choice['criterion']}")
 
     # 5. Save: a HuggingFace folder (LoRA merged, its adapter beside it), the manifest last.
@@ -102,6 +103,7 @@ def load_rows(config: SFTConfig, codec: Codec) -> tuple[list[dict], list[dict], 
     """Training rows (with their share of pretraining text), validation rows, and what was read and dropped."""
     held_out, held_out_report = load_demonstrations(config.validation_file, config.on_bad_rows)
     demonstrations, report = load_demonstrations(config.train_file, config.on_bad_rows)
+    refuse_eval_only(demonstrations, report)
     demonstrations, report = keep_apart(demonstrations, report, held_out, config.on_bad_rows)
     train, report = demonstration_rows(demonstrations, codec, config.max_length, report)
     validation, held_out_report = demonstration_rows(held_out, codec, config.max_length, held_out_report)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from align import checkpoint as ck
 from align.config import RMConfig
@@ -15,12 +16,20 @@ from align.ranking import score_rows
 from align.text import Codec
 
 
-@pytest.fixture
-def reward_folder(tiny_llama, tiny_codec: Codec, tmp_path):
-    tiny_llama.save_pretrained(tmp_path / "policy")
+@pytest.fixture(params=["llama", "gpt_neox"])
+def reward_folder(request, tiny_llama, tiny_codec: Codec, tmp_path):
+    """GPT-NeoX has no class for tokens with a head of that name."""
+    neox = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    policy = tiny_llama if request.param == "llama" else GPTNeoXForCausalLM(neox)
+    policy.save_pretrained(tmp_path / "policy")
     folder = tmp_path / "rm"
     folder.mkdir()
     model = load_scalar_model(str(tmp_path / "policy"), "eager", fresh_head=True)
+    with torch.no_grad():
+        model.head.bias.fill_(0.7)
     save_scalar_model(model, folder, tiny_codec.pad_id)
     tiny_codec.save(folder)
     parent = {"role": "model_name_or_path", "path": "runs/x/sft", "stage": "sft", "weights_sha256": "ab" * 32}
@@ -54,7 +63,7 @@ def test_the_cards_code_loads_the_scores(reward_folder, tiny_codec):
     ids = torch.tensor([[5, 6, 7, 1]])
     (ours,) = score_rows(load_scalar_model(str(reward_folder)).eval(), ids.tolist(), tiny_codec.pad_id, 1)
     with torch.no_grad():
-        theirs = names["model"].eval()(input_ids=ids).logits[0, -1, 0]
+        theirs = names["model"].eval()(input_ids=ids).logits[0, 0] + names["bias"]
     assert float(theirs) == pytest.approx(ours, abs=1e-5)
 
 

@@ -62,7 +62,7 @@ FIELDS = {
         adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
     """,
     "PPOConfig": """
-        model_name_or_path reward reward_timeout reward_retries value_model_path
+        model_name_or_path reward reward_timeout reward_retries value_model_path value_head_init
         train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
@@ -347,11 +347,21 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
+        (["--value_head_init", "x"], ["value_head_init", "kept, fitted"]),
+        (["--value_head_init", "fitted", "--rollout_batch_size", "4"], ["value_head_init", "rollout_batch_size 5"]),
         (["--importance_weight_cap", "0.9"], ["importance_weight_cap", "0.9", "under 1"]),
         (["--importance_weight_band", "0.5"], ["importance_weight_band", "under 1"]),
         (["--importance_weight_level", "word"], ["importance_weight_level", "token, sequence"]),
         (["--importance_weight_level", "sequence"], ["importance_weight_level", "importance_weight_cap"]),
         (["--importance_weight_cap", "2", "--old_logprobs", "sampler"], ["importance_weight_cap", "recompute"]),
+        (["--num_ppo_epochs", "0"], ["num_ppo_epochs", "outside"]),
+        (["--per_device_rollout_batch_size", "0"], ["per_device_rollout_batch_size", "outside"]),
+        (["--total_episodes", "0"], ["total_episodes", "outside"]),
+        (["--lam", "1.1"], ["lam", "outside"]),
+        (["--cliprange", "0"], ["cliprange", "outside"]),
+        (["--kl_target", "0"], ["kl_target", "outside"]),
+        (["--kl_horizon", "-1"], ["kl_horizon", "outside"]),
+        (["--train_file", ""], ["train_file: missing", "--train_file"]),
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
         (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
         (["--temperature", "0"], ["temperature", "outside"]),

@@ -22,14 +22,26 @@ PURE_STDLIB |= {"enum", "numbers", "abc", "fractions", "statistics", "__future__
 
 # generate, ranking and update call the models' forward passes, which read the packs of packing.
 FLOORS = (
-    {"maths", "types", "config", "errors", "runtime", "lock", "interrupt"},
+    {
+        "maths",
+        "types",
+        "config",
+        "errors",
+        "runtime",
+        "lock",
+        "interrupt",
+        "card",
+        "initialise",
+        "quantise",
+        "optimise",
+    },
     {"attention", "prepack"},
     {"text", "checkpoint", "packing", "postmortem", "track"},
     {"models", "data"},
-    {"generate", "ranking", "update", "readers"},
-    {"rewards", "reward_models"},
-    {"rollout", "evaluate"},
-    {"validate", "convert", "stats"},
+    {"generate", "ranking", "update", "readers", "lora", "demonstrations"},
+    {"rewards", "reward_models", "head", "trainer"},
+    {"rollout", "evaluate", "collect", "select"},
+    {"validate", "convert", "stats", "learn", "value_head"},
     {"prepare"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -130,8 +142,9 @@ def floor(dotted: str) -> int | None:
 def test_floors(path):
     """A module imports its own floor and those below."""
     mine = floor(module_name(path))
-    if mine is None:
+    if module_name(path) == "align":
         return
+    assert mine is not None, f"{name(path)}: stands on no floor; add it to FLOORS"
     for dotted, line in imports(path):
         theirs = floor(dotted)
         assert theirs is None or theirs <= mine, f"{name(path)}:{line}: floor {mine} imports {dotted} of floor {theirs}"
@@ -265,7 +278,6 @@ LAUNCHES = {  # file -> how accelerate starts it, and what the stages' processes
     "multi_node": ("multi", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
     "fsdp2": ("multi", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     "zero2": ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
-    "zero3": ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
 }
 
 

@@ -548,9 +548,9 @@ def test_epoch_order_is_a_fixed_permutation():
     assert len({tuple(data.epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
-def test_batches_span_epochs_and_cover_each():
-    stream = data.batches(10, 4, seed=0)
-    flat = [i for _ in range(5) for i in next(stream)]
+def test_a_cursor_spans_epochs_and_covers_each():
+    cursor = data.Cursor(10, seed=0)
+    flat = [i for _ in range(5) for i in cursor.take(4)]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
 
 

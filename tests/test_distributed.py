@@ -200,6 +200,7 @@ def sft_flags(world: Path) -> dict:
 PPO_METRICS = ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr")
 LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
 MUON = {"optim": "muon"}
+FITTED = {"value_head_init": "fitted"}
 SAMPLER = {"old_logprobs": "sampler", "importance_weight_cap": "null"} | LORA  # the frozen trunk is then read first
 FEW_TOKENS = {"microbatch_tokens": 60}  # cuts microbatches otherwise than a count of rows, in each process its own
 
@@ -253,6 +254,7 @@ def check_transcripts(a: Path, b: Path) -> None:
         pytest.param(2, True, SAMPLER, {}, id="2-sharded-lora-sampler", marks=pytest.mark.slow),
         pytest.param(2, True, MUON, {}, id="2-sharded-muon", marks=pytest.mark.slow),
         pytest.param(2, True, {"frozen_quantization": "int8"}, {}, id="2-sharded-int8", marks=pytest.mark.slow),
+        pytest.param(2, False, FITTED, FEW_TOKENS, id="2-fitted-values", marks=pytest.mark.slow),
         pytest.param(4, False, {}, FEW_TOKENS, id="4", marks=pytest.mark.slow),
         pytest.param(4, True, {}, FEW_TOKENS, id="4-sharded", marks=pytest.mark.slow),
     ],

@@ -10,9 +10,11 @@ import torch
 from peft import get_peft_model
 from scipy.optimize import brentq, minimize
 
-from align import head
+import align.runtime
+import stages.rm
+from align.config import RMConfig
 from align.errors import UserError
-from align.head import RIDGE, best_weight, fit_head
+from align.head import RIDGE, best_weight, fit_head, variance_within
 from align.models import disable_dropout, load_scalar_model, lora_config
 from align.ranking import RankingCollator, batch_ranking_loss, encode_rankings, held_out_loss
 from align.types import Ranking
@@ -89,7 +91,7 @@ def test_the_fitted_head_is_where_the_models_own_scores_have_no_slope(scalar, ti
 
     batch = RankingCollator(tiny_codec.pad_id)(elements)
     states = scalar.states(batch["pack"], lambda weight: weight)[batch["last_index"]].detach()
-    variance = head.variance_within(states.double(), batch["group"], len(elements))
+    variance = variance_within(states.double(), batch["group"], len(elements))
     loss = batch_ranking_loss(scalar, batch)[0] / len(elements)
     slope = torch.autograd.grad(loss, scalar.head.weight)[0]
     assert float(slope.abs().max()) > 1e-4
@@ -115,7 +117,9 @@ def test_it_serves_prompts_that_it_was_not_fitted_on(scalar, tiny_codec):
     assert after["loss"] < min(before["loss"], math.log(2)) - 0.005  # the ridge keeps it far from 0
 
 
-def test_a_body_in_parts_is_refused(scalar, tiny_codec, monkeypatch):
-    monkeypatch.setattr(head, "sharding", lambda: True)
+def test_a_body_in_parts_is_refused(tiny_codec, monkeypatch):
+    """Before anything is read or written."""
+    monkeypatch.setattr(align.runtime, "sharding", lambda: True)
+    config = RMConfig(output_dir="out", head_init="fitted")
     with pytest.raises(UserError, match="head_init: fitted.*use normal"):
-        fit_head(scalar, encode_rankings(rankings(), tiny_codec), tiny_codec.pad_id, 8, nullcontext)
+        stages.rm.load_all(config, tiny_codec)

@@ -255,6 +255,13 @@ def test_a_torn_seconds_file_costs_no_run(mini, tmp_path):
     assert seconds_so_far(str(tmp_path), "sft").keys() == {"sft"}
 
 
+def test_a_resumed_stage_adds_to_the_seconds_it_took_before(tmp_path):
+    (tmp_path / "seconds.json").write_text('{"sft": 1e6, "rm": 7.0}')
+    resumed, anew = seconds_so_far(str(tmp_path), "sft", resumed=True), seconds_so_far(str(tmp_path), "sft")
+    assert anew["rm"] == resumed["rm"] == 7.0
+    assert 0 < anew["sft"] < 1e6 < resumed["sft"] < anew["sft"] + 1e6 + 5
+
+
 def test_transcripts_show_queries_without_bos(mini):
     for row in rows(mini.run / "ppo" / "transcripts.jsonl"):
         assert "<bos>" not in row["query"] and row["query"].strip()

@@ -67,6 +67,7 @@ MOMENTS = [
     ("base", 15, {}), ("base", 38, {}),  # within a row of the log; at the end, within an epoch
     ("sft", 4, {}), ("sft", 3, {}), ("sft", 9, {}),  # within an epoch; at its end, which is evaluated; at the last
     ("rm", 2, {}), ("rm", 2, {"use_peft": "true"}), ("ppo", 1, {}), ("ppo", 3, {}),
+    ("ppo", 1, {"value_head_init": "fitted", "value_use_peft": "true"}),
 ]  # fmt: skip
 
 
