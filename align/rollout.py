@@ -188,9 +188,8 @@ def check_step_zero(
         room = runtime.unwrap(actors.value_model).context
         fit = torch.ones_like(head.finished) if room is None else ends < room  # what fills the context is read cut
         some = bool(fit.any()) and value_term is not None
-        values = (
-            response_values(actors.value_model, ids[fit], ends[fit], torch.ones_like(ends[fit]))[:, 0] if some else None
-        )
+        ids, ends = ids[fit], ends[fit]
+        values = response_values(actors.value_model, ids, ends, torch.ones_like(ends))[:, 0] if some else None
     ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
     numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}

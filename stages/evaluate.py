@@ -131,11 +131,10 @@ def load(path: str, config: EvaluateConfig, runtime: Runtime):
 
 def load_reward_model(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
     def load_scalar(path: str) -> ScalarModel:
-        return load_scalar_model(path, config.attn_implementation, dtype=runtime.compute_dtype).to(runtime.device)
+        return load_scalar_model(path, config.attn_implementation).to(runtime.device)  # float32: rounding makes ties
 
-    how = {"dtype": runtime.compute_dtype, "device": runtime.device}
-    size = config.per_device_batch_size
-    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, **how)
+    size, device = config.per_device_batch_size, runtime.device
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
 
 
 def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:

@@ -38,6 +38,14 @@ def test_R8_model_reward_reads_eos_also_behind_a_response_that_was_cut_off(tiny_
             assert score == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_row_that_eos_would_lengthen_over_the_context_loses_its_first_token(tiny_llama, tmp_path):
+    tiny_llama.config.max_position_embeddings = 4
+    tiny_llama.save_pretrained(tmp_path)
+    model = load_scalar_model(str(tmp_path), None, fresh_head=True).eval()
+    full, cut = ModelReward(model, 0, 1, 1)([Prompt("b")] * 2, [EPISODES[1], Episode((10, 11), (12, 1), True)])
+    assert full == pytest.approx(cut, abs=1e-6)  # 9 10 11 12 EOS
+
+
 @pytest.mark.parametrize(
     "tokens, batches", [(None, [[5, 4, 4, 2]]), (8, [[2, 4], [4], [5]]), (3, [[2], [4], [4], [5]])]
 )

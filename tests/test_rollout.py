@@ -9,11 +9,12 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
-from align.models import Policy, add_residual_dropout, load_scalar_model
+from align.models import Policy, add_residual_dropout, disable_dropout, load_packed_policy, load_scalar_model
 from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Actors, Query, apply_eos_rule, check_step_zero, collect_rollout, shape_rewards
 from align.runtime import Runtime
@@ -63,6 +64,28 @@ def actors(request, tiny_llama, tmp_path) -> Actors:
     sampler = make_sampler(policy, EOS, PAD, 4)
     reference, value_model = copy.deepcopy(policy), copy.deepcopy(reward_model)
     return Actors(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, EOS, 4)), sampler, PAD)
+
+
+def test_a_response_that_fills_the_context(runtime, tmp_path):
+    """GPT-2 looks positions up in a table, so a token too many is an error; EOS behind a cut-off response is one."""
+    longest, new = 5, 6
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=longest + new, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=EOS
+    )
+    GPT2LMHeadModel(config).eval().save_pretrained(tmp_path)
+    policy, scalar = load_packed_policy(str(tmp_path)), load_scalar_model(str(tmp_path), fresh_head=True)
+    for model in (policy, scalar):
+        disable_dropout(model)
+    reward = rewarded(ModelReward(copy.deepcopy(scalar), PAD, EOS, 4))
+    actors = Actors(policy, copy.deepcopy(policy), scalar, reward, make_sampler(policy, EOS, PAD, 4), PAD)
+    rollout = collect_rollout(make_queries(16), actors, config_of(max_new_tokens=new), runtime, BETA, iteration=0)
+    ends = rollout.query_lengths + rollout.response_lengths
+    assert bool(((ends == longest + new) & ~rollout.finished).any()), "no row is as long as this test needs"
+    numbers = check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
+    assert numbers["value_minus_score"] < 1e-5
+    full = rollout.index((ends == longest + new).nonzero()[:, 0])
+    assert check_step_zero(full, actors, config_of(), runtime, EOS, "model")["value_minus_score"] is None
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ LOGPROBS = [[-1.0, -2.0, JUNK], [-0.5, -1.5, -0.25]]
 REF = [[-1.5, -2.25, -JUNK], [-0.5, -1.0, -1.0]]
 VALUES, RETURNS = [[0.5, 1.0, JUNK], [0.0, 0.5, -0.5]], [[1.0, 1.0, -JUNK], [0.5, 0.0, -1.0]]
 SCORES, RAW = [1.5, -1.0], [1.5, 0.25]
+REWARDS = [[-0.25, -0.125 + 1.5, JUNK], [0.0, 0.25, -0.375 - 1.0]]  # -0.5 x KL a token, the score on the last
 SUMS = {
     "tokens": 10.0, "steps": 4.0, "ptx_tokens": 8.0, "entropy": 25.0, "approxkl": 0.5, "policy_clipped": 2.0,
     "policy_grad_norm": 6.0, "value_grad_norm": 2.0, "policy_loss": -1.0, "value_loss": 3.0, "value_clipped": 1.0,
@@ -79,7 +80,7 @@ def rollout() -> Rollout:
         response_lengths=lengths, finished=torch.tensor(FINISHED),
         response_mask=torch.tensor([[True, True, False], [True, True, True]]), logprobs=torch.tensor(LOGPROBS),
         ref_logprobs=torch.tensor(REF), values=torch.tensor(VALUES), scores=torch.tensor(SCORES),
-        raw_scores=torch.tensor(RAW), rewards=zeros, advantages=zeros, returns=torch.tensor(RETURNS),
+        raw_scores=torch.tensor(RAW), rewards=torch.tensor(REWARDS), advantages=zeros, returns=torch.tensor(RETURNS),
     )  # fmt: skip
 
 

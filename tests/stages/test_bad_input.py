@@ -222,12 +222,50 @@ def test_bad_rows_are_named_by_line(refused, mini, tmp_path, stage, key):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("stage", "key"), [("ppo", "train_file"), ("collect", "prompts_file")])
-def test_prompts_marked_for_evaluation_alone(refused, tmp_path, stage, key):
+@pytest.mark.parametrize(
+    ("stage", "key", "more"),
+    [
+        ("ppo", "train_file", {}), ("collect", "prompts_file", {}), ("sft", "train_file", {"completion": "italy"}),
+        ("rm", "train_file", {"chosen": "italy", "rejected": "mars"}),
+    ],
+)  # fmt: skip
+def test_rows_marked_for_evaluation_alone(refused, tmp_path, stage, key, more):
     path = tmp_path / "benchmark.jsonl"
-    path.write_text('{"prompt": "where is rome ?", "eval_only": true}\n', encoding="utf-8")
+    path.write_text(json.dumps({"prompt": "where is rome ?", "eval_only": True, **more}) + "\n", encoding="utf-8")
     refused(stage, str(path), "eval_only", **{key: path, "output_dir": tmp_path / "out"})
     assert empty(tmp_path / "out")
+
+
+def test_rows_over_the_cap_are_dropped_from_all_that_a_reward_model_reads(mini, tmp_path):
+    """One long row in each file: held-out rankings and demonstrations, too, are counted and left out."""
+    long, data = "word " * 400, mini.run / "data"
+    files = {
+        "train_file": (mini.run / "rankings" / "train.jsonl", {"chosen": long, "rejected": "no"}),
+        "validation_file": (mini.run / "rankings" / "validation.jsonl", {"chosen": long + "too", "rejected": "no"}),
+        "held_out_file": (mini.run / "rankings" / "held_out.jsonl", {"chosen": long + "also", "rejected": "no"}),
+        "demonstrations_file": (data / "demonstrations.jsonl", {"completion": long}),
+    }
+    changes = {"output_dir": tmp_path / "out", "max_length": 256}
+    for number, (key, (path, row)) in enumerate(files.items()):
+        text = path.read_text(encoding="utf-8") + json.dumps({"prompt": f"say it {number}", **row}) + "\n"
+        (tmp_path / f"{key}.jsonl").write_text(text, encoding="utf-8")
+        changes[key] = tmp_path / f"{key}.jsonl"
+    mini.stage("rm", mini.run, **changes)
+    reports = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["data"]
+    assert [report["dropped"].get("too_long") for report in reports.values()] == [1, 1, 1, 1], reports.keys()
+
+
+def test_evaluate_leaves_out_what_its_models_cannot_read(mini, tmp_path, capsys):
+    prompts = mini.run / "data" / "prompts_test.jsonl"
+    long = tmp_path / "prompts.jsonl"
+    row = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0]) | {"prompt": "word " * 400}
+    long.write_text(prompts.read_text(encoding="utf-8") + json.dumps(row) + "\n", encoding="utf-8")
+    absent = tmp_path / "none.jsonl"  # ends it before the work
+    changes = {"prompts_file": long, "text_file": absent, "output_dir": tmp_path / "out", "ppo_path": tmp_path / "gone"}
+    assert main(["evaluate", *mini.arguments("evaluate", mini.run, **changes)]) == 2
+    out = capsys.readouterr().out
+    assert f"{long}: 1 of " in out and "left out" in out
+    assert f"ppo_path: {tmp_path / 'gone'} holds no model: not evaluated" in out
 
 
 def test_evaluate_says_which_of_its_prompts_were_trained_on(mini, tmp_path, capsys):
