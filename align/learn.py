@@ -86,7 +86,8 @@ def load_inputs(config: PPOConfig) -> Inputs:
     codec = Codec.load(config.model_name_or_path)
     start = value_start(config, codec)
     announce(str(start))
-    require_context(config.model_name_or_path, config.max_prompt_length, config.max_new_tokens)
+    for path in (config.model_name_or_path, start.path):
+        require_context(path, config.max_prompt_length, config.max_new_tokens)
     prompts, report = load_prompts(config.train_file, config.on_bad_rows)
     refuse_eval_only(prompts, report)
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)

@@ -79,7 +79,7 @@ class Output:
 class PrepareConfig:
     output_dir: str
     outputs: dict[str, Output]
-    data_dir: str = ""
+    data_dir: str | None = None
     seed: int = 0  # of the split and of what max_rows draws
     validation_share: float = 0.1  # of the prompts
 
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     config = parse(PrepareConfig, argv)
-    if not Path(config.data_dir).is_dir() or not config.data_dir:
+    if not config.data_dir or not Path(config.data_dir).is_dir():
         raise UserError(
             f"data_dir: {config.data_dir or 'missing'}: no such folder; give the data's (make: DATA=FOLDER)"
         )

@@ -67,18 +67,8 @@ def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runti
             what = [describe(path, member) for path, member in zip(paths.values(), members, strict=True)]
         announce(f"reward {name}, weight {term.weight:g}: {'; '.join(what)}")
         how = (term.combine, term.coef) if isinstance(term, EnsembleTerm) else ()
-        for member in members:
-            require_room(member, config, name)
         terms.append(Term(name, term.weight, members, *how))
     return RewardSum(terms)
-
-
-def require_room(reward: Reward, config: PPOConfig, name: str) -> None:
-    """A model that reads the sampled tokens must be able to read all of them."""
-    room = reward.context if isinstance(reward, ModelReward) else None
-    if room is not None and config.max_prompt_length + config.max_new_tokens > room:
-        what = f"max_prompt_length {config.max_prompt_length} + max_new_tokens {config.max_new_tokens}"
-        raise UserError(f"{what}: over the {room} tokens that reward {name} can read; lower one")
 
 
 def load_reward(

@@ -41,8 +41,8 @@ class Reward(Protocol):
 
 class ModelReward:
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled, and EOS behind a
-    response that was cut off, since at EOS alone it has learned to say something. Where that fills its context, the
-    row's first token goes."""
+    response that was cut off, since at EOS alone it has learned to say something. Rows over its context lose their
+    first tokens, as one does that this EOS makes too long."""
 
     def __init__(
         self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, batch_size: int,

@@ -28,7 +28,8 @@ from align.errors import UserError
 from align.runtime import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
-PPO = ["--output_dir", "out", "--reward", "[{model: rm}]", "--ptx_coef", "0"]
+PATHS = ["--output_dir", "out", "--model_name_or_path", "sft", "--train_file", "prompts.jsonl"]
+PPO = [*PATHS, "--reward", "[{model: rm}]", "--ptx_coef", "0"]
 
 # A new knob must delete or justify one: change the list together with docs and presets.
 FIELDS = {
@@ -187,8 +188,8 @@ def test_defaults_are_the_papers():
         ("whiten_rewards: yes", True),
         ("whiten_rewards: 'False'", False),
         ("missing_eos_penalty: -1", -1.0),
-        ("model_name_or_path: 123", "123"),
-        ("model_name_or_path: 中文/模型", "中文/模型"),
+        ("value_model_path: 123", "123"),
+        ("value_model_path: 中文/模型", "中文/模型"),
     ],
 )
 def test_yaml_values(tmp_path, text, expected):
@@ -241,10 +242,10 @@ def test_an_empty_file_is_no_mistake(tmp_path):
 
 
 def test_run_fills_in_paths(tmp_path):
-    path = yaml_file(tmp_path, "train_file: '{run}/data/prompts.jsonl'")
-    assert ppo("--config", path, "--run", "runs/tiny-seed2").train_file == "runs/tiny-seed2/data/prompts.jsonl"
+    path = yaml_file(tmp_path, "pretraining_file: '{run}/data/prompts.jsonl'")
+    assert ppo("--config", path, "--run", "runs/tiny-seed2").pretraining_file == "runs/tiny-seed2/data/prompts.jsonl"
     message = fails("--config", path)
-    assert "ppo.yaml: train_file" in message and "--run" in message
+    assert "ppo.yaml: pretraining_file" in message and "--run" in message
 
 
 # The list `reward`
@@ -264,7 +265,7 @@ reward:
   - function: mine:short
     weight: 5e-1
 """
-    start = ["--output_dir", "o", "--ptx_coef", "0", "--config", yaml_file(tmp_path, text)]
+    start = [*PATHS, "--ptx_coef", "0", "--config", yaml_file(tmp_path, text)]
     config = parse(PPOConfig, [*start, "--run", "runs/x"])
     assert config.reward == TERMS
     assert [term_name(term) for term in TERMS] == ["rm", "crowd", "short"]
@@ -434,7 +435,7 @@ def test_output_dir_is_required(name):
         ("seed: true", ["ppo.yaml: seed", "True", "int"]),
         ("learning_rate: [1, 2]", ["ppo.yaml: learning_rate", "float"]),
         ("gamma: {a: 1}", ["ppo.yaml: gamma", "float"]),
-        ("train_file: true", ["ppo.yaml: train_file", "str"]),
+        ("judge: true", ["ppo.yaml: judge", "str"]),
         ("bf16: 'on'", ["ppo.yaml: bf16", "bool"]),
         ("output_dir: x\nconfig: other.yaml", ["ppo.yaml: config", "unknown key"]),
         ("seed: !!python/object/apply:os.getcwd []", ["ppo.yaml:1", "not valid YAML"]),

@@ -116,7 +116,7 @@ def test_parts_of_the_reward_in_the_metrics(rollout):
 def test_repetition_reads_responses_alone(rollout):
     ids = torch.tensor([[7, 7, 7, 7, 7, 0, 0], [7, 4, 4, 4, 4, 0, 0]])  # a query of 3 and a response of 2; 1 and 4
     lengths = {"query_lengths": torch.tensor([3, 1]), "response_lengths": torch.tensor([2, 4])}
-    wide = {name: torch.zeros(2, 4) for name in ("logprobs", "ref_logprobs", "values", "returns")}
+    wide = {name: torch.zeros(2, 4) for name in ("logprobs", "ref_logprobs", "values", "returns", "rewards")}
     mask = torch.tensor([[True, True, False, False], [True] * 4])
     changed = dataclasses.replace(rollout, input_ids=ids, response_mask=mask, **lengths, **wide)
     row = ppo_metrics(changed, UpdateStats(SUMS), kl_coef=0.5, lr=1e-4)
