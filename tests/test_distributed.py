@@ -159,13 +159,13 @@ def check_weights(a: Path, b: Path, start: Path) -> None:
     assert worst <= 1e-5 < moved, (worst, moved)
 
 
-def check_metrics(a: Path, b: Path, keys: tuple[str, ...], tolerance: float = 1e-5) -> None:
+def check_metrics(a: Path, b: Path, keys: tuple[str, ...]) -> None:
     one, two = rows(a), rows(b)
     assert len(one) == len(two) > 0
     for first, second in zip(one, two, strict=True):
         for key in first:
             if key.startswith(keys):
-                assert second[key] == pytest.approx(first[key], rel=tolerance, abs=tolerance), (first["step"], key)
+                assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-5), (first["step"], key)
 
 
 def ppo_flags(world: Path) -> dict:
@@ -200,7 +200,7 @@ def sft_flags(world: Path) -> dict:
 PPO_METRICS = ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr")
 LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
 MUON = {"optim": "muon"}
-FITTED = {"value_head_init": "fitted"}
+FITTED = {"value_head_init": "fitted", "missing_eos_penalty": "null"}  # else all returns are one number here
 SAMPLER = {"old_logprobs": "sampler", "importance_weight_cap": "null"} | LORA  # the frozen trunk is then read first
 FEW_TOKENS = {"microbatch_tokens": 60}  # cuts microbatches otherwise than a count of rows, in each process its own
 
@@ -261,10 +261,7 @@ def check_transcripts(a: Path, b: Path) -> None:
 )
 def test_P16_ppo_in_several_processes(world, tmp_path, processes, sharded, more, changes):
     one, other = outputs("ppo", tmp_path, ppo_flags(world) | more, (1, {}, False), (processes, changes, sharded))
-    if more == FITTED:  # weights of a regression on nearly equal states magnify rounding, 3e-5 in a gradient's norm
-        check_metrics(one, other, PPO_METRICS, 1e-4)
-        check_weights(one, other, world / "policy")
-    elif "use_peft" in more or "optim" in more or "frozen_quantization" in more:
+    if "use_peft" in more or "optim" in more or "frozen_quantization" in more:
         check_metrics(one, other, PPO_METRICS)
         check_weights(one, other, world / "policy")
         check_weights(one / "value_model", other / "value_model", world / "reward")
