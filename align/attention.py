@@ -1,9 +1,11 @@
 """Attention by layout: what each layer computes when tokens lie as a pack or a sampler's cache says who sees whom.
 
 The model is any transformers model whose attention goes through `AttentionInterface`. On a CPU short rows are faster by
-plain matrix products than by torch's fused kernel, whose backward pass is slow there (docs/benchmarks.md).
+plain matrix products than by torch's fused kernel, whose backward pass is slow there (docs/benchmarks.md). On a GPU, in
+half precision, one kernel reads a whole pack.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -84,6 +87,27 @@ def fused_attention(
     return out.transpose(1, 2)
 
 
+def ragged_attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int], scaling: float
+) -> Tensor:
+    """S sequences of any lengths in one kernel: the queries of each are the last of its keys and see those up to
+    themselves. `ends` of queries and keys: (S + 1,) int32 from 0 on. (N, H, D), (K, J, D) x 2 -> (N, H, D)"""
+    return varlen_attn(
+        query, key, value, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] < query.shape[1]
+    )
+
+
+def reads_ragged(query: Tensor) -> bool:
+    """Whether torch's kernel for sequences of any lengths computes this: flash attention's hardware, type and sizes."""
+    size = query.shape[-1]
+    return query.is_cuda and query.dtype.itemsize == 2 and size % 8 == 0 and size <= 256 and has_flash(query.device)
+
+
+@functools.cache
+def has_flash(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, scaling: float) -> Tensor:
     """S tokens see each other except where `unseen` (S, S) is True. (S, H, D), (S, J, D) x 2 -> (S, H, D)"""
     heads, size = key.shape[1], len(unseen)
@@ -119,7 +143,12 @@ def layout_attention(module: nn.Module, query, key, value, attention_mask, layou
 
 AttentionInterface.register(PACKED, layout_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
-NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # four dimensions: transformers builds none of its own
+
+
+@functools.cache
+def no_mask(device: torch.device) -> Tensor:
+    """Four dimensions: transformers builds none of its own. One a device, for a copy to a GPU would wait for it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def layout_inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict:
@@ -127,7 +156,7 @@ def layout_inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> di
     return {
         "input_ids": input_ids[None],
         "position_ids": position_ids[None],
-        "attention_mask": NO_MASK.to(input_ids.device),
+        "attention_mask": no_mask(input_ids.device),
         "use_cache": False,
         "layout": layout,
     }

@@ -19,15 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from align.attention import Layout
 from align.maths.logprobs import draw
 from align.models import Decoder, Policy
 from align.packing import Pack, pack_rows, token_batches
+from align.replay import Replay
 from align.types import Episode
 
 PREFILL_TOKENS = 8192  # of queries read in one forward pass
 WIDTH_STEP = 32  # positions that the cache grows by
+GPU_WIDTH_STEP = 256  # there each growth means another recording
 IDLE_SLOTS = 1 / 8  # of all slots may wait before they are filled or dropped, so that queries are read several at once
+GPU_IDLE_SLOTS = 1 / 2  # before they are dropped where steps are replayed: a step takes as long with few rows
 
 
 class Sampler(Protocol):
@@ -86,16 +88,19 @@ class TorchSampler(Engine):
         with bar, self.policy.decoding() as decode:
             state = Slots(queries, uniforms.to(self.policy.device), temperature, self, decode)
             while state.running:
-                bar.update(state.retire())
                 state.refill()
                 state.step()
-            bar.update(state.retire())
+                bar.update(state.done - bar.n)
         self.policy.train(was_training)
         return state.episodes()
 
 
 class Slots:
-    """The rows being written: one query each, with its keys and values. S slots; a free one holds the query -1."""
+    """The rows being written: one query each, with its keys and values. S slots; a free one holds the query -1.
+
+    What `advance` reads and writes keeps its place, so that it can be replayed. A free slot's query points to a last
+    row of `tokens`, `logprobs` and `counts` that nobody reads.
+    """
 
     def __init__(
         self, queries: list[list[int]], uniforms: Tensor, temperature: float, sampler: TorchSampler, decode: Decoder
@@ -104,33 +109,35 @@ class Slots:
         self.sampler, self.decode = sampler, decode
         device, size = uniforms.device, min(sampler.batch_size, len(queries))
         self.waiting = deque(sorted(range(len(queries)), key=lambda i: -len(queries[i])))
-        self.cache = KeyValues(size, len(queries[self.waiting[0]]) + uniforms.shape[1])
+        step = GPU_WIDTH_STEP if device.type == "cuda" else WIDTH_STEP
+        self.cache = KeyValues(size, len(queries[self.waiting[0]]) + uniforms.shape[1], step)
         self.query = torch.full((size,), -1, device=device)
         self.length = torch.zeros(size, dtype=torch.long, device=device)  # tokens in the cache
         self.count = torch.zeros(size, dtype=torch.long, device=device)  # tokens drawn
         self.last = torch.zeros(size, dtype=torch.long, device=device)  # the token drawn last
-        self.tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # (N, R) of all queries
-        self.logprobs = torch.zeros(uniforms.shape, device=device)  # (N, R)
-        self.counts = torch.zeros(len(queries), dtype=torch.long, device=device)  # (N,) response lengths
+        rows, width = len(queries) + 1, uniforms.shape[1]
+        self.tokens = torch.zeros(rows, width, dtype=torch.long, device=device)  # (N + 1, R)
+        self.logprobs = torch.zeros(rows, width, device=device)  # (N + 1, R)
+        self.counts = torch.zeros(rows, dtype=torch.long, device=device)  # (N + 1,) response lengths
+        self.free = size
+        self.longest = 0  # no slot's length is over it
+        self.advance = Replay(self.write, device)
 
     @property
     def running(self) -> bool:
-        return bool(self.waiting) or bool((self.query >= 0).any())
+        return self.done < len(self.queries)
 
-    def retire(self) -> int:
-        """Free the slots whose response has ended. Returns their number."""
-        ended = (self.last == self.sampler.eos_id) | (self.count == self.uniforms.shape[1])
-        ended &= self.query >= 0
-        self.counts[self.query[ended]] = self.count[ended]
-        self.query[ended] = -1
-        self.length[ended] = 0  # what a free slot computes is not read, so let it be little
-        return int(ended.sum())
+    @property
+    def done(self) -> int:
+        """Responses that have ended."""
+        return len(self.queries) - len(self.waiting) - (len(self.query) - self.free)
 
     def refill(self) -> None:
         """Give free slots to waiting queries; when none waits, drop them."""
-        free = (self.query < 0).nonzero().squeeze(1)
-        if len(free) < max(1, IDLE_SLOTS * len(self.query)):
+        share = GPU_IDLE_SLOTS if self.advance.records and not self.waiting else IDLE_SLOTS
+        if self.free < max(1, share * len(self.query)):
             return
+        free = (self.query < 0).nonzero().squeeze(1)
         if not self.waiting:
             self.keep((self.query >= 0).nonzero().squeeze(1))
             return
@@ -138,48 +145,65 @@ class Slots:
         for batch in token_batches([len(self.queries[i]) for i in picked], len(picked), PREFILL_TOKENS):
             self.read([picked[i] for i in batch], free[: len(batch)])
             free = free[len(batch) :]
+        self.longest = int(self.length.max())
+        self.free = int((self.query < 0).sum())
 
     def keep(self, rows: Tensor) -> None:
         self.cache.keep(rows)
         self.query, self.length = self.query[rows], self.length[rows]
         self.count, self.last = self.count[rows], self.last[rows]
+        self.free, self.longest = 0, int(self.length.max())
+        self.advance.forget()
 
     def read(self, picked: list[int], slots: Tensor) -> None:
         """Queries into slots: one forward pass over all their tokens, then the first token of each response."""
         pack = pack_rows([self.queries[i] for i in picked], self.sampler.pad_id).to(slots.device)
         lengths = torch.tensor([len(self.queries[i]) for i in picked], device=slots.device)
         layout = Reading(self.cache, pack, slots[token_rows(pack)])
-        self.cache.widen(int(lengths.max()))
+        self.widen(max(len(self.queries[i]) for i in picked))
         self.query[slots] = torch.tensor(picked, device=slots.device)
         self.length[slots], self.count[slots] = lengths, 0
-        self.draw(slots, pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1)
+        self.draw(slots, self.decode(pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1))
 
     def step(self) -> None:
-        """One token more in every slot; what a free slot computes is not read."""
-        busy = (self.query >= 0) & (self.last != self.sampler.eos_id) & (self.count < self.uniforms.shape[1])
-        if not bool(busy.any()):
+        """One token more in every slot."""
+        if self.free == len(self.query):
             return
-        self.cache.widen(int(self.length.max()) + 1)
-        layout = Writing(self.cache, self.length)
-        positions = self.length.clone()
-        self.length = (self.length + 1).clamp(max=self.cache.limit - 1)
-        slots = busy.nonzero().squeeze(1)
-        self.draw(slots, self.last, positions, layout, slots)
+        self.longest += 1
+        self.widen(self.longest)
+        self.advance()
+        self.free = int((self.query < 0).sum())
 
-    def draw(self, slots: Tensor, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> None:
-        """One forward pass over N tokens; a token is drawn for each of `slots` from the states `at` (both (S,))."""
-        logits = self.decode(input_ids, position_ids, layout, at)  # (S, V)
+    def write(self) -> None:
+        """The step's work on the device: read each slot's last token, draw the next. What a free slot computes is not
+        read; where steps are not replayed, its logits are left out."""
+        everyone = torch.arange(len(self.query), device=self.query.device)
+        slots = everyone if self.advance.records else everyone[self.query >= 0]
+        logits = self.decode(self.last, self.length, Writing(self.cache, self.length), slots)
+        self.length += 1
+        self.draw(slots, logits)
+
+    def widen(self, width: int) -> None:
+        if self.cache.widen(width):
+            self.advance.forget()
+
+    def draw(self, slots: Tensor, logits: Tensor) -> None:
+        """A token for each of `slots`; those whose response ends are free. (S,), (S, V)"""
         query, count = self.query[slots], self.count[slots]
         drawn, logprobs = draw(logits, self.uniforms[query, count], self.temperature)  # (S,), (S,)
         self.tokens[query, count], self.logprobs[query, count] = drawn, logprobs
+        self.counts[query] = count + 1
+        ended = (drawn == self.sampler.eos_id) | (count + 1 == self.uniforms.shape[1])
         self.last[slots] = drawn
-        self.count[slots] = count + 1
+        self.count[slots] = (count + 1).masked_fill(ended, 0)
+        self.query[slots] = query.masked_fill(ended, -1)
+        self.length[slots] = self.length[slots].masked_fill(ended, 0)  # let a free slot compute little
 
     def episodes(self) -> list[Episode]:
-        rows = zip(self.queries, self.tokens.tolist(), self.logprobs.tolist(), self.counts.tolist(), strict=True)
+        rows = zip(self.tokens.tolist(), self.logprobs.tolist(), self.counts.tolist(), strict=True)
         return [
             Episode(tuple(query), tuple(tokens[:n]), tokens[n - 1] == self.sampler.eos_id, tuple(logprobs[:n]))
-            for query, tokens, logprobs, n in rows
+            for query, (tokens, logprobs, n) in zip(self.queries, rows, strict=False)  # without the row nobody reads
         ]
 
 
@@ -190,18 +214,19 @@ class KeyValues:
     are read whole, for a product over a part of their positions would copy it first; so W grows with the rows.
     """
 
-    def __init__(self, slots: int, limit: int):
-        self.slots, self.limit, self.width = slots, limit, 0
+    def __init__(self, slots: int, limit: int, step: int):
+        self.slots, self.limit, self.step, self.width = slots, limit, step, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def widen(self, width: int) -> None:
-        """Make room for `width` positions, of at most `limit`."""
+    def widen(self, width: int) -> bool:
+        """Make room for `width` positions, of at most `limit`; whether the buffers have moved."""
         if width <= self.width:
-            return
-        more = min(self.limit, -(-width // WIDTH_STEP) * WIDTH_STEP) - self.width
+            return False
+        more = min(self.limit, -(-width // self.step) * self.step) - self.width
         pad = torch.nn.functional.pad
         self.layers = {i: (pad(k, (0, more)), pad(v, (0, 0, 0, more))) for i, (k, v) in self.layers.items()}
         self.width += more
+        return True
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """key, value (N, J, D) of tokens at (slots (N,), positions (N,)). Returns the layer's buffers."""

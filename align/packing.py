@@ -13,6 +13,8 @@ save.
 `set_packed` lets a model read packs; `align.attention` is what its layers then compute.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,7 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.attention import PACKED, causal_attention, layout_inputs, masked_attention
+from align.attention import (
+    PACKED,
+    causal_attention,
+    layout_inputs,
+    masked_attention,
+    ragged_attention,
+    reads_ragged,
+)
 
 MAX_PADDING = 0.04  # of a group's tokens
 LOOSE_PADDING = 0.08  # where rows are short and alike: a second group would cost more than the padding
@@ -70,6 +79,41 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """A pack as one kernel for rows of any lengths reads it (on a GPU): each prefix a sequence, and each row behind its
+    prefix, whose keys are copied for it."""
+
+    ends: tuple[Tensor, Tensor]  # of the queries and the keys of each, from 0 on: 2 x (S + 1,)
+    longest: tuple[int, int]
+    keys: Tensor | None  # (K,) where in the pack each key lies; None: the queries' places
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(N, H, D), (N, J, D) x 2 -> (N, H, D)"""
+        if self.keys is not None:
+            key, value = key.index_select(0, self.keys), value.index_select(0, self.keys)
+        return ragged_attention(query, key, value, self.ends, self.longest, scaling)
+
+    @staticmethod
+    def of(rows: Sequence[Row], tokens: int, device: torch.device) -> "Sequences":
+        """What a group pads belongs to the row before it, whose own tokens do not see it."""
+        prefixes = {row.prefix_start: Row(0, 0, row.prefix_start, row.prefix_length) for row in rows}
+        parts = sorted([*rows, *(prefix for prefix in prefixes.values() if prefix.length)], key=lambda part: part.start)
+        ends = [*(part.start for part in parts), tokens]
+        queries = [end - part.start for part, end in zip(parts, ends[1:], strict=True)]
+        keys = [part.prefix_length + length for part, length in zip(parts, queries, strict=True)]
+        places = None
+        if any(part.prefix_length for part in parts):
+            spans = (
+                (range(part.prefix_start, part.prefix_start + part.prefix_length), range(part.start, end))
+                for part, end in zip(parts, ends[1:], strict=True)
+            )
+            places = torch.tensor([place for span in spans for own in span for place in own], device=device)
+        key_ends = [0, *itertools.accumulate(keys)]
+        both = torch.tensor([ends, key_ends], dtype=torch.int32, device=device)
+        return Sequences((both[0], both[1]), (max(queries), max(keys)), places)
+
+
+@dataclass(frozen=True)
 class Pack:
     """Rows as one sequence of N tokens, in parts that follow one another."""
 
@@ -84,8 +128,14 @@ class Pack:
         parts = (replace(p, unseen=p.unseen.to(device, **options)) if isinstance(p, Block) else p for p in self.parts)
         return replace(self, **moved, parts=tuple(parts))
 
+    @functools.cached_property
+    def sequences(self) -> Sequences:
+        return Sequences.of(self.rows, len(self.input_ids), self.input_ids.device)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Each token sees its row's prefix and its row up to itself. (N, H, D), (N, J, D) x 2 -> (N, H, D)"""
+        if reads_ragged(query):
+            return self.sequences.attend(query, key, value, scaling)
         out = [part.attend(query, key, value, scaling) for part in self.parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 

@@ -1,5 +1,6 @@
 """What only a GPU can show. `pytest -m gpu`; not yet run (docs/reliability.md)."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.attention import block_attention, fused_attention
+from align import generate
+from align.attention import block_attention, fused_attention, reads_ragged
+from align.generate import TorchSampler, uniform_numbers
+from align.models import Policy
+from align.packing import pack_continuations
+from align.replay import Replay
 from align.runtime import Runtime
 from tests.test_elsewhere import config_of, folder, iteration
 
@@ -34,6 +40,74 @@ def test_fused_attention_is_the_plain_one(prefix, dtype, close):
     before = None if shared is None else tuple(x.to("cuda", dtype) for x in shared)
     found = fused_attention(*on_gpu, before, 0.25)
     assert torch.allclose(found.double().cpu(), wanted, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_a_pack_in_one_kernel_is_the_plain_one(dtype, close, prefix, heads):
+    """Rows of many lengths behind a prefix: values and gradients against groups by plain products in float64."""
+    torch.manual_seed(0)
+    rows = [[5] * length for length in (37, 36, 3, 21, 1, 64)]
+    pack = pack_continuations([[5] * prefix], [rows])
+    exact = [torch.randn(len(pack.input_ids), count, 16, dtype=torch.float64) for count in (heads[0], *heads[1:] * 2)]
+    half = [x.to("cuda", dtype) for x in exact]
+    for x in (*exact, *half):
+        x.requires_grad_()
+    assert reads_ragged(half[0]) and not reads_ragged(exact[0])
+    wanted, found = pack.attend(0, *exact, 0.25), pack.to(torch.device("cuda")).attend(0, *half, 0.25)
+    real = torch.cat([start + torch.arange(len(row)) for start, row in zip(pack.starts, rows, strict=True)])
+    assert torch.allclose(found.double().cpu()[real], wanted[real], rtol=close, atol=close)
+    for output in (wanted, found):
+        output[real].sum().backward()
+    for a, b in zip(exact, half, strict=True):
+        assert torch.allclose(b.grad.double().cpu(), a.grad, rtol=4 * close, atol=4 * close)
+
+
+QUERIES = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14], [20, 21], [33, 3, 44, 45], [60, 61, 62, 63, 50, 51, 52], [5, 6]] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("slots", [5, 28])
+def test_sampling_by_a_recording_draws_what_the_cpu_draws(tiny_llama, monkeypatch, slots, temperature):
+    """Slots are filled anew, dropped, and the cache grows under it: each time it is recorded anew."""
+    monkeypatch.setattr(generate, "GPU_WIDTH_STEP", 8)
+    recorded = []
+    record = Replay._record
+    monkeypatch.setattr(Replay, "_record", lambda self: (recorded.append(self), record(self)))
+    with torch.no_grad():
+        tiny_llama.get_output_embeddings().weight.mul_(15)
+    uniforms = uniform_numbers(28, 24, 5) ** 3  # small numbers draw EOS, token 1, more often
+    here, there = Policy(copy.deepcopy(tiny_llama)), Policy(tiny_llama).to("cuda")
+    wanted = TorchSampler(here, 1, 0, slots)(QUERIES, uniforms, temperature)
+    found = TorchSampler(there, 1, 0, slots)(QUERIES, uniforms, temperature)
+    assert len(recorded) > 1 and all(step.records for step in recorded)
+    assert [e.response for e in found] == [e.response for e in wanted]
+    assert len({len(e.response) for e in wanted}) > (1 if temperature == 0 else 5)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3) and a.finished == b.finished
+
+
+def test_a_step_that_waits_for_the_gpu_is_not_recorded():
+    total = torch.zeros(3, device="cuda")
+
+    def step() -> None:
+        total.add_(float((total + 1)[0]))  # the host reads what it adds
+
+    replay = Replay(step, total.device)
+    for _ in range(3):
+        replay()
+    assert not replay.records and total.tolist() == [7.0] * 3  # 1, then 1 + 2, then 3 + 4
+
+
+def test_what_is_recorded_is_replayed_on_what_the_tensors_hold():
+    total, added = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    replay = Replay(lambda: total.add_(added), total.device)
+    for _ in range(4):
+        replay()
+    added.fill_(10.0)
+    replay()
+    assert replay.records and replay.graph is not None and total.tolist() == [14.0] * 3
 
 
 def test_an_iteration_of_ppo_on_the_gpu(folder, monkeypatch):  # noqa: F811

@@ -259,6 +259,40 @@ def test_a_shared_prefix_gives_what_k_whole_rows_give(scalars, monkeypatch, k, p
         assert float((scalar(pack, last) - theirs).abs().max()) < 1e-5
 
 
+def loop_over_sequences(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa):
+    """What torch's kernel for rows of any lengths promises, by its documentation, a sequence at a time."""
+    assert window_size == (-1, 0) and enable_gqa == (key.shape[1] < query.shape[1])
+    assert ends.dtype == key_ends.dtype == torch.int32 and (ends[-1], key_ends[-1]) == (len(query), len(key))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    spans = list(zip(pairwise(ends.tolist()), pairwise(key_ends.tolist()), strict=True))
+    assert longest == max(b - a for (a, b), _ in spans) and longest_key == max(d - c for _, (c, d) in spans)
+    out = []
+    for (a, b), (c, d) in spans:
+        ahead = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scale
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(ahead, float("-inf")).softmax(-1), value[c:d]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("together", [0, BLOCK_TOKENS], ids=["groups", "blocks"])
+@pytest.mark.parametrize("prefix", [0, 1, 30])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pack_read_as_sequences_gives_what_whole_rows_give(scalars, monkeypatch, name, prefix, together):
+    """As on a GPU, where one kernel reads the pack: padded groups, prefixes and rows of one token among them."""
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", together)
+    scalar, own = scalars(name, None), scalars(name, "eager")
+    monkeypatch.setattr(packing, "reads_ragged", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", loop_over_sequences)
+    prompts, answers = rows((prefix, 3)), [rows((40, 39, 38, 1), seed=1), rows((1, 4, 9), seed=2)]
+    whole = [prompt + answer for prompt, own_rows in zip(prompts, answers, strict=True) for answer in own_rows]
+    pack = pack_continuations(prompts, answers)
+    last = pack.starts + torch.tensor([len(answer) for own_rows in answers for answer in own_rows]) - 1
+    theirs, weights = naive_scores(own, whole), coefficients(len(whole))
+    ours = scalar(pack, last)
+    assert float((ours - theirs).abs().max()) < 1e-5
+    same_gradient(gradient((ours * weights).sum(), scalar), gradient((theirs * weights).sum(), own))
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_long_rows_are_attended_in_blocks(scalars, monkeypatch, name, gradients):

@@ -66,6 +66,8 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 GATHERED_CHUNKS = 8
+CHUNK_ELEMENTS = 2**22  # logits that fit a CPU's cache: 16 MB
+GPU_CHUNK_ELEMENTS = 2**25  # a GPU wants large products, and has room for 128 MB
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -84,13 +86,19 @@ def chunk_logits(
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, chunk_elements: int = 2**22
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of the logits `hidden @ weight.T + bias`, which never exist together.
 
     (M, d), (V, d), (V,) or None, (M,) -> (M,), (M,), float32
     """
     assert hidden.dim() == 2 and tokens.shape == hidden.shape[:1]
+    chunk_elements = chunk_elements or (GPU_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS)
     return LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, max(1, chunk_elements // weight.shape[0]))
 
 
