@@ -12,6 +12,8 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
+
 from align.errors import UserError
 from align.runtime import has_bf16, tune_cpu
 from benchmarks import compare, workloads
@@ -19,6 +21,7 @@ from benchmarks import compare, workloads
 HERE = Path(__file__).parent
 PEER_VERSION = "1.12.0"  # the last with PPO
 RESULTS = {"bf16": "results.json", "fp32": "results-fp32.json"}
+ON_A_CPU = ",".join(name for name in workloads.WORKLOADS if name not in workloads.GPU_WORKLOADS)
 
 
 def main() -> None:
@@ -26,7 +29,10 @@ def main() -> None:
     parser.add_argument("--data", help="folder of real data, laid out as docs/benchmarks.md says")
     parser.add_argument("--peer", required=True, help=f"a Python with TRL {PEER_VERSION}")
     parser.add_argument("--model", required=True, help="SmolLM2-135M, exported; the other models are made beside it")
-    parser.add_argument("--workloads", default="*", help="names or patterns, with commas between")
+    parser.add_argument(
+        "--workloads", default="gpu-*" if torch.cuda.is_available() else ON_A_CPU,
+        help="names or patterns, with commas between; default: those of a GPU where there is one, else the others",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16" if has_bf16() else "fp32",

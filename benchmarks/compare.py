@@ -114,11 +114,11 @@ def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def matrix_limit(precision: str, size: int = 2048, repeats: int = 20) -> float:
+def matrix_limit(precision: str, repeats: int = 20) -> float:
     """Operations a second of a matrix product."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(size, size, dtype=dtype, device=device)
     float((a @ a)[0, 0])

@@ -40,6 +40,7 @@ def main(smollm2: str, names: str, data: str, *settings: str) -> None:
     for name in names.split(","):
         spec = workloads.SPECS[name]
         runner = {"ppo": ppo, "rm": reward, "sampling": sampling, "sft": fine_tuning}[spec["kind"]]
+        workloads.start_measuring()
         with tempfile.TemporaryDirectory() as output:
             result = runner(spec, workloads.model_folder(smollm2, spec), Path(data), output, changes)
         print(json.dumps({"workload": name, **result}), flush=True)
@@ -62,7 +63,8 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
         "model_name_or_path": str(model), "reward": (ModelTerm(reward_folder(model, codec)),), "train_file": "none",
         "output_dir": output, "total_episodes": count, "rollout_batch_size": batch,
         "num_mini_batches": spec["minibatches"], "per_device_train_batch_size": batch // spec["minibatches"],
-        "per_device_rollout_batch_size": batch, "microbatch_tokens": 1024, "max_new_tokens": spec["new_tokens"],
+        "per_device_rollout_batch_size": batch, "microbatch_tokens": spec["microbatch_tokens"],
+        "max_new_tokens": spec["new_tokens"],
         "ptx_coef": 0.0, "ema_decay": None, "bf16": True, "old_logprobs": "sampler", "warmup_iterations": 0,
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
@@ -76,10 +78,17 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
         update(rollout, learner, lambda _: [], config, runtime, iteration)
         drawn += int(rollout.response_mask.sum())
         episodes += len(rollout)
+    finish()
     seconds = time.perf_counter() - start
     phases = runtime.seconds | {"other": seconds - sum(runtime.seconds.values())}
     needs = operations(spec, learner.policy, drawn + sum(len(query.tokens) for query in queries))
     return measured(count, "episodes/s", seconds, {"episodes": episodes}, phases=phases, response_tokens=drawn, **needs)
+
+
+def finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def sampling(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:

@@ -33,6 +33,7 @@ def main(smollm2: str, names: str, data: str, precision: str = "bf16") -> None:
         if spec["kind"] in ("ppo", "rm") and tokenizer.pad_token_id == tokenizer.eos_token_id:
             tokenizer.pad_token = "<|endoftext|>"  # it would mask the EOS that it is to learn
         runner = {"ppo": ppo, "rm": reward, "sampling": sampling, "sft": fine_tuning}[spec["kind"]]
+        workloads.start_measuring()
         with tempfile.TemporaryDirectory() as output:
             result = runner(spec, model, Path(data), output, precision, tokenizer)
         print(json.dumps({"workload": name, "version": peer, **result}), flush=True)

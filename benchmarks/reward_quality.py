@@ -41,10 +41,12 @@ from align.types import Ranking
 from stages import rm
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}  # rankings of each source, times --scale
+# Rankings of each source, times --scale and --held_out_scale; fewer where a source has no more.
+TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}
 HELD_OUT = {"en_100_tree": 40, "dev_feedback": 70, "harmless-base-test": 120}
-PROMPTS_A_STEP, PROMPTS_A_PASS, PAIRS_A_PASS = 8, 4, 2  # a pass is one forward and backward
-SETTINGS = {"learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
+PROMPTS_A_STEP = 8
+PROMPTS_A_PASS, PAIRS_A_PASS = (8, 32) if torch.cuda.is_available() else (4, 2)  # of one forward and backward
+SETTINGS = {"adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
 RESAMPLES = 2000
 
@@ -55,16 +57,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, help="folder of the base model or of an SFT model")
     parser.add_argument("--output", default="runs/reward-quality")
     parser.add_argument("--scale", type=float, default=1.0, help="of the training prompts")
+    parser.add_argument("--held_out_scale", type=float, default=1.0, help="of the held-out prompts")
+    parser.add_argument("--learning_rate", type=float, default=1e-5, help="of both sides")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", nargs=2, metavar=("SIDE", "SEED"), help="one run alone (what each process does)")
     args = parser.parse_args(argv)
     output = Path(args.output)
     if args.run:
         side, seed = args.run[0], int(args.run[1])
-        return {"ours": train_ours, "trl": train_trl}[side](args.model, output, seed)
-    same_arguments(output, {"data": args.data, "model": args.model, "scale": args.scale, **SETTINGS})
+        return {"ours": train_ours, "trl": train_trl}[side](args.model, output, seed, args.learning_rate)
+    names = ("data", "model", "scale", "held_out_scale", "learning_rate")
+    same_arguments(output, {name: getattr(args, name) for name in names} | SETTINGS)
     if not (output / "train.jsonl").exists():
-        make_data(args.data, output, args.scale)
+        make_data(args.data, output, args.scale, args.held_out_scale)
     for seed, side in itertools.product(range(args.seeds), SIDES):
         if (output / f"{side}-{seed}.json").exists():
             continue
@@ -88,14 +93,19 @@ def same_arguments(output: Path, arguments: dict) -> None:
             raise UserError(f"{path}: {key} was {stored.get(key)}, not {value}; choose another --output")
 
 
-def make_data(data: str, output: Path, scale: float) -> None:
+def make_data(data: str, output: Path, scale: float, held_out_scale: float) -> None:
     """train.jsonl and held_out.jsonl: the first rankings of each source on either side of the split."""
     prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", data])
-    pick("rankings", {name: round(count * scale) for name, count in TRAIN.items()}, output, "train")
-    pick("rankings_validation", HELD_OUT, output, "held_out")
+    pick("rankings", times(TRAIN, scale), output, "train")
+    pick("rankings_validation", times(HELD_OUT, held_out_scale), output, "held_out")
+
+
+def times(counts: dict[str, int], scale: float) -> dict[str, int]:
+    return {name: round(count * scale) for name, count in counts.items()}
 
 
 def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
+    """The first rankings of each source, at most as many as `counts` says. Raises UserError where there is none."""
     kept, taken = [], Counter()
     for line in (output / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -103,16 +113,18 @@ def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
         if taken[row["source"]] <= counts[row["source"]]:
             kept.append(row)
     for source, count in counts.items():
-        if taken[source] < count:
-            raise UserError(f"{output / 'data'}: {source} gives {taken[source]} {name}, {count} are asked for")
+        if count and not taken[source]:
+            raise UserError(f"{output / 'data'}: {source} gives no {name}; raise its max_characters in {CONFIG}")
+        print(f"{to}: {min(taken[source], count)} of {source}")
     write_jsonl(output / f"{to}.jsonl", kept)
 
 
-def train_ours(model: str, output: Path, seed: int) -> None:
+def train_ours(model: str, output: Path, seed: int, learning_rate: float) -> None:
     folder = output / f"model-ours-{seed}"
     data = output / "data"
     settings = SETTINGS | {
-        "bf16": "auto", "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
+        "bf16": "auto", "learning_rate": learning_rate,
+        "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
         "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_PASS,
         "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS,
@@ -123,7 +135,7 @@ def train_ours(model: str, output: Path, seed: int) -> None:
     finish(output, "ours", seed, str(folder), seconds)
 
 
-def train_trl(model: str, output: Path, seed: int) -> None:
+def train_trl(model: str, output: Path, seed: int, learning_rate: float) -> None:
     """TRL's RewardTrainer on every untied pair; the same tokens, first weights and number of steps as ours."""
     from trl import RewardConfig, RewardTrainer
 
@@ -132,6 +144,7 @@ def train_trl(model: str, output: Path, seed: int) -> None:
     rankings = load_rankings(str(output / "train.jsonl"))[0]
     pairs = [pair_row(element["ranking"]) for element in split_pairs(encode_rankings(rankings, codec))]
     steps = math.ceil(len(rankings) / PROMPTS_A_STEP)
+    passes = max(1, round(len(pairs) / steps / PAIRS_A_PASS))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = other_token(tokenizer)  # it would mask the EOS at which a score is read
@@ -139,9 +152,8 @@ def train_trl(model: str, output: Path, seed: int) -> None:
     start_model = AutoModelForSequenceClassification.from_pretrained(folder / "start", num_labels=1)
     start_model.config.pad_token_id = tokenizer.pad_token_id
     args = RewardConfig(
-        **SETTINGS, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1,
-        per_device_train_batch_size=PAIRS_A_PASS,
-        gradient_accumulation_steps=max(1, round(len(pairs) / steps / PAIRS_A_PASS)),
+        **SETTINGS, learning_rate=learning_rate, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1,
+        per_device_train_batch_size=round(len(pairs) / steps / passes), gradient_accumulation_steps=passes,
         max_length=None, weight_decay=0.0,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
         gradient_checkpointing=False, report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=5,
@@ -196,7 +208,7 @@ def report(output: Path, args: argparse.Namespace) -> dict:
     return {
         "model": args.model,
         "seeds": args.seeds,
-        "settings": SETTINGS,  # one learning rate, the same for both sides
+        "settings": SETTINGS | {"learning_rate": args.learning_rate},  # the same for both sides
         "training": {
             "prompts": distinct(training),
             "pairs": len(untied_pairs([(r, [0.0] * len(r.ranks)) for r in training])),
@@ -291,7 +303,7 @@ def print_table(results: dict) -> None:
         cells = " | ".join(show(row[key]) if key in row else "-" for key in (*SIDES, "difference", "length_only"))
         print(f"| {name} ({row['pairs']}) | {cells} |")
     seconds = {side: round(sum(found)) for side, found in results["seconds"].items()}
-    print(f"trained on {results['training']} at one learning rate, {SETTINGS['learning_rate']:g}")
+    print(f"trained on {results['training']} at one learning rate, {results['settings']['learning_rate']:g}")
     print(f"{results['seeds']} seeds; seconds {seconds}")
 
 

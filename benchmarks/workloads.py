@@ -21,7 +21,7 @@ SMOLLM2 = "135M"  # and the one that is exported (data/gguf.py)
 
 FIXED = {
     "kind": "ppo", "model": SMOLLM2, "source": "random", "episodes": 64, "batch": 32, "minibatches": 2,
-    "new_tokens": 32,
+    "new_tokens": 32, "microbatch_tokens": 1024,
 }  # fmt: skip
 WORKLOADS = {
     "ppo-fixed": FIXED,
@@ -34,7 +34,17 @@ WORKLOADS = {
     "rm-qa": {"kind": "rm", "model": SMOLLM2, "source": "qa", "count": 8, "prompts_a_step": 1, "pairs_a_step": 4},
     "sft": {"kind": "sft", "model": SMOLLM2, "source": "oasst-trees", "count": 64, "held_out": 8, "batch": 8},
 }  # fmt: skip
-WORKLOADS |= {f"toy-{name}": spec | {"model": "0.7M"} for name, spec in WORKLOADS.items()}
+# The same with enough of it to fill a GPU for some seconds.
+BATCH_OF_128 = {"episodes": 512, "batch": 128, "microbatch_tokens": 32768}
+LARGER = {
+    "ppo-fixed": BATCH_OF_128,
+    "ppo-ragged": BATCH_OF_128,
+    "sampling-ragged": {"queries": 512, "batch": 128, "slots": 256},
+    "rm-hh": {"count": 512, "prompts_a_step": 32, "pairs_a_step": 32},
+    "rm-qa": {"count": 64, "prompts_a_step": 4, "pairs_a_step": 16},
+}
+GPU_WORKLOADS = {f"gpu-{name}": WORKLOADS[name] | more for name, more in LARGER.items()}
+WORKLOADS |= {f"toy-{name}": spec | {"model": "0.7M"} for name, spec in WORKLOADS.items()} | GPU_WORKLOADS
 
 
 def ranked(k: int) -> dict:
@@ -81,6 +91,14 @@ def model_folder(smollm2: str, spec: dict) -> Path:
     return Path(smollm2) if spec["model"] == SMOLLM2 else Path(smollm2).parent / f"llama-{spec['model']}"
 
 
+def start_measuring() -> None:
+    """Before a workload: a GPU's peak is this workload's alone, not the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def measured(count: float, unit: str, seconds: float, work: dict[str, int], **more) -> dict:
     """One run's result. `work`: counts that must be the same on both sides."""
     return {"rate": count / seconds, "unit": unit, "seconds": seconds, "peak_gib": peak_gib(), "work": work, **more}
@@ -109,9 +127,9 @@ def random_queries(count: int, length: int, vocabulary: int) -> list[list[int]]:
 
 
 def chat_queries(data: Path, tokenizer, count: int) -> list[list[int]]:
-    """The first single-turn prompts of OpenAssistant's prompt lottery, through the chat template."""
-    lines = (data / FILES["oasst"]).read_text(encoding="utf-8").splitlines()
-    return [chat_query(tokenizer, json.loads(line)) for line in lines if line.strip()][:count]
+    """The first single-turn prompts of OpenAssistant's prompt lottery, through the chat template; over and over."""
+    lines = [line for line in (data / FILES["oasst"]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [chat_query(tokenizer, json.loads(line)) for line in itertools.islice(itertools.cycle(lines), count)]
 
 
 def chat_query(tokenizer, prompt: str) -> list[int]:

@@ -38,7 +38,10 @@ def codec():
 
 def test_toy_size_is_the_same_work_on_preset_tinys_model():
     names = {"ppo-fixed", "ppo-ragged", "sampling-ragged", "rm-hh", "rm-qa", "sft"}
-    assert set(workloads.WORKLOADS) == names | {f"toy-{name}" for name in names}
+    everything = names | {f"toy-{name}" for name in names} | set(workloads.GPU_WORKLOADS)
+    assert set(workloads.WORKLOADS) == everything and workloads.GPU_WORKLOADS.keys() <= {
+        f"gpu-{name}" for name in names
+    }
     for name in names:
         toy = workloads.WORKLOADS[f"toy-{name}"]
         assert toy["model"] == "0.7M" and toy | {"model": "135M"} == workloads.WORKLOADS[name]

@@ -27,6 +27,7 @@ FLOORS = (
         "types",
         "config",
         "errors",
+        "replay",
         "runtime",
         "lock",
         "interrupt",

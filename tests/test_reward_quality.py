@@ -28,11 +28,13 @@ def test_a_pairs_better_completion_is_chosen_whatever_its_place():
 def test_pick_takes_the_first_of_each_source(tmp_path):
     (tmp_path / "data").mkdir()
     lines(tmp_path / "data" / "rankings.jsonl", [{"source": s, "n": n} for n, s in enumerate("aababb")])
-    with pytest.raises(UserError, match="a gives 3 rankings, 4 are asked for"):
-        pick("rankings", {"a": 4, "b": 1}, tmp_path, "train")
+    with pytest.raises(UserError, match="c gives no rankings"):
+        pick("rankings", {"a": 2, "b": 1, "c": 1}, tmp_path, "train")
     assert not (tmp_path / "train.jsonl").exists()
     pick("rankings", {"a": 2, "b": 1}, tmp_path, "train")
     assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 2]
+    pick("rankings", {"a": 9, "b": 0}, tmp_path, "train")  # all there are
+    assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 3]
 
 
 def test_a_benchmark_goes_on_with_its_own_arguments_alone(tmp_path):
@@ -80,7 +82,7 @@ def output(tmp_path):
 
 
 def test_accuracies_by_hand(output):
-    results = report(output, argparse.Namespace(model="m", seeds=2))
+    results = report(output, argparse.Namespace(model="m", seeds=2, learning_rate=1e-5))
     everything, many = results["held_out"]["all"], results["held_out"]["k_over_2"]
     assert everything["by_seed"] == {"ours": [1.0, 0.75], "trl": [0.0, 0.875]}
     assert everything["ours"]["mean"] == 0.875 and everything["trl"]["mean"] == 0.4375
