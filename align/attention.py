@@ -97,15 +97,21 @@ def ragged_attention(
     )
 
 
-def reads_ragged(query: Tensor) -> bool:
-    """Whether torch's kernel for sequences of any lengths computes this: flash attention's hardware, type and sizes."""
+def ragged_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `ragged_attention` reads, in autocast's type where that is on; None where flash attention's hardware, type
+    or sizes are not given."""
+    if not query.is_cuda or not has_flash(query.device):
+        return None
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     size = query.shape[-1]
-    return query.is_cuda and query.dtype.itemsize == 2 and size % 8 == 0 and size <= 256 and has_flash(query.device)
+    fits = size % 8 == 0 and size <= 256 and {x.dtype for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
+    return (query, key, value) if fits else None
 
 
-@functools.cache
 def has_flash(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    built = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    return built and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, scaling: float) -> Tensor:

@@ -29,7 +29,7 @@ PREFILL_TOKENS = 8192  # of queries read in one forward pass
 WIDTH_STEP = 32  # positions that the cache grows by
 GPU_WIDTH_STEP = 256  # there each growth means another recording
 IDLE_SLOTS = 1 / 8  # of all slots may wait before they are filled or dropped, so that queries are read several at once
-GPU_IDLE_SLOTS = 1 / 2  # before they are dropped where steps are replayed: a step takes as long with few rows
+GPU_IDLE_SLOTS = 1 / 2  # of all slots may idle at the end where steps are replayed: few rows take a step as long
 
 
 class Sampler(Protocol):
@@ -98,8 +98,8 @@ class TorchSampler(Engine):
 class Slots:
     """The rows being written: one query each, with its keys and values. S slots; a free one holds the query -1.
 
-    What `advance` reads and writes keeps its place, so that it can be replayed. A free slot's query points to a last
-    row of `tokens`, `logprobs` and `counts` that nobody reads.
+    What `advance` reads and writes keeps its place, so that it can be replayed; every slot then computes, and a free
+    one's query points to a last row of `tokens`, `logprobs` and `counts` that nobody reads.
     """
 
     def __init__(
@@ -119,9 +119,8 @@ class Slots:
         self.tokens = torch.zeros(rows, width, dtype=torch.long, device=device)  # (N + 1, R)
         self.logprobs = torch.zeros(rows, width, device=device)  # (N + 1, R)
         self.counts = torch.zeros(rows, dtype=torch.long, device=device)  # (N + 1,) response lengths
-        self.free = size
-        self.longest = 0  # no slot's length is over it
-        self.advance = Replay(self.write, device)
+        self.num_free, self.longest = size, 0  # slots; the greatest length of one
+        self.replay = Replay(device)
 
     @property
     def running(self) -> bool:
@@ -130,12 +129,12 @@ class Slots:
     @property
     def done(self) -> int:
         """Responses that have ended."""
-        return len(self.queries) - len(self.waiting) - (len(self.query) - self.free)
+        return len(self.queries) - len(self.waiting) - (len(self.query) - self.num_free)
 
     def refill(self) -> None:
         """Give free slots to waiting queries; when none waits, drop them."""
-        share = GPU_IDLE_SLOTS if self.advance.records and not self.waiting else IDLE_SLOTS
-        if self.free < max(1, share * len(self.query)):
+        share = GPU_IDLE_SLOTS if self.replay.records and not self.waiting else IDLE_SLOTS
+        if self.num_free < max(1, share * len(self.query)):
             return
         free = (self.query < 0).nonzero().squeeze(1)
         if not self.waiting:
@@ -145,15 +144,18 @@ class Slots:
         for batch in token_batches([len(self.queries[i]) for i in picked], len(picked), PREFILL_TOKENS):
             self.read([picked[i] for i in batch], free[: len(batch)])
             free = free[len(batch) :]
-        self.longest = int(self.length.max())
-        self.free = int((self.query < 0).sum())
+        self.look()
+
+    def look(self) -> None:
+        """What the host must know of the slots, in one exchange."""
+        self.num_free, self.longest = torch.stack([(self.query < 0).sum(), self.length.max()]).tolist()
 
     def keep(self, rows: Tensor) -> None:
         self.cache.keep(rows)
         self.query, self.length = self.query[rows], self.length[rows]
         self.count, self.last = self.count[rows], self.last[rows]
-        self.free, self.longest = 0, int(self.length.max())
-        self.advance.forget()
+        self.look()
+        self.replay.forget()
 
     def read(self, picked: list[int], slots: Tensor) -> None:
         """Queries into slots: one forward pass over all their tokens, then the first token of each response."""
@@ -163,31 +165,30 @@ class Slots:
         self.widen(max(len(self.queries[i]) for i in picked))
         self.query[slots] = torch.tensor(picked, device=slots.device)
         self.length[slots], self.count[slots] = lengths, 0
-        self.draw(slots, self.decode(pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1))
+        self.append(slots, self.decode(pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1))
 
     def step(self) -> None:
         """One token more in every slot."""
-        if self.free == len(self.query):
+        if self.num_free == len(self.query):
             return
-        self.longest += 1
-        self.widen(self.longest)
-        self.advance()
-        self.free = int((self.query < 0).sum())
+        self.widen(self.longest + 1)
+        self.replay(self.advance)
+        self.look()
 
-    def write(self) -> None:
-        """The step's work on the device: read each slot's last token, draw the next. What a free slot computes is not
-        read; where steps are not replayed, its logits are left out."""
+    def advance(self) -> None:
+        """The step's work on the device: read each slot's last token, draw the next. Where it is not replayed, free
+        slots draw nothing."""
         everyone = torch.arange(len(self.query), device=self.query.device)
-        slots = everyone if self.advance.records else everyone[self.query >= 0]
+        slots = everyone if self.replay.records else everyone[self.query >= 0]
         logits = self.decode(self.last, self.length, Writing(self.cache, self.length), slots)
-        self.length += 1
-        self.draw(slots, logits)
+        self.length[slots] += 1
+        self.append(slots, logits)
 
     def widen(self, width: int) -> None:
         if self.cache.widen(width):
-            self.advance.forget()
+            self.replay.forget()
 
-    def draw(self, slots: Tensor, logits: Tensor) -> None:
+    def append(self, slots: Tensor, logits: Tensor) -> None:
         """A token for each of `slots`; those whose response ends are free. (S,), (S, V)"""
         query, count = self.query[slots], self.count[slots]
         drawn, logprobs = draw(logits, self.uniforms[query, count], self.temperature)  # (S,), (S,)

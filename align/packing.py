@@ -29,7 +29,7 @@ from align.attention import (
     layout_inputs,
     masked_attention,
     ragged_attention,
-    reads_ragged,
+    ragged_inputs,
 )
 
 MAX_PADDING = 0.04  # of a group's tokens
@@ -134,8 +134,8 @@ class Pack:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Each token sees its row's prefix and its row up to itself. (N, H, D), (N, J, D) x 2 -> (N, H, D)"""
-        if reads_ragged(query):
-            return self.sequences.attend(query, key, value, scaling)
+        if (ragged := ragged_inputs(query, key, value)) is not None:
+            return self.sequences.attend(*ragged, scaling)
         out = [part.attend(query, key, value, scaling) for part in self.parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 

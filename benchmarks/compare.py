@@ -1,7 +1,7 @@
 """Ours against the peer's on one workload, by turns, in processes of their own; the entry of results.json.
 
 The ratio is ours / peer's of neighbouring runs: their geometric mean, with the least and the greatest as its spread.
-The limit is the rate of a 2048-cubed product in the runs' precision, measured before each run, over the operations that
+The limit is the rate of a large product in the runs' precision, measured before each run, over the operations that
 the workload needs (docs/benchmarks.md); a result says what part of it was reached.
 """
 

@@ -1,7 +1,9 @@
 """align/generate.py: sampling against transformers' generate, and its independence of batches."""
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -143,6 +145,61 @@ def test_one_new_token(policy, llama, engine, size):
             total += shares[token]
         assert episode.response == (token,) and episode.finished == (token == EOS)
     assert len({e.response for e in episodes}) > 3
+
+
+class Replayed:
+    """As on a GPU, where every slot computes in each step, free ones too, and a step's tensors keep their places."""
+
+    records = True
+
+    def __init__(self, device):
+        self.state = None
+
+    def __call__(self, step):
+        slots = step.__self__
+        tensors = slots.query, slots.length, slots.count, slots.last, slots.tokens, *slots.cache.layers.values()
+        assert self.state is None or all(a is b for a, b in zip(tensors, self.state, strict=True))
+        step()
+        self.state = tensors
+
+    def forget(self):
+        self.state = None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1, 3, 9, 100])
+def test_steps_of_every_slot_change_no_token(policy, monkeypatch, size, temperature):
+    monkeypatch.setattr(generate, "GPU_IDLE_SLOTS", 0.9)
+    for uniforms in (uniform_numbers(28, 10, 5), restless(28, 10), uniform_numbers(28, 1, 5)):
+        whole = sample(policy, QUERIES * 4, uniforms, size, temperature)
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "Replay", Replayed)
+            assert same(sample(policy, QUERIES * 4, uniforms, size, temperature), whole)
+
+
+@pytest.mark.parametrize("replay", [generate.Replay, Replayed])
+def test_a_slot_that_stays_free_stays_in_the_cache(policy, monkeypatch, replay):
+    """16 slots, 31 queries: one slot's response ends at its second token, all others at the tenth. The 15 queries that
+    wait then take the other slots, and the first stays free for another ten steps."""
+    monkeypatch.setattr(generate, "Replay", replay)
+    with torch.no_grad():
+        policy.inner.lm_head.weight.zero_()  # uniform over 64: a number picks its token
+    uniforms = torch.full((31, 10), 30.5 / 64)
+    uniforms[15, 1] = 1.5 / 64  # EOS
+    episodes = sample(policy, [[5]] * 31, uniforms, 16)
+    assert [e.response for e in episodes] == [(30, EOS) if i == 15 else (30,) * 10 for i in range(31)]
+
+
+def test_what_sampling_holds_goes_when_it_returns(policy, monkeypatch):
+    """The cache is large; a circle of references would keep it until Python looks for such."""
+    held = []
+    monkeypatch.setattr(generate.Slots, "episodes", lambda self: held.append(weakref.ref(self)) or [])
+    gc.disable()
+    try:
+        sample(policy, QUERIES, uniform_numbers(7, 4, 5))
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_no_query_is_no_episode(policy):

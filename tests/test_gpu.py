@@ -1,4 +1,4 @@
-"""What only a GPU can show. `pytest -m gpu`; not yet run (docs/reliability.md)."""
+"""What only a GPU can show. `pytest -m gpu`; what was run, and where: docs/reliability.md."""
 
 import copy
 import json
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from align import generate
-from align.attention import block_attention, fused_attention, reads_ragged
+from align.attention import block_attention, fused_attention, ragged_inputs
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
-from align.packing import pack_continuations
+from align.packing import pack_continuations, packed_states
 from align.replay import Replay
 from align.runtime import Runtime
 from tests.test_elsewhere import config_of, folder, iteration
@@ -54,7 +54,7 @@ def test_a_pack_in_one_kernel_is_the_plain_one(dtype, close, prefix, heads):
     half = [x.to("cuda", dtype) for x in exact]
     for x in (*exact, *half):
         x.requires_grad_()
-    assert reads_ragged(half[0]) and not reads_ragged(exact[0])
+    assert ragged_inputs(*half) and not ragged_inputs(*exact)
     wanted, found = pack.attend(0, *exact, 0.25), pack.to(torch.device("cuda")).attend(0, *half, 0.25)
     real = torch.cat([start + torch.arange(len(row)) for start, row in zip(pack.starts, rows, strict=True)])
     assert torch.allclose(found.double().cpu()[real], wanted[real], rtol=close, atol=close)
@@ -73,8 +73,8 @@ def test_sampling_by_a_recording_draws_what_the_cpu_draws(tiny_llama, monkeypatc
     """Slots are filled anew, dropped, and the cache grows under it: each time it is recorded anew."""
     monkeypatch.setattr(generate, "GPU_WIDTH_STEP", 8)
     recorded = []
-    record = Replay._record
-    monkeypatch.setattr(Replay, "_record", lambda self: (recorded.append(self), record(self)))
+    record = Replay._recorded
+    monkeypatch.setattr(Replay, "_recorded", lambda self, step: (recorded.append(self), record(self, step))[1])
     with torch.no_grad():
         tiny_llama.get_output_embeddings().weight.mul_(15)
     uniforms = uniform_numbers(28, 24, 5) ** 3  # small numbers draw EOS, token 1, more often
@@ -88,25 +88,44 @@ def test_sampling_by_a_recording_draws_what_the_cpu_draws(tiny_llama, monkeypatc
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3) and a.finished == b.finished
 
 
+def test_a_model_that_waits_for_the_gpu_is_sampled_all_the_same(tiny_llama):
+    here, there = Policy(copy.deepcopy(tiny_llama)), Policy(tiny_llama).to("cuda")
+    there.inner.lm_head.register_forward_hook(lambda *x: x[2].sum().item())
+    there.plain_head = False  # the hook is heard
+    wanted, found = (TorchSampler(p, 1, 0, 5)(QUERIES, uniform_numbers(28, 9, 5), 1.0) for p in (here, there))
+    assert [e.response for e in found] == [e.response for e in wanted]
+
+
+def test_a_pack_under_autocast_is_read_by_one_kernel(tiny_llama):
+    """There rotary embeddings are float32, and so are the queries that they turn."""
+    model = Policy(tiny_llama).to("cuda").inner.base_model
+    pack = pack_continuations([()], [[[5] * 9, [6] * 4]]).to(torch.device("cuda"))
+    exact = packed_states(model, pack)
+    with torch.autocast("cuda", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pack.parts[0]), "attend", None)
+        found = packed_states(model, pack)
+    assert torch.allclose(found.float(), exact, rtol=0.05, atol=0.05)
+
+
 def test_a_step_that_waits_for_the_gpu_is_not_recorded():
     total = torch.zeros(3, device="cuda")
 
     def step() -> None:
         total.add_(float((total + 1)[0]))  # the host reads what it adds
 
-    replay = Replay(step, total.device)
+    replay = Replay(total.device)
     for _ in range(3):
-        replay()
+        replay(step)
     assert not replay.records and total.tolist() == [7.0] * 3  # 1, then 1 + 2, then 3 + 4
 
 
 def test_what_is_recorded_is_replayed_on_what_the_tensors_hold():
     total, added = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
-    replay = Replay(lambda: total.add_(added), total.device)
+    replay = Replay(total.device)
     for _ in range(4):
-        replay()
+        replay(lambda: total.add_(added))
     added.fill_(10.0)
-    replay()
+    replay(lambda: total.add_(added))
     assert replay.records and replay.graph is not None and total.tolist() == [14.0] * 3
 
 

@@ -281,7 +281,7 @@ def test_a_pack_read_as_sequences_gives_what_whole_rows_give(scalars, monkeypatc
     """As on a GPU, where one kernel reads the pack: padded groups, prefixes and rows of one token among them."""
     monkeypatch.setattr(packing, "BLOCK_TOKENS", together)
     scalar, own = scalars(name, None), scalars(name, "eager")
-    monkeypatch.setattr(packing, "reads_ragged", lambda query: True)
+    monkeypatch.setattr(packing, "ragged_inputs", lambda *x: x)
     monkeypatch.setattr(attention, "varlen_attn", loop_over_sequences)
     prompts, answers = rows((prefix, 3)), [rows((40, 39, 38, 1), seed=1), rows((1, 4, 9), seed=2)]
     whole = [prompt + answer for prompt, own_rows in zip(prompts, answers, strict=True) for answer in own_rows]

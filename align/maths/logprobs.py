@@ -48,7 +48,8 @@ class LinearLogprobs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         # Chunks are gathered in the weights' type before they are multiplied: few, large products into grad_weight.
-        for span in spans(len(hidden), GATHERED_CHUNKS * ctx.chunk):
+        gathered = max(1, GATHERED_ELEMENTS // (ctx.chunk * weight.shape[0]))  # chunks
+        for span in spans(len(hidden), gathered * ctx.chunk):
             grad_logits = torch.empty(span.stop - span.start, weight.shape[0], dtype=weight.dtype, device=weight.device)
             for rows, logits in chunk_logits(hidden[span], weight, bias, ctx.temperature, ctx.chunk):
                 here, chosen = grad[span][rows, None], tokens[span][rows, None]
@@ -65,9 +66,9 @@ class LinearLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
 
 
-GATHERED_CHUNKS = 8
-CHUNK_ELEMENTS = 2**22  # logits that fit a CPU's cache: 16 MB
-GPU_CHUNK_ELEMENTS = 2**25  # a GPU wants large products, and has room for 128 MB
+CHUNK_ELEMENTS = 2**22  # logits in float32 that fit a CPU's cache: 16 MB
+GPU_CHUNK_ELEMENTS = 2**25  # a GPU wants large products: 128 MB, twice that forward
+GATHERED_ELEMENTS = 2**25  # in the weights' type: 64 or 128 MB
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
