@@ -48,7 +48,7 @@ class LinearLogprobs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         # Chunks are gathered in the weights' type before they are multiplied: few, large products into grad_weight.
-        gathered = max(1, GATHERED_ELEMENTS // (ctx.chunk * weight.shape[0]))  # chunks
+        gathered = min(GATHERED_CHUNKS, max(1, GATHERED_ELEMENTS // (ctx.chunk * weight.shape[0])))
         for span in spans(len(hidden), gathered * ctx.chunk):
             grad_logits = torch.empty(span.stop - span.start, weight.shape[0], dtype=weight.dtype, device=weight.device)
             for rows, logits in chunk_logits(hidden[span], weight, bias, ctx.temperature, ctx.chunk):
@@ -68,7 +68,7 @@ class LinearLogprobs(torch.autograd.Function):
 
 CHUNK_ELEMENTS = 2**22  # logits in float32 that fit a CPU's cache: 16 MB
 GPU_CHUNK_ELEMENTS = 2**25  # a GPU wants large products: 128 MB, twice that forward
-GATHERED_ELEMENTS = 2**25  # in the weights' type: 64 or 128 MB
+GATHERED_CHUNKS, GATHERED_ELEMENTS = 8, 2**25  # at most; in the weights' type, so 64 or 128 MB
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
