@@ -153,7 +153,7 @@ def train_trl(model: str, output: Path, seed: int, learning_rate: float) -> None
     start_model.config.pad_token_id = tokenizer.pad_token_id
     args = RewardConfig(
         **SETTINGS, learning_rate=learning_rate, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1,
-        per_device_train_batch_size=round(len(pairs) / steps / passes), gradient_accumulation_steps=passes,
+        per_device_train_batch_size=max(1, round(len(pairs) / steps / passes)), gradient_accumulation_steps=passes,
         max_length=None, weight_decay=0.0,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
         gradient_checkpointing=False, report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=5,
