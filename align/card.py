@@ -28,7 +28,7 @@ bias = next(part["score.bias"] for part in map(load_file, glob(f"{folder}/*.safe
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """Markdown with the hub's front matter, from the fields of a manifest (`align.checkpoint.Manifest`)."""
+    """Markdown with the hub's front matter, from the fields of a manifest (`align.manifest.Manifest`)."""
     stage = manifest["stage"]
     title, what = KINDS.get(stage, (stage, "made by this stage"))
     reward = stage == "rm"

@@ -1,482 +1,45 @@
-"""Folders that are complete or absent: manifests, hashes, atomic writes, locks, resume (design section 5).
+"""A run's folder and its checkpoints: locked, complete or absent, resumed from (design section 5).
 
-A finished stage ends with `manifest.json`, written last: its parents, data, config, versions, metrics and the hashes
-of its own weights and tokenizer. The next stage checks it with `check_parent`. A checkpoint to resume from ends with
-`complete.json`, written last: its files and their hashes. Weights are safetensors; other state is read with
-`weights_only=True`, so that no file runs code.
+A checkpoint to resume from ends with `complete.json`, written last: its files and their hashes. Weights are
+safetensors; other state is read with `weights_only=True`, so that no file runs code. What a finished stage writes last
+is in `align.manifest`.
 """
 
 import atexit
 import contextlib
-import dataclasses
-import errno
-import functools
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-import align
-from align.card import model_card
 from align.errors import UserError
+from align.files import (
+    DISK_FULL,
+    MANIFEST,
+    as_text,
+    atomic_file,
+    atomic_folder,
+    files_under,
+    partial_name,
+    plain_errors,
+    remove,
+    sha256_file,
+    write_json,
+)
 from align.lock import LOCK, release_lock, take_lock
+from align.manifest import read_manifest
 from align.runtime import broadcast, is_main_process, wait_for_everyone
 
 SCHEMA = 1
-MANIFEST, COMPLETE = "manifest.json", "complete.json"
-TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
-CONFIG_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "chat_template.jinja",
-    "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json",
-)  # fmt: skip
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-
-
-# Hashes
-
-
-def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_sha256(folder: str | Path) -> str | None:
-    """One digest over the bytes of all safetensors in name order (of a single file: its sha256); None without any."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def tokenizer_sha256(folder: str | Path) -> str | None:
-    """Digest of what maps text to ids; None without a tokenizer.
-
-    Padding and truncation are left out of it: libraries store their last call's settings in tokenizer.json, which
-    would make one tokenizer look like two.
-    """
-    fast = Path(folder) / "tokenizer.json"
-    if fast.is_file():
-        try:
-            content = json.loads(fast.read_text(encoding="utf-8"))
-            content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
-        except (ValueError, AttributeError):
-            raise UserError(f"{fast}: is torn: copy the tokenizer again") from None
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    digest = hashlib.sha256()
-    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest() if files else None
-
-
-def small_files(folder: str | Path) -> dict[str, str]:
-    """What makes a model besides weights and tokenizer.json, with hashes: configs, templates, vocabularies."""
-    paths = [Path(folder) / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
-    return {path.name: sha256_file(path) for path in paths if path.is_file()}
-
-
-# Atomic writes
-
-
-@contextlib.contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """What goes wrong in writing `path`, as a UserError. Libraries report a full disk each in its own way."""
-    try:
-        yield
-    except _DiskFull:  # from a write inside a folder that is still temporary: name the folder the user knows
-        raise _disk_full(path) from None
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise _disk_full(path) from None
-        if error.errno in NO_ACCESS:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): choose another place") from None
-        raise
-    except (RuntimeError, SafetensorError) as error:
-        space_left = shutil.disk_usage(_existing(path)).free
-        if "No space left" in str(error) or space_left < 1 << 20:
-            raise _disk_full(path) from None
-        raise
-
-
-class _DiskFull(UserError):
-    pass
-
-
-def _disk_full(path: Path) -> UserError:
-    return _DiskFull(f"{path}: disk full: free some space and run again; nothing was written")
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-@contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `path` once written and synced to disk, or is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with _plain_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """To disk: what a file or folder holds outlives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write JSON whole or not at all. NaN and infinities become null: other languages' readers refuse them."""
-    with _atomic_file(Path(path)) as temporary:
-        temporary.write_text(_as_text(obj), encoding="utf-8")
-
-
-def _as_text(obj: Any) -> str:
-    return json.dumps(plain(obj), ensure_ascii=False, indent=2) + "\n"
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line, whole or not at all."""
-    with _atomic_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
-
-
-def plain(obj: Any) -> Any:
-    """Dataclasses, mappings, tuples, paths and one-element tensors or arrays as plain JSON values."""
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
-    if isinstance(obj, Mapping):
-        return {str(key): plain(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple, set, frozenset)):
-        return [plain(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
-    if isinstance(obj, Path):
-        return str(obj)
-    if hasattr(obj, "tolist"):  # tensors and numpy's numbers and arrays
-        return plain(obj.tolist())
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return obj
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder; renamed to `path` (replacing it) when the block succeeds, removed when not.
-
-    Raises UserError when the disk is full or the place cannot be written; `path` is then as it was before.
-    """
-    path = Path(path)
-    new, old = partial_name(path), path.with_name(f".{path.name}.replaced")
-    with _plain_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():  # killed between _put's two renames
-            os.rename(old, path)
-        _remove(new.parent, old)
-        new.mkdir(parents=True)
-    try:
-        with _plain_errors(path):
-            yield new
-            _put(new, path, old)
-    finally:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        _remove(new.parent, old)
-
-
-def partial_name(path: Path) -> Path:
-    """Where a folder is written until it is whole: under its own name, which the Trainer insists on."""
-    return path.with_name(f".{path.name}.partial") / path.name
-
-
-def _put(new: Path, path: Path, old: Path) -> None:
-    """Everything in `new` to disk, then `new` in the place of `path`."""
-    for file in (*_files(new), new):
-        sync(file)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-    sync(path.parent)
-
-
-@contextlib.contextmanager
-def atomic_contents(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder whose files move into `path` when the block succeeds, `manifest.json` last.
-
-    For a stage's output folder, which also holds its checkpoints, lock and metrics and so cannot be replaced whole.
-    An older manifest goes first, so that no mixture of two runs ever looks finished. Errors as in `atomic_folder`.
-    """
-    path = Path(path)
-    new = path / ".partial"
-    with _plain_errors(path):
-        _remove(new)
-        new.mkdir(parents=True)
-    try:
-        with _plain_errors(path):
-            yield new
-            files = sorted(new.iterdir(), key=lambda file: (file.name == MANIFEST, file.name))
-            for file in _files(new):
-                sync(file)
-            (path / MANIFEST).unlink(missing_ok=True)
-            _remove(*(path / file.name for file in files if (path / file.name).is_dir()))
-            for file in files:
-                os.replace(file, path / file.name)
-            sync(path)
-    finally:
-        _remove(new)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-# Manifest
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Where a finished stage's folder comes from."""
-
-    stage: str
-    parents: list[dict[str, Any]] = field(default_factory=list)  # role, path, stage, weights_sha256, tokenizer_sha256
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> DataReport as a dict
-    config: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    versions: dict[str, str | None] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    weights_sha256: str | None = None
-    tokenizer_sha256: str | None = None
-    files: dict[str, str] = field(default_factory=dict)  # the other files that make the model -> sha256
-    schema: int = SCHEMA
-
-
-def write_manifest(
-    folder: str | Path,
-    stage: str,
-    config: Any,
-    seed: int,
-    parents: list[dict[str, Any]] | None = None,
-    data: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """Write `manifest.json`, and before it a model's card; call it last, it marks the folder complete.
-
-    `config` is the stage's dataclass or a dict (secrets are redacted), `data` maps a name to a DataReport or a dict.
-    """
-    manifest = Manifest(
-        stage=stage,
-        parents=redact(plain(parents or [])),
-        data=redact(plain(data or {})),
-        config=redact(plain(config)),
-        seed=seed,
-        versions=versions(),
-        metrics=plain(metrics or {}),
-        weights_sha256=weights_sha256(folder),
-        tokenizer_sha256=tokenizer_sha256(folder),
-        files=small_files(folder),
-    )
-    if (Path(folder) / "config.json").is_file():
-        with _atomic_file(Path(folder) / "README.md") as card:
-            card.write_text(model_card(plain(manifest)), encoding="utf-8")
-    write_json(Path(folder) / MANIFEST, manifest)
-    return manifest
-
-
-def read_manifest(folder: str | Path) -> Manifest | None:
-    """None when the folder has none (a foreign model). Raises UserError when it is torn or of a newer schema."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path}: is torn: run the stage again, or take the file away") from None
-    names = {f.name for f in dataclasses.fields(Manifest)}
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if not isinstance(schema, int) or not isinstance(content.get("stage"), str):
-        raise UserError(f"{path}: is no manifest: run the stage again, or take the file away")
-    if schema > SCHEMA:
-        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: use a newer version of align")
-    return Manifest(**{key: value for key, value in content.items() if key in names})
-
-
-SECRET_WORDS = {"token", "tokens", "key", "keys", "pwd", "passwd", "passphrase", "auth"}
-SECRET_PARTS = ("password", "secret", "apikey", "credential")
-SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """`value` without secrets: text under a key that sounds like one, and what looks like one anywhere.
-
-    Numbers are never secrets, so `max_new_tokens` and `total_tokens` keep theirs.
-    """
-    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
-    secret = bool(words & SECRET_WORDS) or any(part in name.lower() for part in SECRET_PARTS)
-    if isinstance(value, Mapping):
-        return {key: redact(item, f"{name}_{key}" if secret else key) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, name) for item in value]
-    if not isinstance(value, str):
-        return value
-    return "[redacted]" if secret and value else SECRET_VALUE.sub("[redacted]", value)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, of the libraries and of this code (with its git hash where it runs from a clone)."""
-    found: dict[str, str | None] = {"align": align.__version__, "code": code_version()}
-    found["python"] = platform.python_version()
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-@functools.cache
-def code_version() -> str | None:
-    """The git commit of this code, with "-dirty" when tracked files differ from it; None outside a clone of it."""
-    root = Path(align.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-# Parents
-
-
-def check_parent(path: str, role: str, stages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The manifest entry of a model that a stage starts from, after checking that it fits.
-
-    `role` is the config key that names it; `stages` are the stages it may come from (none given: any). A folder
-    without a manifest and a hub id are foreign models: nothing is known of their stage. Raises UserError when a local
-    folder is missing, incomplete, of the wrong stage, or no longer what its manifest says.
-    """
-    if not path:
-        raise UserError(f"{role}: missing: give a checkpoint folder or a hub id org/name")
-    folder = Path(path)
-    if not folder.exists():
-        if _looks_local(path):
-            target = f"run `make {stages[0]}` first or " if stages else ""
-            raise UserError(f"{role}: {path}: no such checkpoint: {target}give its path (or a hub id org/name)")
-        return {"role": role, "path": path, "stage": None, "weights_sha256": None, "tokenizer_sha256": None}
-    fault = _model_fault(folder)
-    if fault:
-        raise UserError(f"{role}: {path}: {fault}: give the folder of a finished stage or of a model")
-    manifest = read_manifest(folder)
-    weights, tokenizer = weights_sha256(folder), tokenizer_sha256(folder)
-    if manifest is not None:
-        _check_manifest(manifest, path, role, stages, weights, tokenizer)
-        _check_files(manifest, folder, role)
-    stage = manifest.stage if manifest else None
-    return {"role": role, "path": path, "stage": stage, "weights_sha256": weights, "tokenizer_sha256": tokenizer}
-
-
-def _check_manifest(
-    manifest: Manifest, path: str, role: str, stages: tuple[str, ...], weights: str | None, tokenizer: str | None
-) -> None:
-    if stages and manifest.stage not in stages:
-        wanted = " or ".join(stages)
-        raise UserError(f"{role}: {path}: comes from stage {manifest.stage}: give a checkpoint of stage {wanted}")
-    for name, then, now in (
-        ("weights", manifest.weights_sha256, weights),
-        ("tokenizer", manifest.tokenizer_sha256, tokenizer),
-    ):
-        if then != now:
-            remedy = f"run `make {manifest.stage}` again, or take {MANIFEST} away if the change was meant"
-            raise UserError(f"{role}: {path}: its {name} changed since its manifest was written: {remedy}")
-
-
-def _check_files(manifest: Manifest, folder: Path, role: str) -> None:
-    for name, then in manifest.files.items():
-        path = folder / Path(name).name
-        if not path.is_file() or sha256_file(path) != then:
-            what = "changed" if path.is_file() else "is missing"
-            remedy = f"run `make {manifest.stage}` again, or take {MANIFEST} away if the change was meant"
-            raise UserError(f"{role}: {folder}: {name} {what} since its manifest was written: {remedy}")
-
-
-def _looks_local(path: str) -> bool:
-    if path.startswith(("/", ".", "~", "runs/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return True
-    return Path(path).parent.is_dir()
-
-
-def _model_fault(folder: Path) -> str | None:
-    """Why this is no complete model, or None."""
-    if not folder.is_dir():
-        return "is a file, not a folder"
-    if not ((folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
-        return "is no complete checkpoint (no config.json)"
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return "has no weights as safetensors"
-    for index in folder.glob("*.safetensors.index.json"):
-        with contextlib.suppress(ValueError, AttributeError, KeyError):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(name for name in shards if not (folder / name).is_file())
-            if missing:
-                return f"is no complete checkpoint (no {missing[0]})"
-    return next((f"{path.name} is torn" for path in files if not _readable(path)), None)
-
-
-def _readable(path: Path) -> bool:
-    """Whether a file of tensors is whole, as far as its header says."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
-
-
-def require_same_tokenizer(entries: list[dict[str, Any]]) -> None:
-    """Raise UserError when two parents (`check_parent`) have different tokenizers. Unknown ones (hub ids) pass."""
-    known = [entry for entry in entries if entry["tokenizer_sha256"]]
-    for entry in known[1:]:
-        if entry["tokenizer_sha256"] != known[0]["tokenizer_sha256"]:
-            first, second = (f"{e['role']} ({e['path']})" for e in (known[0], entry))
-            raise UserError(f"{second}: its tokenizer is not that of {first}: train both from one base model")
-
-
+COMPLETE = "complete.json"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -519,7 +82,7 @@ def start_output(output_dir: str | Path, overwrite: bool = False, resume: str | 
 
 
 def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
-    with _plain_errors(folder):
+    with plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         take_lock(folder)
     atexit.register(release_output, folder)
@@ -547,7 +110,7 @@ def _tidy(folder: Path) -> None:
             os.rename(old, place)
     for pattern in (".*.replaced", ".*.partial", ".partial", ".*.removed"):
         for path in folder.glob(pattern):
-            _remove(path) if path.is_dir() else path.unlink()
+            remove(path) if path.is_dir() else path.unlink()
 
 
 def release_output(output_dir: str | Path) -> None:
@@ -594,7 +157,7 @@ def _empty(folder: Path) -> None:
     for precious in (Path.cwd().resolve(), Path.home().resolve()):
         if precious.is_relative_to(real):
             raise UserError(f"output_dir: {folder}: holds {precious}, and is not overwritten: choose another folder")
-    with _plain_errors(folder):
+    with plain_errors(folder):
         for path in folder.iterdir():
             if path.name == LOCK:
                 continue
@@ -626,7 +189,7 @@ def checkpoint_folder(path: str | Path) -> Iterator[Path]:
 def mark_complete(folder: str | Path) -> None:
     """Write `complete.json`, each file's size and sha256 and its own; call it last, after it the checkpoint counts."""
     folder = Path(folder)
-    files = [path for path in _files(folder) if path != folder / COMPLETE]
+    files = [path for path in files_under(folder) if path != folder / COMPLETE]
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
@@ -647,7 +210,7 @@ def checkpoint_fault(folder: str | Path, hashes: bool = True) -> str | None:
     try:
         text = (folder / COMPLETE).read_text(encoding="utf-8")
         listed = json.loads(text)["files"]
-        if text != _as_text(_complete(listed)):
+        if text != as_text(_complete(listed)):
             return f"{COMPLETE} is torn"
         for name, stated in listed.items():
             path = folder / name
@@ -689,7 +252,7 @@ def _choose_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
         chosen = next((i for i, path in enumerate(found) if path.resolve() == Path(resume).resolve()), len(found))
         for later in found[chosen + 1 :]:
             aside = later.with_name(f"abandoned-{later.name}")
-            _remove(aside)
+            remove(aside)
             os.rename(later, aside)
             _tell(f"{later}: comes after {resume}: now {aside.name}")
         return Path(resume)
@@ -722,12 +285,12 @@ def rotate(newest: Path, keep: int, protected: Iterable[Path] = ()) -> None:
     for folder in whole[: max(0, len(whole) - max(keep, 1) + 1)]:
         doomed = folder.with_name(f".{folder.name}.removed")  # renamed first: a kill midway leaves no half checkpoint
         os.rename(folder, doomed)
-        _remove(doomed)
+        remove(doomed)
 
 
 def save_training_state(folder: str | Path, tensors: Mapping[str, Any], name: str = "training_state.pt") -> None:
     """Nested dicts and lists of tensors, numbers and text (optimiser, random state, cursors), whole or not at all."""
-    with _atomic_file(Path(folder) / name) as temporary:
+    with atomic_file(Path(folder) / name) as temporary:
         torch.save(dict(tensors), temporary)
 
 

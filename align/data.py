@@ -30,8 +30,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from align.checkpoint import sha256_file
 from align.errors import UserError, first_line
+from align.files import sha256_file
 from align.types import Demonstration, Message, Prompt, Ranking, Text
 
 T = TypeVar("T")

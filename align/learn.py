@@ -6,21 +6,11 @@ from typing import Any
 
 import torch
 
-from align.checkpoint import (
-    atomic_contents,
-    atomic_folder,
-    check_parent,
-    load_training_state,
-    mark_complete,
-    require_same_tokenizer,
-    rotate,
-    save_training_state,
-    weights_sha256,
-    write_manifest,
-)
+from align.checkpoint import load_training_state, mark_complete, rotate, save_training_state
 from align.config import PPOConfig
 from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts, refuse_eval_only
 from align.errors import UserError
+from align.files import atomic_contents, atomic_folder
 from align.generate import make_sampler
 from align.lora import (
     WithoutAdapter,
@@ -30,6 +20,7 @@ from align.lora import (
     save_trained,
     save_value_folder,
 )
+from align.manifest import check_parent, require_same_tokenizer, weights_sha256, write_manifest
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,

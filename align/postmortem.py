@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.checkpoint import atomic_folder, plain, redact, versions, write_json
 from align.errors import UserError
+from align.files import atomic_folder, plain, write_json
+from align.manifest import redact, versions
 from align.runtime import is_main_process, state, wait_for_everyone
 
 

@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.checkpoint import check_parent, read_manifest, tokenizer_sha256
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
 from align.errors import UserError, first_line
+from align.manifest import check_parent, read_manifest, tokenizer_sha256
 from align.models import ScalarModel
 from align.ranking import Even
 from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward

@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.checkpoint import plain, redact, sync, write_json, write_jsonl
 from align.config import TrainingConfig
 from align.errors import first_line
+from align.files import plain, sync, write_json, write_jsonl
+from align.manifest import redact
 from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
 from align.maths.repetition import repeated_ngrams

@@ -15,9 +15,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from align.checkpoint import checkpoint_folder, load_training_state, rotate, write_json
+from align.checkpoint import checkpoint_folder, load_training_state, rotate
 from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.errors import UserError
+from align.files import write_json
 from align.interrupt import Interrupted, arrived, defer
 from align.maths.logprobs import token_logprobs
 from align.optimise import trainer_optimizer

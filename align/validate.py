@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import read_manifest
 from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
 from align.errors import UserError
+from align.manifest import read_manifest
 from align.readers import FORMATS, detect_format
 from align.readers.files import TABLES, suffix
 from align.types import Ranking, Text

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from align.checkpoint import write_json
 from align.errors import UserError
+from align.files import write_json
 from align.runtime import available_cpus
 from benchmarks import workloads
 

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from align.checkpoint import write_json
 from align.errors import UserError
+from align.files import write_json
 from benchmarks import workloads
 from benchmarks.compare import ROOT, Sides, environment, failure, machine, parse
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from align.checkpoint import atomic_folder
 from align.config import BaseConfig
+from align.files import atomic_folder
 from align.models import load_scalar_model, save_scalar_model
 from align.text import Codec
 from benchmarks import workloads

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from align.checkpoint import write_jsonl
 from align.config import ModelTerm, PPOConfig
+from align.files import write_jsonl
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
 from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model

@@ -12,10 +12,10 @@ import math
 import sys
 from pathlib import Path
 
-from align.checkpoint import write_json
 from align.data import load_rankings
 from align.evaluate.plots import plot_overfitting
 from align.evaluate.reward_report import untied_pairs
+from align.files import write_json
 from align.prepare import main as prepare
 from align.track import read_jsonl
 from benchmarks.reward_quality import CONFIG, pick

@@ -26,11 +26,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from align.checkpoint import write_json, write_jsonl
 from align.data import load_rankings, prompt_key
 from align.errors import UserError
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
 from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, plain
+from align.files import write_json, write_jsonl
 from align.models import load_scalar_model, save_scalar_model
 from align.prepare import main as prepare
 from align.ranking import encode_rankings, score_rankings, split_pairs

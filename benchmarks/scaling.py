@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from align.checkpoint import write_json, write_jsonl
+from align.files import write_json, write_jsonl
 from align.text import Codec
 from benchmarks.models import make_model, reward_folder
 from data.world.text import write_text

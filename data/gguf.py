@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.checkpoint import atomic_folder
 from align.config import parse
 from align.errors import UserError
+from align.files import atomic_folder
 
 
 @dataclass(frozen=True)

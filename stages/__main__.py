@@ -67,7 +67,7 @@ def run(stage, argv: list[str]) -> int:
 def run_here(stage, argv: list[str]) -> int:
     """What the user can mend is one line and exit status 2, never a traceback; a signal to end is one
     line and 128 + its number."""
-    from align.checkpoint import full_disk  # late: torch, which `align --help` need not load
+    from align.checkpoint import full_disk
     from align.interrupt import Interrupted, handled
     from align.runtime import end_processes
 
@@ -104,7 +104,7 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
     """Tell it on a line of its own, after the progress bars that it left open; returns the exit status."""
     from tqdm import tqdm
 
-    from align.checkpoint import redact
+    from align.manifest import redact
 
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
@@ -115,8 +115,8 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
 def record_seconds(argv: list[str], stage) -> None:
     """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key. A resumed
     run adds to what it took before."""
-    from align.checkpoint import write_json  # late: torch, which `align --help` need not load
     from align.config import read_flags
+    from align.files import write_json
     from align.runtime import is_main_process
 
     flags, name = read_flags(argv), Path(sys.modules[stage.__module__].__file__).stem

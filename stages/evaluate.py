@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import check_parent, read_manifest, start_output, write_json, write_jsonl
+from align.checkpoint import start_output
 from align.config import EvaluateConfig, parse
 from align.data import (
     DataReport,
@@ -34,6 +34,8 @@ from align.evaluate.report import pick_transcripts, summarise, write_plots, writ
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model
 from align.evaluate.win_rate import agreement, plain
+from align.files import write_json, write_jsonl
+from align.manifest import check_parent, read_manifest
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
 from align.rewards import Reward, import_function

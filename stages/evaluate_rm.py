@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from align.checkpoint import check_parent, read_manifest, write_json, write_jsonl
 from align.config import EvaluateRMConfig, parse
 from align.data import keep_apart, load_rankings
 from align.errors import UserError
@@ -34,6 +33,8 @@ from align.evaluate.rm_report import (
 )
 from align.evaluate.scorer import Scorer, load_scorer, score_spread
 from align.evaluate.win_rate import plain
+from align.files import write_json, write_jsonl
+from align.manifest import check_parent, read_manifest
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.track import announce, read_jsonl
 from stages.__main__ import run

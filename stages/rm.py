@@ -21,15 +21,7 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from align.checkpoint import (
-    atomic_contents,
-    check_parent,
-    is_finished,
-    latest_checkpoint,
-    start_output,
-    write_json,
-    write_manifest,
-)
+from align.checkpoint import is_finished, latest_checkpoint, start_output
 from align.config import RMConfig, parse
 from align.data import (
     demonstration_length,
@@ -43,7 +35,9 @@ from align.data import (
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
+from align.files import atomic_contents, write_json
 from align.head import fit_head
+from align.manifest import check_parent, write_manifest
 from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
 from align.optimise import trainer_optim
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs

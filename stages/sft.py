@@ -18,17 +18,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
-from align.checkpoint import (
-    atomic_contents,
-    check_parent,
-    is_finished,
-    latest_checkpoint,
-    start_output,
-    write_manifest,
-)
+from align.checkpoint import is_finished, latest_checkpoint, start_output
 from align.config import SFTConfig, parse
 from align.data import keep_apart, load_demonstrations, load_texts, refuse_eval_only
 from align.demonstrations import demonstration_rows, mix_pretraining
+from align.files import atomic_contents
+from align.manifest import check_parent, write_manifest
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.optimise import trainer_optim
 from align.reward_models import reward_config

@@ -36,8 +36,10 @@ from safetensors.torch import load_file
 
 from align import config as configs
 from align import data
-from align.checkpoint import check_parent, checkpoints, latest_checkpoint, read_manifest, write_json
+from align.checkpoint import checkpoints, latest_checkpoint
 from align.errors import UserError
+from align.files import write_json
+from align.manifest import check_parent, read_manifest
 from stages.__main__ import main as align_main
 from tests.stages.conftest import WORLD, arguments, flags
 

@@ -8,9 +8,9 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from align import checkpoint as ck
 from align.config import RMConfig
 from align.data import DataReport
+from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
 from align.ranking import score_rows
 from align.text import Codec
@@ -34,7 +34,7 @@ def reward_folder(request, tiny_llama, tiny_codec: Codec, tmp_path):
     tiny_codec.save(folder)
     parent = {"role": "model_name_or_path", "path": "runs/x/sft", "stage": "sft", "weights_sha256": "ab" * 32}
     report = DataReport(("r.jsonl",), 9, 7, {}, {"all_ties": 2})
-    ck.write_manifest(
+    write_manifest(
         folder,
         "rm",
         RMConfig("out"),
@@ -70,10 +70,10 @@ def test_the_cards_code_loads_the_scores(reward_folder, tiny_codec):
 def test_an_accuracy_of_no_pairs_is_no_crash(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     nothing = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
-    ck.write_manifest(tmp_path, "rm", {}, 0, metrics={"validation": {"accuracy": nothing}})
+    write_manifest(tmp_path, "rm", {}, 0, metrics={"validation": {"accuracy": nothing}})
     assert "- validation accuracy: no pair to compare" in (tmp_path / "README.md").read_text()
 
 
 def test_no_card_without_a_model(tmp_path):
-    ck.write_manifest(tmp_path, "collect", {}, 0)
+    write_manifest(tmp_path, "collect", {}, 0)
     assert not (tmp_path / "README.md").exists()

@@ -19,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.checkpoint import write_manifest
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.evaluate.scorer import load_scorer
+from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
 from align.reward_models import (
     ValueStart,

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import atomic_folder, write_json, write_jsonl
 from align.errors import UserError
+from align.files import atomic_folder, write_json, write_jsonl
 from data.world import labelers, policies, prompts
 from data.world.config import WorldConfig
 from data.world.judge import judge

@@ -2,9 +2,9 @@
 
 import pytest
 
-from align.checkpoint import write_manifest
 from align.errors import UserError
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
+from align.manifest import write_manifest
 from align.types import Ranking
 
 

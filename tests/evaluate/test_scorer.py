@@ -12,9 +12,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from align.checkpoint import write_manifest
 from align.errors import UserError
 from align.evaluate.scorer import ClassifierScorer, ScalarScorer, load_scorer, score_spread
+from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
 from align.text import Codec
 from align.types import Ranking
