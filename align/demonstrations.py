@@ -2,8 +2,8 @@
 
 import random
 
-from align.data import DataReport
 from align.errors import UserError
+from align.rows import DataReport
 from align.text import Codec
 from align.types import Demonstration
 

@@ -8,7 +8,7 @@ import torch
 
 from align.checkpoint import load_training_state, mark_complete, rotate, save_training_state
 from align.config import PPOConfig
-from align.data import Cursor, DataReport, drop_long, load_prompts, load_texts, refuse_eval_only
+from align.data import drop_long, load_prompts, load_texts
 from align.errors import UserError
 from align.files import atomic_contents, atomic_folder
 from align.generate import make_sampler
@@ -32,9 +32,11 @@ from align.models import (
     require_context,
 )
 from align.optimise import make_optimizer, require_whole
+from align.order import Cursor
 from align.quantise import quantise
 from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
 from align.rollout import Actors, Query
+from align.rows import DataReport
 from align.runtime import (
     Runtime,
     is_main_process,
@@ -45,6 +47,7 @@ from align.runtime import (
     whole_state,
     write,
 )
+from align.splits import refuse_eval_only
 from align.text import Codec
 from align.track import announce, save_log_sizes
 from align.update import Learner, PtxSource

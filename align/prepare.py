@@ -17,14 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config import choose, parse
+from align.config import choose
 from align.convert import counted, decorated, prompt_of
-from align.data import Problem, check_splits, contents, opening_key, parse_row, prompt_key, split_of
+from align.data import parse_row
 from align.errors import UserError
 from align.files import atomic_folder, write_json, write_jsonl
+from align.parse import parse
 from align.readers import FORMATS, KINDS, Conversion, read
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
 from align.readers.files import read_records
+from align.rows import Problem
+from align.splits import check_splits, contents, opening_key, prompt_key, split_of
 from align.types import Demonstration, Ranking
 
 SPLITS = ("train", "validation")

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from align.data import Problem, contents, parse_row, prompt_key
+from align.data import parse_row
 from align.evaluate.win_rate import agreement
 from align.readers import Conversion, read
+from align.rows import Problem
+from align.splits import contents, prompt_key
 from align.types import Demonstration, Ranking
 
 COLUMNS = ("source", "language", "labeler")

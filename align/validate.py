@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data import Problem, count_kinds, parse_row, prompt_key, read_rows, split_paths
+from align.data import parse_row
 from align.errors import UserError
 from align.manifest import read_manifest
 from align.readers import FORMATS, detect_format
 from align.readers.files import TABLES, suffix
+from align.rows import Problem, count_kinds, read_rows, split_paths
+from align.splits import prompt_key
 from align.types import Ranking, Text
 
 USAGE = "usage: align validate FILE..."

@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from align.data import load_rankings, prompt_key
+from align.data import load_rankings
 from align.errors import UserError
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
 from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, plain
@@ -35,6 +35,7 @@ from align.models import load_scalar_model, save_scalar_model
 from align.prepare import main as prepare
 from align.ranking import encode_rankings, score_rankings, split_pairs
 from align.runtime import has_bf16, tune_cpu
+from align.splits import prompt_key
 from align.text import Codec
 from align.track import read_jsonl
 from align.types import Ranking

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import parse
 from align.errors import UserError
 from align.files import atomic_folder
+from align.parse import parse
 
 
 @dataclass(frozen=True)

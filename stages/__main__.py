@@ -115,8 +115,8 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
 def record_seconds(argv: list[str], stage) -> None:
     """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key. A resumed
     run adds to what it took before."""
-    from align.config import read_flags
     from align.files import write_json
+    from align.parse import read_flags
     from align.runtime import is_main_process
 
     flags, name = read_flags(argv), Path(sys.modules[stage.__module__].__file__).stem

@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
-from align.config import BaseConfig, parse
+from align.config import BaseConfig
 from align.data import load_texts
 from align.files import atomic_contents
 from align.initialise import embedding_std, start_with_circuits
 from align.manifest import write_manifest
 from align.optimise import MuonAdamW
+from align.parse import parse
 from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce

@@ -12,13 +12,15 @@ import sys
 
 from align.checkpoint import start_output
 from align.collect import Candidates, draw_k, group, load_labelers, rank_all
-from align.config import CollectConfig, parse
-from align.data import drop_long, load_prompts, refuse_eval_only
+from align.config import CollectConfig
+from align.data import drop_long, load_prompts
 from align.files import atomic_contents, write_jsonl
 from align.generate import Sampler, make_sampler, uniform_numbers
 from align.manifest import check_parent, write_manifest
 from align.models import load_packed_policy, require_context
+from align.parse import parse
 from align.runtime import Runtime, is_main_process, tune_cpu
+from align.splits import refuse_eval_only
 from align.text import Codec
 from align.track import announce
 from align.types import Prompt

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from align.checkpoint import start_output
-from align.config import EvaluateConfig, parse
+from align.config import EvaluateConfig
 from align.data import (
-    DataReport,
     drop_long,
     load_demonstrations,
     load_prompts,
@@ -37,8 +36,10 @@ from align.evaluate.win_rate import agreement, plain
 from align.files import write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
+from align.parse import parse
 from align.reward_models import load_reward
 from align.rewards import Reward, import_function
+from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from align.config import EvaluateRMConfig, parse
-from align.data import keep_apart, load_rankings
+from align.config import EvaluateRMConfig
+from align.data import load_rankings
 from align.errors import UserError
 from align.evaluate.people import labelers_report
 from align.evaluate.plots import plot_calibration, plot_overfitting, plot_reward_accuracy
@@ -35,7 +35,9 @@ from align.evaluate.scorer import Scorer, load_scorer, score_spread
 from align.evaluate.win_rate import plain
 from align.files import write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
+from align.parse import parse
 from align.runtime import Runtime, is_main_process, tune_cpu
+from align.splits import keep_apart
 from align.track import announce, read_jsonl
 from stages.__main__ import run
 

@@ -18,8 +18,7 @@ import sys
 from tqdm import trange
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
-from align.config import PPOConfig, parse
-from align.data import Cursor
+from align.config import PPOConfig
 from align.evaluate.report import plot_overoptimisation
 from align.interrupt import Interrupted, arrived, defer
 from align.learn import (
@@ -33,6 +32,8 @@ from align.learn import (
     set_learning_rates,
 )
 from align.maths.kl import adapt_kl_coef
+from align.order import Cursor
+from align.parse import parse
 from align.rewards import GoldJudge
 from align.rollout import check_step_zero, collect_rollout
 from align.runtime import Runtime, tune_cpu

@@ -22,16 +22,8 @@ from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
-from align.config import RMConfig, parse
-from align.data import (
-    demonstration_length,
-    drop_long,
-    keep_apart,
-    load_demonstrations,
-    load_rankings,
-    ranking_length,
-    refuse_eval_only,
-)
+from align.config import RMConfig
+from align.data import demonstration_length, drop_long, load_demonstrations, load_rankings, ranking_length
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.evaluate.win_rate import plain
@@ -40,8 +32,10 @@ from align.head import fit_head
 from align.manifest import check_parent, write_manifest
 from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
 from align.optimise import trainer_optim
+from align.parse import parse
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
 from align.runtime import is_main_process, refuse_sharding, tune_cpu
+from align.splits import keep_apart, refuse_eval_only
 from align.text import Codec
 from align.track import announce
 from align.trainer import (

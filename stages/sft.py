@@ -19,16 +19,18 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
-from align.config import SFTConfig, parse
-from align.data import keep_apart, load_demonstrations, load_texts, refuse_eval_only
+from align.config import SFTConfig
+from align.data import load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
 from align.manifest import check_parent, write_manifest
 from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
 from align.optimise import trainer_optim
+from align.parse import parse
 from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
+from align.splits import keep_apart, refuse_eval_only
 from align.text import Codec
 from align.track import announce
 from align.trainer import (

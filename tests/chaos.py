@@ -40,6 +40,7 @@ from align.checkpoint import checkpoints, latest_checkpoint
 from align.errors import UserError
 from align.files import write_json
 from align.manifest import check_parent, read_manifest
+from align.parse import parse
 from stages.__main__ import main as align_main
 from tests.stages.conftest import WORLD, arguments, flags
 
@@ -239,13 +240,13 @@ def fuzz(run: Path, rng: random.Random) -> dict[str, int]:
     @many(CASES["command lines"])
     @given(classes, st.lists(st.tuples(names, words), max_size=6))
     def command_lines(cls, pairs):
-        case(lambda: configs.parse(cls, [word for key, value in pairs for word in (f"--{key}", value)]))
+        case(lambda: parse(cls, [word for key, value in pairs for word in (f"--{key}", value)]))
 
     @many(CASES["config files"])
     @given(classes, st.dictionaries(names, values, max_size=6).map(yaml.safe_dump) | st.text(max_size=60))
     def config_files(cls, content):
         (folder / "config.yaml").write_text(content, encoding="utf-8", errors="ignore")
-        case(lambda: configs.parse(cls, ["--config", str(folder / "config.yaml"), "--output_dir", "out"]))
+        case(lambda: parse(cls, ["--config", str(folder / "config.yaml"), "--output_dir", "out"]))
 
     @many(CASES["data files"])
     @given(st.lists(LINE, max_size=5), suffixes, loaders, st.sampled_from(["stop", "drop"]))

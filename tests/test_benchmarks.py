@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from align.config import BaseConfig
-from align.data import DataReport
 from align.demonstrations import demonstration_rows
 from align.errors import UserError
+from align.rows import DataReport
 from align.text import Codec
 from align.types import Demonstration
 from benchmarks import __main__ as command_line

@@ -9,10 +9,10 @@ from huggingface_hub import ModelCard
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from align.config import RMConfig
-from align.data import DataReport
 from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
 from align.ranking import score_rows
+from align.rows import DataReport
 from align.text import Codec
 
 

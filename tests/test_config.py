@@ -21,10 +21,10 @@ from align.config import (
     SFTConfig,
     StageConfig,
     exact_div,
-    parse,
     term_name,
 )
 from align.errors import UserError
+from align.parse import parse
 from align.runtime import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,12 +221,12 @@ def test_command_line_values(argv, key, expected):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_auto_is_what_the_hardware_has(monkeypatch, has):
-    monkeypatch.setattr("align.config.has_bf16", lambda: has)
+    monkeypatch.setattr("align.parse.has_bf16", lambda: has)
     assert ppo("--bf16", "auto").bf16 is has
 
 
 def test_bf16_on_hardware_without_it_is_obeyed_and_said(monkeypatch):
-    monkeypatch.setattr("align.config.has_bf16", lambda: False)
+    monkeypatch.setattr("align.parse.has_bf16", lambda: False)
     with pytest.warns(UserWarning, match="--bf16.*very slow.*auto"):
         assert ppo("--bf16", "true").bf16 is True
 

@@ -1,4 +1,4 @@
-"""align/data.py: formats, bad rows, splits and filters (D1, D2), order."""
+"""align/data.py, rows.py, splits.py, order.py: formats, bad rows, splits and filters (D1, D2), order."""
 
 import dataclasses
 import gzip
@@ -11,8 +11,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align import data
+from align.data import (
+    demonstration_length,
+    drop_long,
+    load_demonstrations,
+    load_prompts,
+    load_rankings,
+    load_texts,
+    parse_row,
+    ranking_length,
+)
 from align.errors import UserError
+from align.order import Cursor, epoch_order
+from align.rows import Problem, read_rows
+from align.splits import (
+    cap_per,
+    check_splits,
+    dedupe_prefix,
+    drop_pii,
+    has_pii,
+    keep_apart,
+    prompt_key,
+    refuse_eval_only,
+    split_by,
+    split_of,
+)
 from align.types import Demonstration, Prompt, Ranking
 
 USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
@@ -30,7 +53,7 @@ def real(name: str) -> str:
     return str(root / name)
 
 
-def only_problem(tmp_path: Path, load, row: object) -> data.Problem:
+def only_problem(tmp_path: Path, load, row: object) -> Problem:
     """The one Problem of a file whose second row is `row`, by way of "stop" and of "drop"."""
     good = {
         "prompt": "p", "text": "t", "completion": "c",
@@ -43,7 +66,7 @@ def only_problem(tmp_path: Path, load, row: object) -> data.Problem:
         load(path)
     assert str(stopped.value).startswith(f"{path}:2: ") and "\n" not in str(stopped.value)
     kind = next(iter(report.dropped))
-    return data.Problem(f"{path}:2", kind, str(stopped.value), "")
+    return Problem(f"{path}:2", kind, str(stopped.value), "")
 
 
 def ranked(*pairs: tuple) -> dict:
@@ -57,7 +80,7 @@ def ranked(*pairs: tuple) -> dict:
     "row", [{"prompt": "p", "completion": "c", "id": 7}, {"prompt": [USER], "completion": [REPLY]}]
 )
 def test_demonstration_prompt_completion(tmp_path, row):
-    (demo,), report = data.load_demonstrations(lines(tmp_path / "d.jsonl", row))
+    (demo,), report = load_demonstrations(lines(tmp_path / "d.jsonl", row))
     assert demo.prompt == (row["prompt"] if isinstance(row["prompt"], str) else (USER,))
     assert demo.completion == (row["completion"] if isinstance(row["completion"], str) else (REPLY,))
     assert demo.columns == ({"id": 7} if "id" in row else {})
@@ -65,13 +88,13 @@ def test_demonstration_prompt_completion(tmp_path, row):
 
 
 def test_demonstration_messages(tmp_path):
-    (demo,), _ = data.load_demonstrations(lines(tmp_path / "d.jsonl", {"messages": [USER, OTHER, USER, REPLY], "n": 1}))
+    (demo,), _ = load_demonstrations(lines(tmp_path / "d.jsonl", {"messages": [USER, OTHER, USER, REPLY], "n": 1}))
     assert demo == Demonstration((USER, OTHER, USER), (REPLY,), {"n": 1})
 
 
 def test_ranking_keeps_order_ranks_ties_labeler_and_columns(tmp_path):
     row = ranked(("a", 2), ("b", 1.5), ("c", 2)) | {"labeler": "ann", "source": "x", "likert": [1, 2, 1], "id": 3}
-    (got,), _ = data.load_rankings(lines(tmp_path / "r.jsonl", row))
+    (got,), _ = load_rankings(lines(tmp_path / "r.jsonl", row))
     assert got == Ranking("p", ("a", "b", "c"), (2.0, 1.5, 2.0), "ann", {"source": "x", "likert": [1, 2, 1], "id": 3})
 
 
@@ -91,21 +114,21 @@ def test_ranking_keeps_order_ranks_ties_labeler_and_columns(tmp_path):
     ],
 )  # fmt: skip
 def test_preference_is_a_ranking_of_two(tmp_path, row, prompt, chosen, rejected):
-    (got,), _ = data.load_rankings(lines(tmp_path / "p.jsonl", row | {"margin": 2.5}))
+    (got,), _ = load_rankings(lines(tmp_path / "p.jsonl", row | {"margin": 2.5}))
     assert got == Ranking(prompt, (chosen, rejected), (0.0, 1.0), None, {"margin": 2.5})
 
 
 def test_prompt_keeps_every_other_column(tmp_path):
-    (got,), _ = data.load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "p", "id": 4, "answer": [1]}))
+    (got,), _ = load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "p", "id": 4, "answer": [1]}))
     assert got == Prompt("p", {"id": 4, "answer": [1]})
 
 
 def test_texts(tmp_path):
-    assert data.load_texts(lines(tmp_path / "t.jsonl", {"text": " a\nb "}))[0] == [" a\nb "]
+    assert load_texts(lines(tmp_path / "t.jsonl", {"text": " a\nb "}))[0] == [" a\nb "]
 
 
 def test_equal_completions_of_one_rank_are_merged_and_noted(tmp_path):
-    (got,), report = data.load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 1), ("b", 2), (" a\n", 1))))
+    (got,), report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 1), ("b", 2), (" a\n", 1))))
     assert got.completions == ("a", "b") and report.notes == {"merged_duplicates": 1} and report.dropped == {}
 
 
@@ -126,7 +149,7 @@ def test_every_container_gives_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     want = [Demonstration("你好", "a"), Demonstration("q", "b")]
     for path in tmp_path.iterdir():
-        assert data.load_demonstrations(str(path))[0] == want, path.name
+        assert load_demonstrations(str(path))[0] == want, path.name
 
 
 def test_parquet_rankings(tmp_path):
@@ -134,7 +157,7 @@ def test_parquet_rankings(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([ranked(("a", 0), ("b", 1)), {"prompt": "q"}]), tmp_path / "r.parquet")
-    (got,), report = data.load_rankings(str(tmp_path / "r.parquet"), "drop")
+    (got,), report = load_rankings(str(tmp_path / "r.parquet"), "drop")
     assert got == Ranking("p", ("a", "b"), (0.0, 1.0)) and report.dropped == {"missing_field": 1}
 
 
@@ -148,13 +171,13 @@ def test_hub_ids_go_through_datasets(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows, report = data.load_demonstrations("org/name,org/name@v1:test[:5%]")
+    rows, report = load_demonstrations("org/name,org/name@v1:test[:5%]")
     assert len(rows) == 4 and asked == [("org/name", "train", None), ("org/name", "test[:5%]", "v1")]
     assert len(set(report.sha256.values())) == 1 and len(report.sha256["org/name"]) == 64
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("a\nb")))
     with pytest.raises(UserError, match=r"^org/name: no local file, and no data set from the hub \(a\)"):
-        data.load_prompts("org/name")
+        load_prompts("org/name")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +185,7 @@ def test_hub_ids_go_through_datasets(monkeypatch):
 )
 def test_missing_files_are_named(path):
     with pytest.raises(UserError, match="no such file"):
-        data.load_prompts(path)
+        load_prompts(path)
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -172,22 +195,22 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_bytes(content)
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=path.name):
-            data.load_prompts(str(path))
+            load_prompts(str(path))
 
 
 def test_no_rows_is_an_error_even_when_dropping(tmp_path):
     with pytest.raises(UserError, match="no prompt that can be used"):
-        data.load_prompts(lines(tmp_path / "empty.jsonl"))
+        load_prompts(lines(tmp_path / "empty.jsonl"))
     with pytest.raises(UserError, match=r"\(1 broken_json\)"):
-        data.load_prompts(lines(tmp_path / "bad.jsonl", b"{"), "drop")
+        load_prompts(lines(tmp_path / "bad.jsonl", b"{"), "drop")
     with pytest.raises(UserError, match="no data file given"):
-        data.load_prompts(" , ")
+        load_prompts(" , ")
 
 
 def test_several_files_and_their_report(tmp_path):
     a, b = lines(tmp_path / "a.jsonl", {"prompt": "1"}), lines(tmp_path / "b.jsonl", {"prompt": "2"}, {"prompt": ""})
     for paths in (f"{a}, {b}", [a, b]):
-        prompts, report = data.load_prompts(paths, "drop")
+        prompts, report = load_prompts(paths, "drop")
         assert [p.prompt for p in prompts] == ["1", "2"]
         assert report.paths == (a, b) and set(report.sha256) == {a, b} and report.dropped == {"empty_field": 1}
     more = report.with_dropped("too_long", 1)
@@ -214,7 +237,7 @@ ANY_BAD = [
 
 
 @pytest.mark.parametrize(("row", "kind"), ANY_BAD)
-@pytest.mark.parametrize("load", [data.load_demonstrations, data.load_rankings, data.load_prompts, data.load_texts])
+@pytest.mark.parametrize("load", [load_demonstrations, load_rankings, load_prompts, load_texts])
 def test_unreadable_rows(tmp_path, load, row, kind):
     assert only_problem(tmp_path, load, row).kind == kind
 
@@ -242,7 +265,7 @@ BAD_DEMONSTRATIONS = [
 
 @pytest.mark.parametrize(("row", "kind"), BAD_DEMONSTRATIONS)
 def test_bad_demonstrations(tmp_path, row, kind):
-    assert only_problem(tmp_path, data.load_demonstrations, row).kind == kind
+    assert only_problem(tmp_path, load_demonstrations, row).kind == kind
 
 
 BAD_RANKINGS = [
@@ -284,13 +307,13 @@ BAD_RANKINGS = [
 
 @pytest.mark.parametrize(("row", "kind"), BAD_RANKINGS)
 def test_bad_rankings(tmp_path, row, kind):
-    assert only_problem(tmp_path, data.load_rankings, row).kind == kind
+    assert only_problem(tmp_path, load_rankings, row).kind == kind
 
 
 def test_bad_prompts_and_texts(tmp_path):
-    assert only_problem(tmp_path, data.load_prompts, {"text": "t"}).kind == "missing_field"
-    assert only_problem(tmp_path, data.load_texts, {"prompt": "p"}).kind == "missing_field"
-    assert only_problem(tmp_path, data.load_texts, {"text": [USER]}).kind == "wrong_type"
+    assert only_problem(tmp_path, load_prompts, {"text": "t"}).kind == "missing_field"
+    assert only_problem(tmp_path, load_texts, {"prompt": "p"}).kind == "missing_field"
+    assert only_problem(tmp_path, load_texts, {"text": [USER]}).kind == "wrong_type"
 
 
 def test_stop_names_the_first_counts_the_rest_and_shows_no_text(tmp_path):
@@ -298,7 +321,7 @@ def test_stop_names_the_first_counts_the_rest_and_shows_no_text(tmp_path):
     bad = [ranked((secret, 1), ("b", secret)), ranked(("", 1), ("b", 2)), ranked(("a", 1)), ranked(("a", 1))]
     path = lines(tmp_path / "r.jsonl", good, *bad)
     with pytest.raises(UserError) as stopped:
-        data.load_rankings(path)
+        load_rankings(path)
     assert str(stopped.value) == (
         f"{path}:2: the rank of completion 2 is no number: write a number, lower is better (and 3 more bad rows: "
         "2 too_few_completions, 1 empty_field; `align validate FILE` lists them, on_bad_rows: drop skips them)"
@@ -308,7 +331,7 @@ def test_stop_names_the_first_counts_the_rest_and_shows_no_text(tmp_path):
 def test_broken_json_list_says_where(tmp_path):
     (tmp_path / "a.json").write_text('[{"prompt": "p"},\n{"prompt": }]')
     with pytest.raises(UserError, match=r"a\.json: is not JSON \(line 2, column 12\)"):
-        data.load_prompts(str(tmp_path / "a.json"))
+        load_prompts(str(tmp_path / "a.json"))
 
 
 JSON = st.recursive(
@@ -348,7 +371,7 @@ LINE = st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode(
 def test_fuzz_any_bytes_raise_nothing_but_user_errors(tmp_path_factory, rows, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"rows{suffix}"
     path.write_bytes(b"\n".join(rows))
-    for load in (data.load_demonstrations, data.load_rankings, data.load_prompts, data.load_texts):
+    for load in (load_demonstrations, load_rankings, load_prompts, load_texts):
         for mode in ("stop", "drop"):
             try:
                 records, report = load(str(path), mode)
@@ -363,7 +386,7 @@ def test_fuzz_any_bytes_raise_nothing_but_user_errors(tmp_path_factory, rows, su
 
 def test_real_hh_rlhf():
     path = real("hh-rlhf/harmless-base-test.jsonl.gz")
-    rankings, report = data.load_rankings(path, "drop")
+    rankings, report = load_rankings(path, "drop")
     assert report.rows_read == 2312 and len(rankings) == 2303
     assert report.dropped == {"prompt_mismatch": 5, "empty_field": 4}
     assert all(r.prompt.endswith("\n\nAssistant:") and r.ranks == (0.0, 1.0) for r in rankings)
@@ -372,11 +395,11 @@ def test_real_hh_rlhf():
     assert [n for kind, n in places if kind == "empty_field"] == [86, 516, 925, 1103]
 
 
-def all_problems(kind: str, path: str) -> list[data.Problem]:
+def all_problems(kind: str, path: str) -> list[Problem]:
     from collections import Counter
 
-    parsed = [data.parse_row(kind, place, row, Counter()) for place, row in data.read_rows(path)]
-    return [record for record in parsed if isinstance(record, data.Problem)]
+    parsed = [parse_row(kind, place, row, Counter()) for place, row in read_rows(path)]
+    return [record for record in parsed if isinstance(record, Problem)]
 
 
 def test_real_rankings_with_repeated_responses(tmp_path):
@@ -388,12 +411,12 @@ def test_real_rankings_with_repeated_responses(tmp_path):
             }
             for row in json.load(file)
         ]
-    rankings, report = data.load_rankings(lines(tmp_path / "zh.jsonl", *rows), "drop")
+    rankings, report = load_rankings(lines(tmp_path / "zh.jsonl", *rows), "drop")
     assert report.rows_read == 775 and report.dropped == {"duplicate_completions": 6} and len(rankings) == 769
 
 
 def test_real_prompts_without_final_newline():
-    assert len(data.load_prompts(real("cvalues-zh/cvalues_responsibility_prompts.jsonl"))[0]) == 664
+    assert len(load_prompts(real("cvalues-zh/cvalues_responsibility_prompts.jsonl"))[0]) == 664
 
 
 def test_real_json_strings_are_no_rows():
@@ -416,36 +439,36 @@ def customers() -> list[Prompt]:
 
 
 def test_D1_no_customer_in_two_splits_and_filters_hold():
-    rows = data.dedupe_prefix(customers(), 30)
-    rows = data.cap_per(rows, lambda row: row.columns["customer"], 200)
+    rows = dedupe_prefix(customers(), 30)
+    rows = cap_per(rows, lambda row: row.columns["customer"], 200)
     shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
-    splits = data.split_by(rows, lambda row: row.columns["customer"], shares, seed=1)
-    splits["train"] = data.drop_pii(splits["train"])
+    splits = split_by(rows, lambda row: row.columns["customer"], shares, seed=1)
+    splits["train"] = drop_pii(splits["train"])
 
     homes = {name: {row.columns["customer"] for row in split} for name, split in splits.items()}
     assert not homes["train"] & homes["validation"] and not (homes["train"] | homes["validation"]) & homes["test"]
     assert all(splits.values()) and set.union(*homes.values()) == {row.columns["customer"] for row in rows}
     counts = [sum(row.columns["customer"] == "heavy" for row in split) for split in splits.values()]
     assert max(counts) == sum(counts) == 200
-    prefixes = [data.prompt_key(row.prompt)[:30] for row in splits["train"]]
+    prefixes = [prompt_key(row.prompt)[:30] for row in splits["train"]]
     assert len(prefixes) == len(set(prefixes))
-    assert not any(data.has_pii(row.prompt) for row in splits["train"])
-    assert data.check_splits({name: [row.prompt for row in split] for name, split in splits.items()}) == []
+    assert not any(has_pii(row.prompt) for row in splits["train"])
+    assert check_splits({name: [row.prompt for row in split] for name, split in splits.items()}) == []
 
 
 def test_D1_split_is_deterministic_near_its_shares_and_keeps_order():
     rows, shares = [(i % 200, i) for i in range(2000)], {"train": 0.7, "validation": 0.2, "test": 0.1}
-    first = data.split_by(rows, lambda row: row[0], shares, 3)
-    assert first == data.split_by(rows, lambda row: row[0], shares, 3)
-    assert first != data.split_by(rows, lambda row: row[0], shares, 4)
+    first = split_by(rows, lambda row: row[0], shares, 3)
+    assert first == split_by(rows, lambda row: row[0], shares, 3)
+    assert first != split_by(rows, lambda row: row[0], shares, 4)
     assert {name: len(split) for name, split in first.items()} == {"train": 1400, "validation": 400, "test": 200}
     assert all(split == sorted(split, key=lambda row: row[1]) for split in first.values())
     with pytest.raises(UserError, match="do not sum to 1"):
-        data.split_by(rows, lambda row: row[0], {"train": 0.7}, 3)
+        split_by(rows, lambda row: row[0], {"train": 0.7}, 3)
 
 
 def test_D1_at_most_so_many_prompts_a_customer():
-    assert data.cap_per([("a", 1), ("b", 1), ("a", 2), ("a", 3)], lambda row: row[0], 2) == [
+    assert cap_per([("a", 1), ("b", 1), ("a", 2), ("a", 3)], lambda row: row[0], 2) == [
         ("a", 1),
         ("b", 1),
         ("a", 2),
@@ -454,7 +477,7 @@ def test_D1_at_most_so_many_prompts_a_customer():
 
 def test_D1_shared_prefix_keeps_the_first():
     rows = ["Summarise this: one", "Summarise  this: two", "Summarise", "Translate this"]
-    assert data.dedupe_prefix(rows, 15) == ["Summarise this: one", "Summarise", "Translate this"]
+    assert dedupe_prefix(rows, 15) == ["Summarise this: one", "Summarise", "Translate this"]
 
 
 @pytest.mark.parametrize(
@@ -467,7 +490,7 @@ def test_D1_shared_prefix_keeps_the_first():
     ],
 )  # fmt: skip
 def test_D1_personal_data_is_found(text):
-    assert data.has_pii(text) and data.drop_pii([Prompt(text), Prompt("fine")]) == [Prompt("fine")]
+    assert has_pii(text) and drop_pii([Prompt(text), Prompt("fine")]) == [Prompt("fine")]
 
 
 @pytest.mark.parametrize(
@@ -476,14 +499,14 @@ def test_D1_personal_data_is_found(text):
      "ISBN 978-3-16-148410-0", "1 2 3 4 5 6 7 8 9", "2+2=4, 12-34-56"],
 )  # fmt: skip
 def test_D1_other_numbers_are_no_personal_data(text):
-    assert not data.has_pii(text)
+    assert not has_pii(text)
 
 
 @pytest.mark.parametrize(
     "text", ["a." * 100_000, "1 " * 100_000, "a@" * 100_000, "a@" + "a." * 100_000, "+1 " * 100_000]
 )
 def test_D1_the_filter_takes_linear_time(text):
-    assert not data.has_pii(text)
+    assert not has_pii(text)
 
 
 def test_D1_a_prompt_in_two_splits_is_a_problem():
@@ -492,21 +515,21 @@ def test_D1_a_prompt_in_two_splits_is_a_problem():
         "validation.jsonl": [({"role": "user", "content": "a b"},), "d"],
         "test": ["e"],
     }
-    (problem,) = data.check_splits(named)
+    (problem,) = check_splits(named)
     assert problem.kind == "in_two_splits"
     assert str(problem).startswith("validation.jsonl: 1 of its 2 prompts are also in train.jsonl: split by prompt")
 
 
 def test_D1_rows_in_two_splits_stop_or_are_dropped(tmp_path):
     path = lines(tmp_path / "v.jsonl", {"prompt": "a"}, {"prompt": "b "})
-    rows, report = data.load_prompts(path)
+    rows, report = load_prompts(path)
     with pytest.raises(UserError, match="prompts of 1 of its 2 rows"):
-        data.keep_apart(rows, report, [Prompt("b")])
-    kept, less = data.keep_apart(rows, report, [Prompt("b")], "drop")
+        keep_apart(rows, report, [Prompt("b")])
+    kept, less = keep_apart(rows, report, [Prompt("b")], "drop")
     assert [row.prompt for row in kept] == ["a"] and less.dropped == {"in_two_splits": 1} and less.rows_used == 1
-    assert data.keep_apart(rows, report, [Prompt("z")]) == (rows, report)
+    assert keep_apart(rows, report, [Prompt("z")]) == (rows, report)
     with pytest.raises(UserError, match="every prompt"):
-        data.keep_apart(rows, report, rows, "drop")
+        keep_apart(rows, report, rows, "drop")
 
 
 class Words:
@@ -521,35 +544,35 @@ class Words:
 
 def test_D2_prompts_over_the_cap_are_dropped_and_counted_never_cut(tmp_path):
     path = lines(tmp_path / "p.jsonl", *({"prompt": "w " * n} for n in (1, 3, 4, 9)))
-    rows, report = data.load_prompts(path)
-    kept, less = data.drop_long(rows, Words(), 3, report)
+    rows, report = load_prompts(path)
+    kept, less = drop_long(rows, Words(), 3, report)
     assert kept == rows[:2]
     assert less.dropped == {"too_long": 2} and (less.rows_used, less.rows_read) == (2, 4) and report.dropped == {}
-    assert data.drop_long(rows, Words(), 9, report) == (rows, report)
+    assert drop_long(rows, Words(), 9, report) == (rows, report)
     with pytest.raises(UserError, match="every row is over 0 tokens"):
-        data.drop_long(rows, Words(), 0, report)
+        drop_long(rows, Words(), 0, report)
 
 
 def test_D2_lengths_count_the_whole_sequence(tmp_path):
     demonstration = Demonstration("a b", "c d e")
     ranking = Ranking("a b", ("c", "d e f g", "h i"), (0.0, 1.0, 2.0))
-    assert data.demonstration_length(demonstration, Words()) == 2 + 3 + 1
-    assert data.ranking_length(ranking, Words()) == 2 + 4 + 1
-    _, report = data.load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
-    assert data.drop_long([ranking], Words(), 7, report, data.ranking_length)[0] == [ranking]
+    assert demonstration_length(demonstration, Words()) == 2 + 3 + 1
+    assert ranking_length(ranking, Words()) == 2 + 4 + 1
+    _, report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
+    assert drop_long([ranking], Words(), 7, report, ranking_length)[0] == [ranking]
 
 
 # Order
 
 
 def test_epoch_order_is_a_fixed_permutation():
-    order = data.epoch_order(100, seed=5, epoch=2)
-    assert sorted(order) == list(range(100)) and order == data.epoch_order(100, 5, 2)
-    assert len({tuple(data.epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+    order = epoch_order(100, seed=5, epoch=2)
+    assert sorted(order) == list(range(100)) and order == epoch_order(100, 5, 2)
+    assert len({tuple(epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
 def test_a_cursor_spans_epochs_and_covers_each():
-    cursor = data.Cursor(10, seed=0)
+    cursor = Cursor(10, seed=0)
     flat = [i for _ in range(5) for i in cursor.take(4)]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
 
@@ -557,20 +580,20 @@ def test_a_cursor_spans_epochs_and_covers_each():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 3), st.lists(st.integers(0, 30), max_size=6), st.integers(0, 6))
 def test_resumed_cursor_continues_like_the_uninterrupted_one(num_rows, seed, takes, stop):
-    whole = data.Cursor(num_rows, seed)
+    whole = Cursor(num_rows, seed)
     want = [whole.take(n) for n in takes]
-    cursor = data.Cursor(num_rows, seed)
+    cursor = Cursor(num_rows, seed)
     got = [cursor.take(n) for n in takes[:stop]]
-    cursor = data.Cursor.from_state(json.loads(json.dumps(cursor.state())), num_rows)
+    cursor = Cursor.from_state(json.loads(json.dumps(cursor.state())), num_rows)
     got += [cursor.take(n) for n in takes[stop:]]
     assert got == want and cursor.state() == whole.state()
 
 
 def test_cursor_refuses_other_data():
     with pytest.raises(UserError, match="has 4 rows, the checkpoint was written with 5"):
-        data.Cursor.from_state(data.Cursor(5, 0).state(), 4)
+        Cursor.from_state(Cursor(5, 0).state(), 4)
     with pytest.raises(UserError, match="no rows"):
-        data.Cursor(0, 0)
+        Cursor(0, 0)
 
 
 # Splits by a hash of the prompt
@@ -580,25 +603,25 @@ def test_split_of_depends_on_the_opening_question_alone():
     shares = {"train": 0.5, "validation": 0.5}
     later = ({"role": "system", "content": "s"}, USER, REPLY, {"role": "user", "content": "so?"})
     for seed in range(20):
-        home = data.split_of("hi", shares, seed)
-        assert data.split_of(" hi\n", shares, seed) == data.split_of((USER,), shares, seed) == home
-        assert data.split_of(later, shares, seed) == home
-    assert len({data.split_of("hi", shares, seed) for seed in range(20)}) == 2
+        home = split_of("hi", shares, seed)
+        assert split_of(" hi\n", shares, seed) == split_of((USER,), shares, seed) == home
+        assert split_of(later, shares, seed) == home
+    assert len({split_of("hi", shares, seed) for seed in range(20)}) == 2
 
 
 def test_split_of_follows_the_shares():
     shares = {"a": 0.7, "b": 0.2, "c": 0.1}
-    found = Counter(data.split_of(str(i), shares) for i in range(2000))
+    found = Counter(split_of(str(i), shares) for i in range(2000))
     assert all(abs(found[name] / 2000 - share) < 0.04 for name, share in shares.items())
     # A larger training share takes rows from the validation split and gives it none: it can grow without a leak.
-    less, more = ({i for i in range(500) if data.split_of(str(i), {"t": s, "v": 1 - s}) == "t"} for s in (0.6, 0.8))
+    less, more = ({i for i in range(500) if split_of(str(i), {"t": s, "v": 1 - s}) == "t"} for s in (0.6, 0.8))
     assert less < more
     with pytest.raises(UserError, match="do not sum to 1"):
-        data.split_of("a", {"a": 0.5})
+        split_of("a", {"a": 0.5})
 
 
 def test_rows_marked_eval_only_are_refused(tmp_path):
-    rows, report = data.load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "a", "eval_only": True}, {"prompt": "b"}))
+    rows, report = load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "a", "eval_only": True}, {"prompt": "b"}))
     with pytest.raises(UserError, match="p.jsonl: 1 rows are marked eval_only"):
-        data.refuse_eval_only(rows, report)
-    data.refuse_eval_only(rows[1:], report)
+        refuse_eval_only(rows, report)
+    refuse_eval_only(rows[1:], report)

@@ -68,7 +68,7 @@ class Config:
 
 
 def test_manifest_round_trip(tmp_path):
-    from align.data import DataReport
+    from align.rows import DataReport
 
     model(tmp_path)
     parents = [{"role": "model_name_or_path", "path": "a", "weights_sha256": "1", "tokenizer_sha256": "2"}]

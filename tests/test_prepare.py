@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data import prompt_key
 from align.errors import UserError
 from align.prepare import main, opening
+from align.splits import prompt_key
 
 DATA = Path(os.environ.get("ALIGN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from align import config as configs
-from align.config import parse
-from align.data import HUB_ID
+from align.parse import parse
 from align.prepare import PrepareConfig
+from align.rows import HUB_ID
 from align.update import BatchAlgebra
 from data.gguf import ExportConfig
 from tests.test_config import PRESETS, STAGES

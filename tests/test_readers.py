@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data import Problem
 from align.errors import UserError
 from align.readers import FORMATS, Conversion, detect_format, read
 from align.readers.base import Options
 from align.readers.files import read_records
 from align.readers.passages import documents
+from align.rows import Problem
 from align.validate import validate
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))

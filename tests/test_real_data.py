@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from align.data import Problem, parse_row, prompt_key, split_of
+from align.data import parse_row
 from align.readers import Conversion, read
 from align.readers.files import read_records
+from align.rows import Problem
+from align.splits import prompt_key, split_of
 from align.stats import parsed
 from align.types import Ranking
 from align.validate import validate

@@ -11,9 +11,9 @@ from trl import SFTTrainer
 import stages.base
 import stages.sft
 from align.config import SFTConfig
-from align.data import DataReport
 from align.demonstrations import demonstration_rows
 from align.errors import UserError
+from align.rows import DataReport
 from align.text import CausalCollator, Codec
 from align.types import Demonstration
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data import DataReport
 from align.manifest import write_manifest
+from align.rows import DataReport
 from align.validate import SHOWN, detect_kind, main, training_leaks, validate
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data import prompt_key
 from align.errors import UserError
 from align.evaluate.reward_report import Scored, pooled_accuracy
 from align.evaluate.win_rate import mean_interval
 from align.manifest import read_manifest
+from align.splits import prompt_key
 from align.types import Ranking
 
 

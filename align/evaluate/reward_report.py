@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from align.data import contents
 from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, numbered, text_key
+from align.splits import contents
 from align.types import Ranking
 
 Scored = tuple[Ranking, list[float]]  # a ranking and the reward model's score of each of its K completions

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from align.data import contents, read_rows
 from align.errors import UserError
 from align.evaluate.report import Table
 from align.evaluate.reward_report import (
@@ -25,6 +24,8 @@ from align.evaluate.reward_report import (
     untied_pairs,
 )
 from align.evaluate.win_rate import Interval, accuracy_gain, text_key
+from align.rows import read_rows
+from align.splits import contents
 from align.types import Ranking
 
 GROUPS = {

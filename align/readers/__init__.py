@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data import Problem, contents, count_kinds, parse_row, prompt_key
+from align.data import parse_row
 from align.errors import UserError
 from align.readers import annotation, benchmarks, chat, pairwise, passages, ranked
 from align.readers.base import Converted, Note, Options, Output, Reader, Record
 from align.readers.files import read_records, suffix
+from align.rows import Problem, count_kinds
+from align.splits import contents, prompt_key
 from align.types import Demonstration, Ranking
 
 SAMPLE = 100  # rows that decide a file's format

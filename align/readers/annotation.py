@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from align.data import BadRow
 from align.readers.base import Expand, Notes, Options, Row, field, nested, ranking_row
+from align.rows import BadRow
 
 PROMPTS = ("prompt", "instruction", "question", "query", "request", "input", "context")
 NO_FIELDS = ("id", "external_id", "metadata", "status", "_server_id", "vectors", "inserted_at", "updated_at")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data import BadRow, Problem
+from align.rows import BadRow, Problem
 
 Record = tuple[str, Any]  # place, row
 Notes = list[tuple[str, str]]  # kind, what

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from align.data import BadRow, Problem
 from align.readers.base import (
     Converted,
     Notes,
@@ -23,6 +22,7 @@ from align.readers.base import (
     field,
     items,
 )
+from align.rows import BadRow, Problem
 
 LETTERS = "ABCDEFGHIJ"
 MC = re.compile(r"\s*([A-J]) ?[:：]")  # the choices inside HalluQA's questions

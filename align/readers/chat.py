@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import BadRow, Problem, parse_demonstration, parse_preference, prompt_key
+from align.data import parse_demonstration, parse_preference
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -28,6 +28,8 @@ from align.readers.base import (
     ranking_row,
     with_input,
 )
+from align.rows import BadRow, Problem
+from align.splits import prompt_key
 
 TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's HH dialogues
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.data import Problem, read_rows
 from align.errors import UserError
 from align.readers.base import Record
+from align.rows import Problem, read_rows
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 LONGEST_FIELD = 1 << 24  # characters; the csv module's own limit of 128 k is less than a story
@@ -27,7 +27,7 @@ def suffix(path: str) -> str:
 def read_records(path: str) -> Iterator[Record]:
     """Yield (place, row). A table's row is a dict of texts, a prose file is one row {"text"}.
 
-    Raises UserError as `align.data.read_rows` does.
+    Raises UserError as `align.rows.read_rows` does.
     """
     if suffix(path) not in (*TABLES, ".txt"):
         yield from read_rows(path)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import BadRow, Problem, prompt_key
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -28,6 +27,8 @@ from align.readers.base import (
     with_input,
 )
 from align.readers.judgements import BETTER, TIE, WORSE, Joined, Judgement, Refused, join
+from align.rows import BadRow, Problem
+from align.splits import prompt_key
 
 VERDICTS = {1: BETTER, 2: WORSE, 0: TIE}
 FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left", "A")

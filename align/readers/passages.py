@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import BadRow
 from align.readers.base import (
     Converted,
     Expand,
@@ -19,6 +18,7 @@ from align.readers.base import (
     nested,
     with_context,
 )
+from align.rows import BadRow
 
 
 def documents(text: str, longest: int) -> list[str]:

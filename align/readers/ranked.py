@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from align.data import BadRow, Problem
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -28,6 +27,7 @@ from align.readers.base import (
     with_context,
 )
 from align.readers.chat import alpaca_prompt
+from align.rows import BadRow, Problem
 
 LISTS = ("output", "ranked_responses", "responses", "completions")
 SCORES = ("score", "overall_score", "rating", "fine-grained_score")

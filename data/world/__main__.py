@@ -6,8 +6,8 @@ python -m data.world --table
 
 import sys
 
-from align.config import parse
 from align.errors import UserError
+from align.parse import parse
 from data.world import policies, prompts
 from data.world.build import build, save
 from data.world.config import WorldConfig

@@ -1,0 +1,210 @@
+"""YAML and `--key value` -> a config, or one line that names the key and says how to mend it."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from align.config import TERMS, RewardTerm
+from align.errors import UserError
+from align.runtime import has_bf16
+
+Config = TypeVar("Config")
+
+
+def parse(cls: type[Config], argv: list[str]) -> Config:
+    """`--config FILE` (YAML), then `--key value` or `--key=value` over it, into a `cls`.
+
+    `--run DIR` fills the `{run}` of any value, so that a preset can name the files of the run it belongs to.
+    """
+    flags = read_flags(argv)
+    run = flags.pop("run", None)
+    values: dict[str, tuple[Any, str]] = {}
+    config_file = flags.pop("config", None)
+    if config_file is not None:
+        values = {key: (value, f"{config_file}: {key}") for key, value in _read_yaml(Path(config_file)).items()}
+    values |= {key: (value, f"--{key}") for key, value in flags.items()}
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, (_, place) in values.items():
+        if key not in names:
+            raise _unknown(key, place, cls)
+    for name in _required(cls):
+        if name not in values:
+            raise _missing(name)
+    if "bf16" in values:
+        values["bf16"] = _bf16(*values["bf16"])
+    filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
+    config = cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
+    for f in dataclasses.fields(cls):  # a path that a stage cannot do without
+        if f.default == "" == getattr(config, f.name) and not (f.name == "demonstrations_file" and config.folds_by):
+            raise _missing(f.name)
+    return config
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"{name}: missing; set it in the config file or with --{name}")
+
+
+def _required(cls: type) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+
+
+def _unknown(key: str, place: str, cls: type) -> UserError:
+    close = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(cls)], n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in align/config.py lists the keys"
+    return UserError(f"{place}: unknown key; {remedy}")
+
+
+def _bf16(value: Any, place: str) -> tuple[bool, str]:
+    """`auto` as what it means on this machine, so that a manifest says what was computed."""
+    if value == "auto":
+        return has_bf16(), place
+    value = _convert(value, bool, place)
+    if value and not has_bf16():
+        warnings.warn(f"{place}: this hardware has no bfloat16 products and is very slow in it; set auto", stacklevel=2)
+    return value, place
+
+
+def _fill(value: Any, run: str | None, place: str) -> Any:
+    if isinstance(value, list):
+        return [_fill(item, run, f"{place}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _fill(item, run, f"{place}.{key}") for key, item in value.items()}
+    if not isinstance(value, str) or "{run}" not in value:
+        return value
+    if run is None:
+        raise UserError(f"{place}: {value!r} names a run; say which with --run, e.g. --run runs/tiny")
+    return value.replace("{run}", run)
+
+
+def read_flags(argv: list[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` by key."""
+    flags, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: expected --key value")
+        key, equals, value = word[2:].partition("=")
+        if not key.isprintable():
+            raise UserError(f"{word!r}: not a key; write --key value")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{key}: has no value; write --{key} VALUE")
+            value = words.pop(0)
+        flags[key.replace("-", "_")] = value
+    return flags
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror}); give an existing file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{where}: not valid YAML; mend its syntax") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) and key.isprintable() for key in content):
+        raise UserError(f"{path}: must hold `key: value` lines")
+    return content
+
+
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """A YAML value or a command-line string to the field's type."""
+    if hint == tuple[RewardTerm, ...]:
+        return _terms(value, place)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{place}: {value!r} is no list; write [PATH, PATH]")
+        return tuple(_convert(item, typing.get_args(hint)[0], f"{place}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {value!r} is no mapping; write `name: value` lines")
+        return {str(key): _convert(item, typing.get_args(hint)[1], f"{place}.{key}") for key, item in value.items()}
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value in ("null", "none", "None")):
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        return _nested(kind, value, place)
+    try:
+        if kind is bool:
+            return _as_bool(value)
+        if kind is int:
+            return _as_int(value)
+        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{place}: {value!r} is not {'a ' + kind.__name__}")
+
+
+def _terms(value: Any, place: str) -> tuple[RewardTerm, ...]:
+    """The list `reward`; on the command line as text, in YAML or JSON."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"{place}: {value!r} is neither YAML nor JSON; write '[{{model: PATH}}]'") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise UserError(f"{place}: {value!r} is no list; write [{{model: PATH}}] or [{{function: module:name}}]")
+    return tuple(_term(item, f"{place}[{i}]") for i, item in enumerate(value))
+
+
+def _term(value: Any, place: str) -> RewardTerm:
+    kinds = [key for key in TERMS if key in value] if isinstance(value, dict) else []
+    if len(kinds) != 1:
+        raise UserError(f"{place}: {value!r} must have one of model, models and function; write {{model: PATH}}")
+    return _nested(TERMS[kinds[0]], value, place)
+
+
+def _nested(cls: type[Config], value: Any, place: str) -> Config:
+    """A mapping as a `cls`; an unknown key is an error, and so is a missing one."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {value!r} is no mapping; write `key: value` lines")
+    hints = typing.get_type_hints(cls)
+    for key in value:
+        if key not in hints:
+            name = key if isinstance(key, str) and key.isprintable() else repr(key)
+            raise _unknown(name, f"{place}.{name}", cls)
+    for name in _required(cls):
+        if name not in value:
+            raise UserError(f"{place}.{name}: missing; {cls.__name__} needs it")
+    return cls(**{key: _convert(item, hints[key], f"{place}.{key}") for key, item in value.items()})
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    try:
+        return int(value) if isinstance(value, (int, str)) else _whole(value)
+    except ValueError:
+        return _whole(value)
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
+        return value.lower() in ("true", "yes")
+    raise ValueError
