@@ -24,38 +24,22 @@ from align.errors import UserError
 from align.files import (
     DISK_FULL,
     MANIFEST,
-    as_text,
     atomic_file,
     atomic_folder,
     files_under,
+    is_full,
+    json_text,
     partial_name,
-    plain_errors,
-    remove,
+    remove_folders,
     sha256_file,
+    write_errors,
     write_json,
 )
 from align.lock import LOCK, release_lock, take_lock
 from align.manifest import read_manifest
 from align.runtime import broadcast, is_main_process, wait_for_everyone
 
-SCHEMA = 1
 COMPLETE = "complete.json"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
-
-
-def copy_weights(checkpoint: str | Path, folder: str | Path) -> None:
-    """The model (or adapter) of a training checkpoint, without its optimiser and random state."""
-    for pattern in MODEL_FILES:
-        for file in sorted(Path(checkpoint).glob(pattern)):
-            shutil.copyfile(file, Path(folder) / file.name)
-
-
 # Output folder
 
 
@@ -82,7 +66,7 @@ def start_output(output_dir: str | Path, overwrite: bool = False, resume: str | 
 
 
 def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
-    with plain_errors(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         take_lock(folder)
     atexit.register(release_output, folder)
@@ -110,7 +94,7 @@ def _tidy(folder: Path) -> None:
             os.rename(old, place)
     for pattern in (".*.replaced", ".*.partial", ".partial", ".*.removed"):
         for path in folder.glob(pattern):
-            remove(path) if path.is_dir() else path.unlink()
+            remove_folders(path) if path.is_dir() else path.unlink()
 
 
 def release_output(output_dir: str | Path) -> None:
@@ -123,7 +107,7 @@ def full_disk(error: Exception) -> UserError | None:
 
     Libraries raise OSError, RuntimeError or SafetensorError for it, some without a word of the disk.
     """
-    folder = next((f for f in reversed(_claimed) if f.exists() and shutil.disk_usage(f).free < 1 << 20), None)
+    folder = next((f for f in reversed(_claimed) if f.exists() and is_full(f)), None)
     named = "No space left" in str(error) or (isinstance(error, OSError) and error.errno in DISK_FULL)
     unnamed = folder is not None and isinstance(error, (OSError, RuntimeError, SafetensorError))
     if not (named or unnamed):
@@ -157,7 +141,7 @@ def _empty(folder: Path) -> None:
     for precious in (Path.cwd().resolve(), Path.home().resolve()):
         if precious.is_relative_to(real):
             raise UserError(f"output_dir: {folder}: holds {precious}, and is not overwritten: choose another folder")
-    with plain_errors(folder):
+    with write_errors(folder):
         for path in folder.iterdir():
             if path.name == LOCK:
                 continue
@@ -199,7 +183,7 @@ def mark_complete(folder: str | Path) -> None:
 
 def _complete(listed: dict[str, Any]) -> dict[str, Any]:
     own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    return {"schema": SCHEMA, "files": listed, "sha256": own}
+    return {"schema": 1, "files": listed, "sha256": own}
 
 
 def checkpoint_fault(folder: str | Path, hashes: bool = True) -> str | None:
@@ -210,7 +194,7 @@ def checkpoint_fault(folder: str | Path, hashes: bool = True) -> str | None:
     try:
         text = (folder / COMPLETE).read_text(encoding="utf-8")
         listed = json.loads(text)["files"]
-        if text != as_text(_complete(listed)):
+        if text != json_text(_complete(listed)):
             return f"{COMPLETE} is torn"
         for name, stated in listed.items():
             path = folder / name
@@ -252,7 +236,7 @@ def _choose_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
         chosen = next((i for i, path in enumerate(found) if path.resolve() == Path(resume).resolve()), len(found))
         for later in found[chosen + 1 :]:
             aside = later.with_name(f"abandoned-{later.name}")
-            remove(aside)
+            remove_folders(aside)
             os.rename(later, aside)
             _tell(f"{later}: comes after {resume}: now {aside.name}")
         return Path(resume)
@@ -285,7 +269,7 @@ def rotate(newest: Path, keep: int, protected: Iterable[Path] = ()) -> None:
     for folder in whole[: max(0, len(whole) - max(keep, 1) + 1)]:
         doomed = folder.with_name(f".{folder.name}.removed")  # renamed first: a kill midway leaves no half checkpoint
         os.rename(folder, doomed)
-        remove(doomed)
+        remove_folders(doomed)
 
 
 def save_training_state(folder: str | Path, tensors: Mapping[str, Any], name: str = "training_state.pt") -> None:
@@ -303,3 +287,19 @@ def load_training_state(folder: str | Path, name: str = "training_state.pt") -> 
         raise UserError(f"{path}: no such file: give a checkpoint that a stage of align wrote") from None
     except Exception as error:  # a torn or foreign pickle raises almost anything
         raise UserError(f"{path}: cannot be read ({type(error).__name__}): resume from another checkpoint") from None
+
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+def copy_weights(checkpoint: str | Path, folder: str | Path) -> None:
+    """The model (or adapter) of a training checkpoint, without its optimiser and random state."""
+    for pattern in MODEL_FILES:
+        for file in sorted(Path(checkpoint).glob(pattern)):
+            shutil.copyfile(file, Path(folder) / file.name)

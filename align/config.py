@@ -6,11 +6,8 @@ Names follow TRL and TrainingArguments where they mean the same. Defaults are th
 
 import dataclasses
 import re
-from typing import TypeVar
 
 from align.errors import UserError
-
-Config = TypeVar("Config")
 
 VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
 
@@ -225,7 +222,6 @@ class FunctionTerm:
 
 
 RewardTerm = ModelTerm | EnsembleTerm | FunctionTerm
-TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
 
 COUNTS = (

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from align.errors import UserError
-from align.rows import BadRow, DataReport, Problem, count_kinds, digest_of, read_rows, refuse, split_paths
-from align.splits import contents
-from align.types import Demonstration, Message, Prompt, Ranking, Text
+from align.files import sha256_file
+from align.rows import BadRow, DataReport, Problem, count_kinds, read_rows, refuse, split_paths
+from align.types import Demonstration, Message, Prompt, Ranking, Text, contents
 
 T = TypeVar("T")
 Columns = Mapping[str, Any]
@@ -270,7 +270,7 @@ def _load(kind: str, paths: str | list[str], on_bad_rows: str) -> tuple[list[Any
                 hub_rows.update(json.dumps(row, default=str, sort_keys=True).encode())
             record = parse_row(kind, place, row, notes)
             (problems if isinstance(record, Problem) else used).append(record)
-        digests[name] = digest_of(name, hub_rows)
+        digests[name] = _digest(name, hub_rows)
     if on_bad_rows == "stop":
         refuse(problems)
     if not used:
@@ -278,6 +278,10 @@ def _load(kind: str, paths: str | list[str], on_bad_rows: str) -> tuple[list[Any
         raise UserError(f"{', '.join(names)}: no {kind} that can be used{counts}: `align validate FILE` says why")
     dropped = dict(Counter(problem.kind for problem in problems))
     return used, DataReport(tuple(names), len(used) + len(problems), len(used), digests, dropped, dict(notes))
+
+
+def _digest(path: str, rows: "hashlib._Hash") -> str:
+    return sha256_file(path) if Path(path).is_file() else rows.hexdigest()
 
 
 # Lengths

@@ -1,4 +1,4 @@
-"""Writing to disk: whole or not at all, synced, and what goes wrong as one line that says how to mend it."""
+"""Files written whole or not at all, and what goes wrong as one line that says how to mend it; their digests."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def plain_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """What goes wrong in writing `path`, as a UserError. Libraries report a full disk each in its own way."""
     try:
         yield
@@ -40,10 +40,14 @@ def plain_errors(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: cannot be written ({error.strerror}): choose another place") from None
         raise
     except (RuntimeError, SafetensorError) as error:
-        space_left = shutil.disk_usage(_existing(path)).free
-        if "No space left" in str(error) or space_left < 1 << 20:
+        if "No space left" in str(error) or is_full(_existing(path)):
             raise _disk_full(path) from None
         raise
+
+
+def is_full(folder: Path) -> bool:
+    """Whether its disk has no megabyte left."""
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 class _DiskFull(UserError):
@@ -63,7 +67,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `path` once written and synced to disk, or is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with plain_errors(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
@@ -86,10 +90,11 @@ def sync(path: Path) -> None:
 def write_json(path: str | Path, obj: Any) -> None:
     """Write JSON whole or not at all. NaN and infinities become null: other languages' readers refuse them."""
     with atomic_file(Path(path)) as temporary:
-        temporary.write_text(as_text(obj), encoding="utf-8")
+        temporary.write_text(json_text(obj), encoding="utf-8")
 
 
-def as_text(obj: Any) -> str:
+def json_text(obj: Any) -> str:
+    """As `write_json` writes it."""
     return json.dumps(plain(obj), ensure_ascii=False, indent=2) + "\n"
 
 
@@ -125,20 +130,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     new, old = partial_name(path), path.with_name(f".{path.name}.replaced")
-    with plain_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not path.exists():  # killed between _put's two renames
             os.rename(old, path)
-        remove(new.parent, old)
+        remove_folders(new.parent, old)
         new.mkdir(parents=True)
     try:
-        with plain_errors(path):
+        with write_errors(path):
             yield new
             _put(new, path, old)
     finally:
         if old.exists() and not path.exists():
             os.rename(old, path)
-        remove(new.parent, old)
+        remove_folders(new.parent, old)
 
 
 def partial_name(path: Path) -> Path:
@@ -165,28 +170,30 @@ def atomic_contents(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     new = path / ".partial"
-    with plain_errors(path):
-        remove(new)
+    with write_errors(path):
+        remove_folders(new)
         new.mkdir(parents=True)
     try:
-        with plain_errors(path):
+        with write_errors(path):
             yield new
             files = sorted(new.iterdir(), key=lambda file: (file.name == MANIFEST, file.name))
             for file in files_under(new):
                 sync(file)
             (path / MANIFEST).unlink(missing_ok=True)
-            remove(*(path / file.name for file in files if (path / file.name).is_dir()))
+            remove_folders(*(path / file.name for file in files if (path / file.name).is_dir()))
             for file in files:
                 os.replace(file, path / file.name)
             sync(path)
     finally:
-        remove(new)
+        remove_folders(new)
 
 
 def files_under(folder: Path) -> list[Path]:
+    """All files at any depth, in the order of their paths."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def remove(*folders: Path) -> None:
+def remove_folders(*folders: Path) -> None:
+    """Those that exist; what cannot be removed stays."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Where a finished stage's folder comes from: `manifest.json`, and the next stage's check of it (design section 5).
+"""Where a finished stage's folder comes from (design section 5).
 
-A manifest has the stage's parents, data, config, versions, metrics and the hashes of its own weights and tokenizer. It
-is written last. The next stage checks it with `check_parent`.
+`manifest.json` has the stage's parents, data, config without secrets, versions, metrics and the hashes of its own
+weights and tokenizer. It is written last, after a model's card. The next stage checks it with `check_parent`.
 """
 
 import contextlib
@@ -25,13 +25,16 @@ from align.card import model_card
 from align.errors import UserError
 from align.files import MANIFEST, atomic_file, plain, sha256_file, write_json
 
-SCHEMA = 1
+SCHEMA = 1  # of manifest.json
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 CONFIG_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+# Hashes
 
 
 def weights_sha256(folder: str | Path) -> str | None:
@@ -72,6 +75,9 @@ def small_files(folder: str | Path) -> dict[str, str]:
     """What makes a model besides weights and tokenizer.json, with hashes: configs, templates, vocabularies."""
     paths = [Path(folder) / name for name in (*CONFIG_FILES, *TOKENIZER_FILES)]
     return {path.name: sha256_file(path) for path in paths if path.is_file()}
+
+
+# Manifest
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,9 @@ def code_version() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+# Parents
 
 
 def check_parent(path: str, role: str, stages: tuple[str, ...] = ()) -> dict[str, Any]:

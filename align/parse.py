@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from align.config import TERMS, RewardTerm
+from align.config import EnsembleTerm, FunctionTerm, ModelTerm, RewardTerm
 from align.errors import UserError
 from align.runtime import has_bf16
 
 Config = TypeVar("Config")
+
+TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
 
 def parse(cls: type[Config], argv: list[str]) -> Config:
@@ -59,7 +61,7 @@ def _required(cls: type) -> list[str]:
 
 def _unknown(key: str, place: str, cls: type) -> UserError:
     close = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(cls)], n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in align/config.py lists the keys"
+    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in {cls.__module__} lists the keys"
     return UserError(f"{place}: unknown key; {remedy}")
 
 

@@ -27,8 +27,8 @@ from align.readers import FORMATS, KINDS, Conversion, read
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
 from align.readers.files import read_records
 from align.rows import Problem
-from align.splits import check_splits, contents, opening_key, prompt_key, split_of
-from align.types import Demonstration, Ranking
+from align.splits import check_splits, opening_key, prompt_key, split_of
+from align.types import Demonstration, Ranking, contents
 
 SPLITS = ("train", "validation")
 PAIR = ("chosen", "rejected")

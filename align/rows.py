@@ -5,7 +5,6 @@ Local JSONL, JSON (also gzipped) or Parquet, or a hub id `org/name`, `org/name:s
 
 import dataclasses
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError, first_line
-from align.files import sha256_file
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 WHOLE = (".json", ".json.gz")
@@ -62,7 +60,7 @@ class DataReport:
 
 
 class BadRow(Exception):
-    """A row's fault before its place is known. It never leaves this module and `align.readers`."""
+    """A row's fault before its place is known. It never leaves `align.data` and `align.readers`."""
 
     def __init__(self, kind: str, what: str, remedy: str):
         super().__init__(what)
@@ -174,10 +172,6 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}:row {number}", row
-
-
-def digest_of(path: str, rows: "hashlib._Hash") -> str:
-    return sha256_file(path) if Path(path).is_file() else rows.hexdigest()
 
 
 def refuse(problems: list[Problem]) -> None:

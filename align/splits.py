@@ -1,6 +1,4 @@
-"""Which rows may stand where (paper section 3.2 and Appendix A.2): split by prompt or by user, at most 200 prompts a
-user, no long shared prefix, no personal data.
-"""
+"""No prompt in two splits (paper section 3.2); splits and filters by prompt and by user (Appendix A.2)."""
 
 import hashlib
 import itertools
@@ -13,14 +11,9 @@ from typing import Any, TypeVar
 from align.errors import UserError
 from align.order import epoch_order
 from align.rows import DataReport, Problem
-from align.types import Text
+from align.types import Text, contents
 
 T = TypeVar("T")
-
-
-def contents(text: Text) -> str:
-    """The text alone; of a conversation, its messages' contents a line each."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def prompt_key(prompt: Text) -> str:
@@ -68,6 +61,9 @@ def refuse_eval_only(rows: Iterable[Any], report: DataReport) -> None:
     if marked:
         what = f"{', '.join(report.paths)}: {marked} rows are marked eval_only"
         raise UserError(f"{what}: they must not be trained on; give other rows")
+
+
+# By user and by prompt; at most 200 prompts a user, no long shared prefix, no personal data (Appendix A.2)
 
 
 def split_by(

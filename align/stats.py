@@ -17,8 +17,8 @@ from align.data import parse_row
 from align.evaluate.win_rate import agreement
 from align.readers import Conversion, read
 from align.rows import Problem
-from align.splits import contents, prompt_key
-from align.types import Demonstration, Ranking
+from align.splits import prompt_key
+from align.types import Demonstration, Ranking, contents
 
 COLUMNS = ("source", "language", "labeler")
 SHOWN = 8  # values of a column

@@ -14,6 +14,11 @@ Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "conten
 Text = str | tuple[Message, ...]  # plain text, or a conversation
 
 
+def contents(text: Text) -> str:
+    """The text alone; of a conversation, its messages' contents a line each."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """A prompt and the answer a labeler wrote for it (paper section 3.4)."""

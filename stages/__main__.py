@@ -67,7 +67,7 @@ def run(stage, argv: list[str]) -> int:
 def run_here(stage, argv: list[str]) -> int:
     """What the user can mend is one line and exit status 2, never a traceback; a signal to end is one
     line and 128 + its number."""
-    from align.checkpoint import full_disk
+    from align.checkpoint import full_disk  # late: torch, which `align --help` need not load
     from align.interrupt import Interrupted, handled
     from align.runtime import end_processes
 
@@ -115,7 +115,7 @@ def fail(error: BaseException, label: str = "error: ", status: int = 2) -> int:
 def record_seconds(argv: list[str], stage) -> None:
     """What the stage took, imports included, in the run's seconds.json; the output folder's name is the key. A resumed
     run adds to what it took before."""
-    from align.files import write_json
+    from align.files import write_json  # late: torch, which `align --help` need not load
     from align.parse import read_flags
     from align.runtime import is_main_process
 

@@ -212,13 +212,17 @@ def test_rotate_keeps_the_newest_and_never_deletes_the_only_good_one(tmp_path):
     assert latest_checkpoint(tmp_path, "latest") == three
 
 
+class Foreign:
+    """Whose unpickling would run code of this module."""
+
+
 def test_training_state_round_trip_and_faults(tmp_path):
     state = {"optimizer": {0: {"m": torch.arange(3.0)}, "rates": [1e-3, 2]}, "step": 4, "text": "a", "none": None}
     save_training_state(tmp_path, state)
     got = load_training_state(tmp_path)
     assert torch.equal(got["optimizer"][0]["m"], torch.arange(3.0)) and got["step"] == 4 and got["text"] == "a"
     assert names(tmp_path) == ["training_state.pt"]
-    torch.save({"code": Path}, tmp_path / "foreign.pt")
+    torch.save({"code": Foreign}, tmp_path / "foreign.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "training_state.pt").read_bytes()[:-9])
     for name in ("foreign.pt", "torn.pt"):
         with pytest.raises(UserError, match=f"{name}: cannot be read"):

@@ -49,7 +49,7 @@ def reached(start: Unit) -> list[ast.AST]:
     seen, waiting, code = set(), [start], []
     while waiting:
         unit = waiting.pop()
-        if unit in seen or unit[0] == "align.config" or unit[1] not in definitions(unit[0]):
+        if unit in seen or unit[0] in ("align.config", "align.parse") or unit[1] not in definitions(unit[0]):
             continue
         seen.add(unit)
         code.append(definitions(unit[0])[unit[1]])

@@ -28,14 +28,14 @@ def test_write_json_and_jsonl(tmp_path):
     assert names(tmp_path / "new") == ["a.json", "b.jsonl"]
 
 
-def full_disk(*_, **__):
+def disk_is_full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
+def test_a_disk_is_full_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
     write_json(tmp_path / "a.json", {"old": 1})
-    monkeypatch.setattr(os, where, full_disk)
+    monkeypatch.setattr(os, where, disk_is_full)
     for write, value in ((write_json, {"new": 1}), (write_jsonl, [{"new": 1}])):
         with pytest.raises(UserError, match=r"a\.json: disk full: free some space and run again; nothing was written"):
             write(tmp_path / "a.json", value)
@@ -74,7 +74,7 @@ def test_atomic_folder_is_complete_or_as_before(tmp_path, monkeypatch):
             raise error
     with pytest.raises(UserError, match="disk full"), atomic_folder(target) as folder:
         raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(UserError, match="disk full"), atomic_folder(target) as folder:
         (folder / "a").write_text("half")
     with pytest.raises(UserError, match=f"^{target}: disk full"), atomic_folder(target) as folder:
@@ -105,7 +105,7 @@ def test_atomic_contents_fills_an_output_folder_and_keeps_the_rest(tmp_path, mon
     ]
     before = weights_sha256(tmp_path)
     assert check_parent(str(tmp_path), "m", ("sft",))["weights_sha256"] == before
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(UserError, match="disk full"), atomic_contents(tmp_path) as folder:
         model(folder, 5.0)
     assert weights_sha256(tmp_path) == before and ".partial" not in names(tmp_path)

@@ -19,6 +19,7 @@ from align.manifest import (
     weights_sha256,
     write_manifest,
 )
+from align.rows import DataReport
 from tests.folders import finished, model
 
 
@@ -68,8 +69,6 @@ class Config:
 
 
 def test_manifest_round_trip(tmp_path):
-    from align.rows import DataReport
-
     model(tmp_path)
     parents = [{"role": "model_name_or_path", "path": "a", "weights_sha256": "1", "tokenizer_sha256": "2"}]
     report = DataReport(("d.jsonl",), 3, 2, {"d.jsonl": "f" * 64}, {"empty_field": 1})

@@ -19,8 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, numbered, text_key
-from align.splits import contents
-from align.types import Ranking
+from align.types import Ranking, contents
 
 Scored = tuple[Ranking, list[float]]  # a ranking and the reward model's score of each of its K completions
 RATIOS = {"up to 1/2": 0.5, "1/2 to 4/5": 0.8, "4/5 to 5/4": 1.25, "5/4 to 2": 2.0, "over 2": 1e12}  # upper ends

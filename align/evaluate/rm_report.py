@@ -25,8 +25,7 @@ from align.evaluate.reward_report import (
 )
 from align.evaluate.win_rate import Interval, accuracy_gain, text_key
 from align.rows import read_rows
-from align.splits import contents
-from align.types import Ranking
+from align.types import Ranking, contents
 
 GROUPS = {
     "by_k": "Completions ranked (K)",

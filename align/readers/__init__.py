@@ -22,8 +22,8 @@ from align.readers import annotation, benchmarks, chat, pairwise, passages, rank
 from align.readers.base import Converted, Note, Options, Output, Reader, Record
 from align.readers.files import read_records, suffix
 from align.rows import Problem, count_kinds
-from align.splits import contents, prompt_key
-from align.types import Demonstration, Ranking
+from align.splits import prompt_key
+from align.types import Demonstration, Ranking, contents
 
 SAMPLE = 100  # rows that decide a file's format
 KINDS = ("demonstration", "ranking", "prompt", "text")

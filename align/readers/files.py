@@ -1,4 +1,4 @@
-"""Files -> (place, row): what `align.data` reads, and tables (.csv, .tsv) and prose (.txt), plain or gzipped.
+"""Files -> (place, row): what `align.rows` reads, and tables (.csv, .tsv) and prose (.txt), plain or gzipped.
 
 Shards of one data set are files given one after the other.
 """
