@@ -1,4 +1,4 @@
-"""align/config.py and parse.py: a mistake is one line that names its place, types survive YAML and flags.."""
+"""align/config.py and parse.py: a mistake is one line that names its place, types survive YAML and flags."""
 
 import dataclasses
 from pathlib import Path
