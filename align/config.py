@@ -10,6 +10,7 @@ import re
 from align.errors import UserError
 
 VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
+TEMPERATURES = (1e-6, 100.0)  # 0 would leave every answer but one without a log-probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ class SFTConfig(TrainerConfig):
         between("lora_r", self.lora_r, 1, 4096)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
+        between("temperature", self.temperature, *TEMPERATURES)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; pretraining_fraction > 0 needs text to draw from")
 
@@ -143,6 +145,7 @@ class CollectConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        between("temperature", self.temperature, *TEMPERATURES)
         if not 2 <= self.min_k <= self.max_k:
             raise UserError(f"min_k, max_k: need 2 <= min_k <= max_k, not {self.min_k} and {self.max_k}")
 
@@ -309,7 +312,7 @@ class PPOConfig(TrainingConfig):
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
-        between("temperature", self.temperature, 1e-6, 100)
+        between("temperature", self.temperature, *TEMPERATURES)
         choose_optimizer(self.optim)
         between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
@@ -363,8 +366,13 @@ class EvaluateConfig(StageConfig):
     rankings_file: str | None = None  # held-out rankings; several labelers a prompt also give their agreement
     num_prompts: int = 0  # evenly spaced over the file; 0: all
     max_new_tokens: int = 256
+    temperature: float = 1.0  # of the sampled answers; PPO's own, else another policy than the trained one is measured
     per_device_batch_size: int = 256
     num_transcripts: int = 40
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("temperature", self.temperature, *TEMPERATURES)
 
 
 @dataclasses.dataclass(frozen=True)

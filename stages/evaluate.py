@@ -1,6 +1,6 @@
 """Checkpoints -> numbers with intervals (paper section 3.6): is PPO better than SFT, and what did it cost?
 
-    every policy answers the same held-out prompts, sampled (temperature 1) and greedy; a judge scores each answer;
+    every policy answers the same held-out prompts, sampled and greedy; a judge scores each answer;
     win rate and paired gain against SFT with 95% intervals; KL to SFT, perplexity on plain text, length, share finished
 
 Without a judge the reward model compares: what PPO climbed, so a gain there shows that it climbed, not that answers are
@@ -80,13 +80,14 @@ def main(argv: list[str]) -> None:
         announce(f"evaluating {name}")
         policy = sft if name == "sft" else load(path, config, runtime)  # one beside SFT at a time
         measured[name] = {
-            "sampled": answer(policy, setting, 1.0, runtime, examples),
+            "sampled": answer(policy, setting, config.temperature, runtime, examples),
             "greedy": answer(policy, setting, 0.0, runtime, examples),
             "perplexity": perplexity(policy, documents, config.per_device_batch_size, runtime.device),
         }
 
     # 3. The reward model against labelers and judge, and the labelers against each other.
-    evaluation = {"preset": config.preset, "policies": measured, **judges_report(config, setting, rankings)}
+    about = {"preset": config.preset, "temperature": config.temperature}
+    evaluation = {**about, "policies": measured, **judges_report(config, setting, rankings)}
     evaluation["by_reward_model"] = by_reward_model(measured, config.seed)
     evaluation["step_zero"] = step_zero(config)
     evaluation["seconds"] = seconds_so_far(config.run_dir, "evaluate")
@@ -125,7 +126,15 @@ def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
     for name, path in paths.items():
         if path:
             check_parent(path, f"{name}_path", {"base": ("base",), "sft": ("sft",)}.get(name, ("ppo",)))
+            say_other_temperature(path, config.temperature)
     return paths
+
+
+def say_other_temperature(path: str, temperature: float) -> None:
+    manifest = read_manifest(path)
+    trained = manifest.config.get("temperature", temperature) if manifest and manifest.stage == "ppo" else temperature
+    if trained != temperature:
+        announce(f"temperature: {path} was trained on answers drawn at {trained:g}, these are drawn at {temperature:g}")
 
 
 def load(path: str, config: EvaluateConfig, runtime: Runtime):

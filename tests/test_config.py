@@ -76,8 +76,8 @@ FIELDS = {
     """,
     "EvaluateConfig": """
         preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
-        few_shot_file text_file rankings_file num_prompts max_new_tokens per_device_batch_size
-        num_transcripts
+        few_shot_file text_file rankings_file num_prompts max_new_tokens temperature
+        per_device_batch_size num_transcripts
     """,
     "EvaluateRMConfig": """
         reward_model_path rankings_file held_out_file train_file peer_model_path peer_scores_file labeler_folds_file
@@ -401,6 +401,9 @@ def test_a_number_is_finite(value):
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
+        (SFTConfig, ["--temperature", "0"], ["temperature", "outside"]),
+        (configs.CollectConfig, ["--temperature", "-1"], ["temperature", "outside"]),
+        (EvaluateConfig, ["--temperature", "0"], ["temperature", "outside"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
         (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
         (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),

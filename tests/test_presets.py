@@ -69,6 +69,7 @@ def test_a_stage_reads_what_another_one_writes(preset):
     assert found["rm"].model_name_or_path in {c.output_dir for n, c in found.items() if n.startswith("sft")}
     assert found["evaluate"].preset == preset and found["evaluate"].reward_model_path == reward
     assert found["evaluate"].ppo_ptx_path == "RUN/ppo" or found["evaluate"].ppo_path == "RUN/ppo"
+    assert found["evaluate"].temperature == found["ppo"].temperature
 
 
 @pytest.mark.parametrize("preset", [name for name in NAMES if (ROOT / "configs" / name / "data.yaml").exists()])

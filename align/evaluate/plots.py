@@ -60,8 +60,8 @@ def plot_policies(summary: Mapping[str, Any], path: Path) -> Path:
         axes.axhline(0, color=FAINT, linewidth=1)
     else:
         axes.set_ylim(1, 7)
-    axes.bar(0, 0, color=INK, label="sampled (temperature 1)")
-    axes.bar(0, 0, color="white", edgecolor=INK, hatch="///", label="greedy (temperature 0)")
+    axes.bar(0, 0, color=INK, label="sampled")
+    axes.bar(0, 0, color="white", edgecolor=INK, hatch="///", label="greedy")
     axes.legend(loc="lower right" if unjudged else "upper left", frameon=False)
     return _save(figure, path)
 

@@ -42,7 +42,10 @@ def answer(
     runtime: Runtime,
     few_shot: list[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
-    """One record a prompt. With `few_shot` the policy sees solved examples first; its answer ends at a newline."""
+    """One record a prompt. With `few_shot` the policy sees solved examples first; its answer ends at a newline.
+
+    "kl" is the answer's log-ratio at the temperature that drew it, of greedy answers (temperature 0) at 1.
+    """
     codec, prompts = setting.codec, setting.prompts
     plain = codec.prompts([prompt.prompt for prompt in prompts])
     queries = codec.few_shot(few_shot, [prompt.prompt for prompt in prompts]) if few_shot else plain
@@ -56,8 +59,8 @@ def answer(
     rows = [record(prompts[i], e, setting) for i, e in zip(picked, episodes, strict=True)]
     own = [Episode(tuple(plain[i]), e.response, e.finished) for i, e in zip(picked, episodes, strict=True)]
     with torch.no_grad(), runtime.autocast():
-        here = sequence_logprobs(policy, episodes, setting, runtime.device)
-        there = sequence_logprobs(setting.sft, own, setting, runtime.device)
+        here = sequence_logprobs(policy, episodes, setting, runtime.device, temperature or 1.0)
+        there = sequence_logprobs(setting.sft, own, setting, runtime.device, temperature or 1.0)
         proxies = setting.reward([prompts[i] for i in picked], own)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
@@ -102,7 +105,9 @@ def cut_at_newline(episode: Episode, codec: Codec) -> Episode:
     return episode
 
 
-def sequence_logprobs(policy: Policy, episodes: list[Episode], setting: Setting, device) -> Tensor:
+def sequence_logprobs(
+    policy: Policy, episodes: list[Episode], setting: Setting, device, temperature: float
+) -> Tensor:
     """Log-probability of each whole response. (N,)"""
     totals = torch.zeros(len(episodes))
     for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size):
@@ -110,7 +115,7 @@ def sequence_logprobs(policy: Policy, episodes: list[Episode], setting: Setting,
         ids = pad_rows([[*e.query, *e.response] for e in batch], setting.codec.pad_id).to(device)
         starts = torch.tensor([len(e.query) for e in batch], device=device)
         lengths = torch.tensor([len(e.response) for e in batch], device=device)
-        totals[rows] = response_logprobs(policy, ids, starts, lengths, 1.0)[0].sum(1).cpu()
+        totals[rows] = response_logprobs(policy, ids, starts, lengths, temperature)[0].sum(1).cpu()
     return totals
 
 

@@ -1,9 +1,9 @@
 """Everything a run shows, from plain dicts: Markdown tables, transcripts side by side, and one static HTML page.
 
-An evaluation is {"preset", "policies": {name: {"sampled": [record], "greedy": [record], "perplexity"} or null}, "rm",
-"labelers", "seconds", "step_zero", "transcripts"}; a record is one answer: {"id", "prompt", "response", "use_case",
-"language", "constraint", "likert", "fields": {name: bool}, "finished", "response_tokens", "proxy", "kl"}. A transcript
-is {"id", "prompt", "use_case", "language", "constraint", "responses": {policy: record}}.
+An evaluation is {"preset", "temperature", "policies": {name: {"sampled": [record], "greedy": [record], "perplexity"}
+or null}, "rm", "labelers", "seconds", "step_zero", "transcripts"}; a record is one answer: {"id", "prompt", "response",
+"use_case", "language", "constraint", "likert", "fields": {name: bool}, "finished", "response_tokens", "proxy", "kl"}.
+A transcript is {"id", "prompt", "use_case", "language", "constraint", "responses": {policy: record}}.
 """
 
 import os
@@ -82,15 +82,16 @@ def tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = No
     Without a judge the reward model's view of the policies, and its score by source and by language.
     """
     summary = summary or summarise(evaluation)
+    drawn = f"Sampled answers are drawn at temperature {evaluation.get('temperature', 1.0):g}, greedy ones at 0."
     if "by_reward_model" in summary:
         return [
-            _proxy_table(summary),
+            _proxy_table(summary, drawn),
             _mean_by(evaluation, "source", "proxy", "Reward model's score by source of the prompt"),
             _mean_by(evaluation, "language", "proxy", "Reward model's score by language"),
             _reward_table(summary),
         ]
     return [
-        _policies_table(summary),
+        _policies_table(summary, drawn),
         _mean_by(evaluation, "use_case", "likert", "Gold score by use case"),
         _mean_by(evaluation, "language", "likert", "Gold score by language"),
         _fields_table(evaluation),
@@ -236,7 +237,7 @@ def write_report(
     return index
 
 
-def _policies_table(summary: Mapping[str, Any]) -> Table:
+def _policies_table(summary: Mapping[str, Any], drawn: str) -> Table:
     rows = []
     for name in POLICIES:
         policy = summary["policies"][name]
@@ -250,13 +251,13 @@ def _policies_table(summary: Mapping[str, Any]) -> Table:
     columns = [f"{mode}: {what}" for mode in MODES for what in ("gold", "gain", "win rate")]
     note = (
         "Gold: mean Likert 1 to 7 by the judge. Gain and win rate (ties half) against SFT on the same prompts. "
-        "Brackets: 95% intervals. Sampled is temperature 1, greedy temperature 0. Proxy (reward model score), KL to "
+        f"Brackets: 95% intervals. {drawn} Proxy (reward model score), KL to "
         "SFT (nats per episode), tokens and finished (ends in EOS) are means over the sampled answers."
     )
     return Table("Policies", note, ["policy", *columns, "proxy", "KL", "perplexity", "tokens", "finished"], rows)
 
 
-def _proxy_table(summary: Mapping[str, Any]) -> Table:
+def _proxy_table(summary: Mapping[str, Any], drawn: str) -> Table:
     """What the reward model and plain counts say of each policy's answers."""
     rows = []
     for name, modes in summary["by_reward_model"].items():
@@ -272,7 +273,7 @@ def _proxy_table(summary: Mapping[str, Any]) -> Table:
         "No judge: score is the reward model's, which PPO climbed, so a gain says that it climbed. Gains and win rate "
         "(ties half) against SFT on the same prompts; gain / sd in standard deviations of SFT's scores. KL to SFT in "
         "nats per episode, of sampled answers; finished ends in EOS; repetition is the share of 3-grams that stood "
-        "before; perplexity is on held-out text. Brackets: 95% intervals."
+        f"before; perplexity is on held-out text. {drawn} Brackets: 95% intervals."
     )
     return Table("Policies by the reward model", note, ["policy", *columns], rows)
 

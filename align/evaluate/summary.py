@@ -13,7 +13,7 @@ reward model, which is also what PPO climbed, says of the same answers, and perp
     R = {"score": I, "gain_vs_sft": I, "gain_in_deviations": I, "win_rate_vs_sft": I, "kl": I or null,
          "response_tokens": I, "finished": I, "finished_gain_vs_sft": I, "repetition": I}
 "gain_in_deviations" is the gain over the standard deviation of SFT's scores, taken as known. "kl" is null for greedy
-answers: the mean log-ratio estimates a KL where the answers were sampled, at temperature 1.
+answers: the mean log-ratio estimates a KL where the answers were sampled, at their own temperature.
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
 no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
@@ -34,7 +34,7 @@ from align.evaluate.win_rate import Interval, mean_interval, paired_gain, plain,
 SCHEMA = 1
 POLICIES = ("base", "prompted", "sft", "ppo", "ppo_ptx")
 STAGES = ("base", "sft", "collect", "rm", "ppo", "evaluate")
-MODES = ("sampled", "greedy")  # temperature 1 and 0
+MODES = ("sampled", "greedy")
 RECORD_MEANS = ("proxy", "kl", "response_tokens", "finished")
 RM_KEYS = ("accuracy", "gold_accuracy", "demonstration_mean", "pairs")
 STEP_ZERO_KEYS = ("ratio_max_deviation", "kl", "value_minus_score")

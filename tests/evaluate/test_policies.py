@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributions import Categorical
 
 from align.evaluate.policies import perplexity, sequence_logprobs
 from align.models import Policy
@@ -30,12 +31,28 @@ def loss_of(model, row: tuple[int, ...], first: int) -> float:
         return float(model(input_ids=ids, labels=labels).loss) * (len(row) - first)
 
 
+def at_temperature(model, query: tuple[int, ...], response: tuple[int, ...], temperature: float) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([query + response])).logits[0, len(query) - 1 : -1].double()
+    return float(Categorical(logits=logits / temperature).log_prob(torch.tensor(response)).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_P6_logprob_of_a_response_is_that_of_the_temperature_that_drew_it(policy, tiny_llama, temperature):
+    episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    setting = SimpleNamespace(batch_size=2, codec=SimpleNamespace(pad_id=0))
+    with torch.no_grad():
+        totals = sequence_logprobs(policy, episodes, setting, CPU, temperature)
+    expected = [at_temperature(tiny_llama, q, r, temperature) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    assert totals.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 10])
 def test_logprob_of_a_response_is_the_sum_of_its_tokens(policy, tiny_llama, batch_size):
     episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     setting = SimpleNamespace(batch_size=batch_size, codec=SimpleNamespace(pad_id=0))
     with torch.no_grad():
-        totals = sequence_logprobs(policy, episodes, setting, CPU)
+        totals = sequence_logprobs(policy, episodes, setting, CPU, 1.0)
     expected = [-loss_of(tiny_llama, q + r, len(q)) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     assert totals.tolist() == pytest.approx(expected, abs=1e-4)
 

@@ -5,15 +5,16 @@ import json
 import pytest
 
 from align.evaluate.summary import check_summary
-from stages.evaluate import evenly
+from stages.evaluate import evenly, say_other_temperature
 
 
 @pytest.fixture(scope="module")
 def unjudged(mini, evaluated, tmp_path_factory):
-    """The mini run with `judge: null`, on held-out rankings of the fixture `evaluated`."""
+    """The mini run with `judge: null`, on held-out rankings of the fixture `evaluated`, at another temperature."""
     run = tmp_path_factory.mktemp("unjudged")
     rankings = evaluated / "contrast.jsonl"
-    mini.stage("evaluate", mini.run, judge="null", run_dir=run, output_dir=run / "report", rankings_file=rankings)
+    options = {"judge": "null", "temperature": 0.7, "run_dir": run, "output_dir": run / "report"}
+    mini.stage("evaluate", mini.run, rankings_file=rankings, **options)
     return run
 
 
@@ -54,3 +55,22 @@ def test_the_report_never_says_gold(unjudged):
     assert "by the reward model that it climbed" in report and "may offend" in report and "may offend" in page
     assert "Mean Likert" not in report and "Gold: mean" not in report and "Policies by the reward model" in page
     assert (unjudged / "report" / "plots" / "policies.png").stat().st_size > 1000
+
+
+def test_answers_are_drawn_at_the_temperature_asked_for(unjudged, evaluated):
+    cooler, warmer = (json.loads((run / "evaluation.json").read_text("utf-8")) for run in (unjudged, evaluated))
+    assert (cooler["temperature"], warmer["temperature"]) == (0.7, 1.0)
+    answers = {
+        mode: [[row["response"] for row in run["policies"]["sft"][mode]] for run in (cooler, warmer)]
+        for mode in ("sampled", "greedy")
+    }
+    assert answers["sampled"][0] != answers["sampled"][1] and answers["greedy"][0] == answers["greedy"][1]
+    assert "drawn at temperature 0.7" in (unjudged / "report" / "report.md").read_text("utf-8")
+
+
+def test_a_temperature_that_is_not_that_of_training_is_said(mini, capsys):
+    say_other_temperature(str(mini.run / "ppo"), 1.0)
+    say_other_temperature(str(mini.run / "sft"), 0.7)
+    assert "temperature" not in capsys.readouterr().out
+    say_other_temperature(str(mini.run / "ppo"), 0.7)
+    assert "was trained on answers drawn at 1, these are drawn at 0.7" in capsys.readouterr().out
