@@ -113,6 +113,7 @@ class SFTConfig(TrainerConfig):
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
+    lora_target_modules: tuple[str, ...] = ()  # names of linear layers, e.g. [q_proj, v_proj]; none: all of them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +183,7 @@ class RMConfig(TrainerConfig):
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
+    lora_target_modules: tuple[str, ...] = ()  # names of linear layers, e.g. [q_proj, v_proj]; none: all of them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,6 +283,7 @@ class PPOConfig(TrainingConfig):
     value_use_peft: bool = False  # LoRA on the value model; the reward likewise, where both come from one folder
     lora_r: int = 16
     lora_alpha: int = 32
+    lora_target_modules: tuple[str, ...] = ()  # names of linear layers, e.g. [q_proj, v_proj]; none: all of them
     frozen_quantization: str | None = None  # "int8": linear layers of models that only score, a byte a weight
     kl_coef: float = 0.02
     kl_estimator: str = "k1"

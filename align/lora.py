@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from align.config import PPOConfig
 from align.errors import UserError
@@ -21,15 +21,19 @@ from align.models import (
     ScalarModel,
     load_policy,
     load_scalar_model,
-    lora_config,
     save_scalar_model,
+    with_lora,
 )
 
 
 def add_adapter(model: PackedModel, config: PPOConfig) -> None:
     """Freeze the model and put a float32 adapter on it that changes nothing yet; a scalar head is trained whole."""
-    lora = lora_config(config.lora_r, config.lora_alpha, scalar=isinstance(model, ScalarModel))
-    model.model = get_peft_model(model.model, lora)
+    model.model = with_lora(model.model, config)
+
+
+def adapter_state(model: PackedModel) -> dict[str, Tensor]:
+    """The adapter's weights, and a scalar head, by peft's names."""
+    return get_peft_model_state_dict(model.model, save_embedding_layers=False)
 
 
 class WithoutAdapter(nn.Module):
@@ -75,7 +79,11 @@ def load_trained(model: Policy | ScalarModel, folder: Path) -> None:
             f"resume_from_checkpoint: {folder}: written with another {key}; set {key} to {not model.adapted}"
         )
     if model.adapted:
-        set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
+        saved, own = load_peft_weights(str(folder), device="cpu"), adapter_state(model)
+        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+            was = "was written with another lora_r or lora_target_modules"
+            raise UserError(f"resume_from_checkpoint: {folder}: {was}; set them as they were")
+        set_peft_model_state_dict(model.model, saved)
     elif isinstance(model, ScalarModel):
         model.load_state_dict(load_scalar_model(str(folder)).state_dict())
     else:
@@ -99,7 +107,7 @@ def save_value_folder(
 ) -> None:
     """A sequence classifier; of LoRA merged like the policy, into `base`, which has a head unless that was fresh."""
     if model.adapted:
-        state = get_peft_model_state_dict(model.model, save_embedding_layers=False)
+        state = adapter_state(model)
         model = load_scalar_model(base, fresh_head=fresh_head)
         add_adapter(model, config)
         set_peft_model_state_dict(model.model, {name: tensor.cpu() for name, tensor in state.items()})

@@ -125,9 +125,8 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     if hint == tuple[RewardTerm, ...]:
         return _terms(value, place)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{place}: {value!r} is no list; write [PATH, PATH]")
-        return tuple(_convert(item, typing.get_args(hint)[0], f"{place}[{i}]") for i, item in enumerate(value))
+        items, item_hint = _listed(value, place, "[ONE, ANOTHER]"), typing.get_args(hint)[0]
+        return tuple(_convert(item, item_hint, f"{place}[{i}]") for i, item in enumerate(items))
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise UserError(f"{place}: {value!r} is no mapping; write `name: value` lines")
@@ -153,17 +152,23 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
 
 
 def _terms(value: Any, place: str) -> tuple[RewardTerm, ...]:
-    """The list `reward`; on the command line as text, in YAML or JSON."""
+    """The list `reward`."""
+    items = _listed(value, place, "[{model: PATH}] or [{function: module:name}]")
+    return tuple(_term(item, f"{place}[{i}]") for i, item in enumerate(items))
+
+
+def _listed(value: Any, place: str, example: str) -> list:
+    """A list; on the command line as text, in YAML or JSON. Null is an empty one."""
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise UserError(f"{place}: {value!r} is neither YAML nor JSON; write '[{{model: PATH}}]'") from None
+            raise UserError(f"{place}: {value!r} is neither YAML nor JSON; write '{example}'") from None
     if value is None:
-        return ()
+        return []
     if not isinstance(value, list):
-        raise UserError(f"{place}: {value!r} is no list; write [{{model: PATH}}] or [{{function: module:name}}]")
-    return tuple(_term(item, f"{place}[{i}]") for i, item in enumerate(value))
+        raise UserError(f"{place}: {value!r} is no list; write {example}")
+    return value
 
 
 def _term(value: Any, place: str) -> RewardTerm:

@@ -18,7 +18,6 @@ Cross-validation by labeler (section 4.1) or source trains a model a fold, repor
 import sys
 from pathlib import Path
 
-from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
@@ -30,7 +29,7 @@ from align.evaluate.win_rate import plain
 from align.files import atomic_contents, write_json
 from align.head import fit_head
 from align.manifest import check_parent, write_manifest
-from align.models import ScalarModel, disable_dropout, load_scalar_model, lora_config, save_scalar_model
+from align.models import ScalarModel, disable_dropout, load_scalar_model, save_scalar_model, with_lora
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
@@ -93,7 +92,7 @@ def train(config: RMConfig, codec: Codec, rankings: list, validation: list, outp
     model = load_scalar_model(config.model_name_or_path, config.attn_implementation, fresh_head=True)
     disable_dropout(model)
     if config.use_peft:
-        model.model = get_peft_model(model.model, lora_config(config.lora_r, config.lora_alpha, scalar=True))
+        model.model = with_lora(model.model, config)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     elements, pairs = encode_rankings(rankings, codec), config.batch_element == "pair"

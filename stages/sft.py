@@ -15,7 +15,6 @@ from pathlib import Path
 
 import trl
 from datasets import Dataset
-from peft import get_peft_model
 from transformers import set_seed
 
 from align.checkpoint import is_finished, latest_checkpoint, start_output
@@ -24,7 +23,7 @@ from align.data import load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
 from align.manifest import check_parent, write_manifest
-from align.models import add_residual_dropout, load_policy, lora_config, save_chosen
+from align.models import add_residual_dropout, load_policy, save_chosen, with_lora
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.reward_models import reward_config
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> None:
     if config.residual_dropout > 0:
         add_residual_dropout(policy, config.residual_dropout)
     if config.use_peft:
-        policy = get_peft_model(policy, lora_config(config.lora_r, config.lora_alpha))
+        policy = with_lora(policy, config)
 
     # 3. Train.
     trainer = DemonstrationTrainer(

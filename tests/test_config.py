@@ -48,7 +48,7 @@ FIELDS = {
         completion_only_loss max_length residual_dropout num_train_epochs learning_rate
         optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm save_steps reward_model_path selection_prompts
-        max_new_tokens temperature use_peft lora_r lora_alpha
+        max_new_tokens temperature use_peft lora_r lora_alpha lora_target_modules
     """,
     "CollectConfig": """
         model_name_or_path prompts_file validation_prompts_file labelers held_out_labelers
@@ -61,6 +61,7 @@ FIELDS = {
         num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
         per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
         adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
+        lora_target_modules
     """,
     "PPOConfig": """
         model_name_or_path reward reward_timeout reward_retries value_model_path value_head_init
@@ -69,7 +70,8 @@ FIELDS = {
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha frozen_quantization
+        max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
+        frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations transcript_iterations judge
@@ -284,6 +286,25 @@ reward:
 )
 def test_reward_on_the_command_line(text):
     assert ppo("--reward", text, "--run", "runs/x").reward == TERMS
+
+
+def test_a_list_of_names(tmp_path):
+    start = [
+        word
+        for key in ("output_dir", "model_name_or_path", "train_file", "validation_file")
+        for word in (f"--{key}", "x")
+    ]
+    assert parse(SFTConfig, start).lora_target_modules == ()
+    assert parse(SFTConfig, [*start, "--lora_target_modules", "[q_proj, v_proj]"]).lora_target_modules == (
+        "q_proj",
+        "v_proj",
+    )
+    assert parse(SFTConfig, [*start, "--lora_target_modules", '["up"]']).lora_target_modules == ("up",)
+    assert parse(SFTConfig, [*start, "--lora_target_modules", "null"]).lora_target_modules == ()
+    (tmp_path / "c.yaml").write_text("lora_target_modules: [q_proj]\n", encoding="utf-8")
+    assert parse(SFTConfig, [*start, "--config", str(tmp_path / "c.yaml")]).lora_target_modules == ("q_proj",)
+    for wrong, word in (("q_proj", "is no list; write [ONE, ANOTHER]"), ("[{a: b}]", "[0]"), ("[", "neither YAML")):
+        assert word in fails("--lora_target_modules", wrong, cls=SFTConfig, start=start)
 
 
 @pytest.mark.parametrize(

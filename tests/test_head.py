@@ -3,11 +3,11 @@
 import math
 from contextlib import nullcontext
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
 from scipy.optimize import brentq, minimize
 
 import align.runtime
@@ -15,10 +15,11 @@ import stages.rm
 from align.config import RMConfig
 from align.errors import UserError
 from align.head import RIDGE, best_weight, fit_head, variance_within
-from align.models import disable_dropout, load_scalar_model, lora_config
+from align.models import disable_dropout, load_scalar_model, with_lora
 from align.ranking import RankingCollator, batch_ranking_loss, encode_rankings, held_out_loss
 from align.types import Ranking
 
+LORA = SimpleNamespace(lora_r=4, lora_alpha=8, lora_target_modules=())
 WORDS = ["a cow", "a dog and a bird", "The opposite of hot is cold.", "fox", "Which boat?", "two ripe pears", "no"]
 
 
@@ -79,7 +80,7 @@ def test_the_weight_is_that_of_a_plain_loop_over_pairs():
 def test_the_fitted_head_is_where_the_models_own_scores_have_no_slope(scalar, tiny_codec, use_peft):
     """The gradient of the training loss by the head is what the ridge pushes back, whatever the batches."""
     if use_peft:
-        scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
+        scalar.model = with_lora(scalar.model, LORA)
     elements = encode_rankings(rankings(), tiny_codec)
     body = {name: p.detach().clone() for name, p in scalar.named_parameters() if "score" not in name}
     stats = fit_head(scalar, elements, tiny_codec.pad_id, 3, nullcontext)

@@ -458,3 +458,46 @@ def test_a_checkpoint_of_the_other_kind_is_refused(folder, tmp_path, name, load,
     save_trained(models[0], tmp_path / "out", PAD)
     with pytest.raises(UserError, match=f"another {key}; set {key} to {not adapted}"):
         load_trained(models[1], tmp_path / "out")
+
+
+@pytest.mark.parametrize("changes", [{"lora_r": 2}, {"lora_target_modules": ("q_proj",)}], ids=str)
+def test_a_checkpoint_of_another_adapter_is_refused(folder, tmp_path, changes):
+    save_trained(adapted_policy(folder), tmp_path / "out", PAD)
+    other = adapted_policy(folder, **changes)
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    with pytest.raises(UserError, match="out: was written with another lora_r or lora_target_modules"):
+        load_trained(other, tmp_path / "out")
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_adapters_lie_on_the_layers_that_are_named(folder, tmp_path):
+    """And nowhere else: sampled from, saved and read back like those on all layers."""
+    named = {"lora_target_modules": ("v_proj", "down_proj")}
+    policy = adapted_policy(folder, **named)
+    dense, layers = dense_copy(policy, load_packed_policy(str(folder / "policy")))
+    assert {name.rsplit(".", 1)[-1] for name in layers} == {"v_proj", "down_proj"} and len(layers) == 2 * 2
+    assert float((logprobs_of(policy) - logprobs_of(dense)).abs().max()) < 1e-5
+    assert float((logprobs_of(policy) - logprobs_of(WithoutAdapter(policy))).abs().max()) > 0.1
+    queries, uniforms = [[5, 6], [9], [30, 31, 32]], uniform_numbers(3, 6, 0, 0)
+    drawn = [[e.response for e in TorchSampler(p, EOS, PAD, 2)(queries, uniforms, 1.0)] for p in (policy, dense)]
+    assert drawn[0] == drawn[1]
+    save_policy_folder(policy, tmp_path / "out", PAD)
+    again = load_packed_policy(str(tmp_path / "out"))
+    assert float((logprobs_of(again) - logprobs_of(dense)).abs().max()) < 1e-5
+
+    scalar = load_scalar_model(str(folder / "reward"))
+    add_adapter(scalar, config_of(folder, **named))
+    trained = {name for name, p in scalar.named_parameters() if p.requires_grad}
+    kinds = {part for name in trained for part in ("v_proj", "down_proj", "score") if part in name}
+    assert kinds == {"v_proj", "down_proj", "score"} and len(trained) == 2 * 2 * 2 + 2
+
+
+@pytest.mark.parametrize("name", ["q_prj", "lm_head", "score", "embed_tokens", "self_attn"])
+@pytest.mark.parametrize("load, of", [(load_packed_policy, "policy"), (load_scalar_model, "reward")])
+def test_a_name_that_no_layer_has_is_told_with_those_that_are_there(folder, name, load, of):
+    """peft would pass over it in silence where another name fits."""
+    config = config_of(folder, lora_target_modules=("q_proj", name))
+    with pytest.raises(UserError) as failure:
+        add_adapter(load(str(folder / of)), config)
+    known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert str(failure.value) == f"lora_target_modules: {name!r} is no linear layer in the model's body; {known} are"

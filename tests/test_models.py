@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,11 +30,13 @@ from align.models import (
     response_logprobs,
     response_values,
     save_scalar_model,
+    with_lora,
 )
 from align.packing import pack_rows
 from align.ranking import normalise, score_rows
 
 PAD, EOS = 0, 1
+LORA = SimpleNamespace(lora_r=4, lora_alpha=8, lora_target_modules=())
 ROWS = [[5, 6, 7, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 1], [8, 60, 1], [44, 45, 46, 47, 48, 1]]
 
 
@@ -175,11 +178,7 @@ def test_no_model_at_all(tmp_path):
 
 
 def test_lora_reward_model_is_saved_merged(scalar, tmp_path):
-    from peft import get_peft_model
-
-    from align.models import lora_config
-
-    scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
+    scalar.model = with_lora(scalar.model, LORA)
     with torch.no_grad():
         for name, parameter in scalar.named_parameters():
             if "lora_B" in name:

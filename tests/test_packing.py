@@ -11,10 +11,9 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
 
 from align import attention, packing
-from align.models import Policy, ScalarModel, load_scalar_model, lora_config, response_logprobs
+from align.models import Policy, ScalarModel, load_scalar_model, response_logprobs, with_lora
 from align.packing import (
     BLOCK_TOKENS,
     MAX_PADDING,
@@ -33,6 +32,7 @@ from align.packing import (
 )
 
 CPU = torch.device("cpu")
+LORA = SimpleNamespace(lora_r=4, lora_alpha=8, lora_target_modules=())
 IDS = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SIZES = IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
 LLAMA = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}  # two query heads share a key head
@@ -578,7 +578,7 @@ def test_half_precision_scores(scalars):
 def test_lora_gradients_of_a_pack_are_those_of_single_rows(scalars, half):
     """Only adapters and the head are trained; the base's casts carry no gradient."""
     scalar = scalars("llama", None)
-    scalar.model = get_peft_model(scalar.model, lora_config(4, 8, scalar=True))
+    scalar.model = with_lora(scalar.model, LORA)
     with torch.no_grad():
         for name, parameter in scalar.named_parameters():
             if "lora_B" in name:

@@ -105,9 +105,7 @@ def cut_at_newline(episode: Episode, codec: Codec) -> Episode:
     return episode
 
 
-def sequence_logprobs(
-    policy: Policy, episodes: list[Episode], setting: Setting, device, temperature: float
-) -> Tensor:
+def sequence_logprobs(policy: Policy, episodes: list[Episode], setting: Setting, device, temperature: float) -> Tensor:
     """Log-probability of each whole response. (N,)"""
     totals = torch.zeros(len(episodes))
     for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size):
