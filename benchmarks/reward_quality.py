@@ -29,8 +29,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from align.data import load_rankings
 from align.errors import UserError
 from align.evaluate.reward_report import prompts_of, right, untied_pairs
-from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, plain
-from align.files import write_json, write_jsonl
+from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval
+from align.files import plain, write_json, write_jsonl
 from align.models import load_scalar_model, save_scalar_model
 from align.prepare import main as prepare
 from align.ranking import encode_rankings, score_rankings, split_pairs

@@ -32,8 +32,8 @@ from align.evaluate.policies import Setting, answer, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model
-from align.evaluate.win_rate import agreement, plain
-from align.files import write_json, write_jsonl
+from align.evaluate.win_rate import agreement
+from align.files import plain, write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.parse import parse

@@ -32,8 +32,7 @@ from align.evaluate.rm_report import (
     write_markdown,
 )
 from align.evaluate.scorer import Scorer, load_scorer, score_spread
-from align.evaluate.win_rate import plain
-from align.files import write_json, write_jsonl
+from align.files import plain, write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
 from align.parse import parse
 from align.runtime import Runtime, is_main_process, tune_cpu

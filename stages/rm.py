@@ -25,8 +25,7 @@ from align.config import RMConfig
 from align.data import demonstration_length, drop_long, load_demonstrations, load_rankings, ranking_length
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
-from align.evaluate.win_rate import plain
-from align.files import atomic_contents, write_json
+from align.files import atomic_contents, plain, write_json
 from align.head import fit_head
 from align.manifest import check_parent, write_manifest
 from align.models import ScalarModel, disable_dropout, load_scalar_model, save_scalar_model, with_lora

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from align.evaluate.summary import POLICIES
-from align.evaluate.win_rate import mean_interval, plain
+from align.evaluate.win_rate import mean_interval
+from align.files import plain
 
 DPI = 120
 INK, FAINT, GRID = "#333333", "#a8a8a8", "#e6e6e6"
@@ -364,7 +365,7 @@ def _by_use_case(records: Sequence[Row]) -> dict[str, dict[str, float]]:
         golds.setdefault(str(record.get("use_case", "unknown")), []).append(float(record["likert"]))
     table = {}
     for case, values in golds.items():
-        interval = mean_interval(values).as_dict() if len(values) > 1 else _as_interval(values[0])
+        interval = plain(mean_interval(values)) if len(values) > 1 else _as_interval(values[0])
         table[case] = interval | {"n": len(values)}
     return table
 

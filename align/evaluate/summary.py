@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from align.errors import UserError
-from align.evaluate.win_rate import Interval, mean_interval, paired_gain, plain, rate_interval, win_rate
+from align.evaluate.win_rate import Interval, mean_interval, paired_gain, rate_interval, win_rate
+from align.files import plain
 
 SCHEMA = 1
 POLICIES = ("base", "prompted", "sft", "ppo", "ppo_ptx")

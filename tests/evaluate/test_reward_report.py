@@ -7,7 +7,8 @@ import pytest
 from scipy.special import expit
 
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
-from align.evaluate.win_rate import Interval, plain
+from align.evaluate.win_rate import Interval
+from align.files import plain
 from align.types import Ranking
 
 # "p": the first is best, the others tie: pairs (0, 1) with gap 0 - 1 = -1, wrong, and (0, 2) with gap 0, half right.

@@ -20,7 +20,7 @@ from align.evaluate.rm_report import (
     worst_mistakes,
     write_markdown,
 )
-from align.evaluate.win_rate import plain
+from align.files import plain
 from align.types import Ranking
 
 # Ours: right on both pairs of "p" it has (0 over 1, 0 over 2), wrong on "q", right on "r".

@@ -16,12 +16,12 @@ from align.evaluate.win_rate import (
     compare,
     mean_interval,
     paired_gain,
-    plain,
     preferences,
     rate_interval,
     win_interval,
     win_rate,
 )
+from align.files import plain
 from align.types import Ranking
 
 
