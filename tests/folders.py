@@ -1,4 +1,4 @@
-"""Folders as stages leave them, for tests."""
+"""Folders as stages leave them, and files of rows, for tests."""
 
 import json
 from pathlib import Path
@@ -35,3 +35,8 @@ def own_checkpoint(folder: Path, step: int) -> Path:
         save_training_state(path, {"step": step})
         mark_complete(path)
     return folder / f"checkpoint-{step}"
+
+
+def lines(path: Path, *rows: object) -> str:
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return str(path)

@@ -1,4 +1,4 @@
-"""align/data.py, rows.py, splits.py, order.py: formats, bad rows, splits and filters (D1, D2), order."""
+"""align/data.py and rows.py: formats, bad rows, real files, lengths (D2)."""
 
 import dataclasses
 import gzip
@@ -22,28 +22,11 @@ from align.data import (
     ranking_length,
 )
 from align.errors import UserError
-from align.order import Cursor, epoch_order
 from align.rows import Problem, read_rows
-from align.splits import (
-    cap_per,
-    check_splits,
-    dedupe_prefix,
-    drop_pii,
-    has_pii,
-    keep_apart,
-    prompt_key,
-    refuse_eval_only,
-    split_by,
-    split_of,
-)
 from align.types import Demonstration, Prompt, Ranking
+from tests.folders import lines
 
 USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
-
-
-def lines(path: Path, *rows: object) -> str:
-    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
-    return str(path)
 
 
 def real(name: str) -> str:
@@ -396,7 +379,6 @@ def test_real_hh_rlhf():
 
 
 def all_problems(kind: str, path: str) -> list[Problem]:
-    from collections import Counter
 
     parsed = [parse_row(kind, place, row, Counter()) for place, row in read_rows(path)]
     return [record for record in parsed if isinstance(record, Problem)]
@@ -424,112 +406,7 @@ def test_real_json_strings_are_no_rows():
     assert [p.kind for p in all_problems("prompt", path)] == ["not_a_dict"] * 250
 
 
-# D1: splits and filters; D2: lengths
-
-
-def customers() -> list[Prompt]:
-    sizes = {f"c{i}": 1 + (i * 37) % 23 for i in range(60)} | {"heavy": 450}
-    rows = [
-        Prompt(f"Please do task {n} of {name} in words", {"customer": name})
-        for name, k in sizes.items()
-        for n in range(k)
-    ]
-    rows += [Prompt("Write to ann@example.org about it", {"customer": "c1"}), rows[5]]
-    return rows
-
-
-def test_D1_no_customer_in_two_splits_and_filters_hold():
-    rows = dedupe_prefix(customers(), 30)
-    rows = cap_per(rows, lambda row: row.columns["customer"], 200)
-    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
-    splits = split_by(rows, lambda row: row.columns["customer"], shares, seed=1)
-    splits["train"] = drop_pii(splits["train"])
-
-    homes = {name: {row.columns["customer"] for row in split} for name, split in splits.items()}
-    assert not homes["train"] & homes["validation"] and not (homes["train"] | homes["validation"]) & homes["test"]
-    assert all(splits.values()) and set.union(*homes.values()) == {row.columns["customer"] for row in rows}
-    counts = [sum(row.columns["customer"] == "heavy" for row in split) for split in splits.values()]
-    assert max(counts) == sum(counts) == 200
-    prefixes = [prompt_key(row.prompt)[:30] for row in splits["train"]]
-    assert len(prefixes) == len(set(prefixes))
-    assert not any(has_pii(row.prompt) for row in splits["train"])
-    assert check_splits({name: [row.prompt for row in split] for name, split in splits.items()}) == []
-
-
-def test_D1_split_is_deterministic_near_its_shares_and_keeps_order():
-    rows, shares = [(i % 200, i) for i in range(2000)], {"train": 0.7, "validation": 0.2, "test": 0.1}
-    first = split_by(rows, lambda row: row[0], shares, 3)
-    assert first == split_by(rows, lambda row: row[0], shares, 3)
-    assert first != split_by(rows, lambda row: row[0], shares, 4)
-    assert {name: len(split) for name, split in first.items()} == {"train": 1400, "validation": 400, "test": 200}
-    assert all(split == sorted(split, key=lambda row: row[1]) for split in first.values())
-    with pytest.raises(UserError, match="do not sum to 1"):
-        split_by(rows, lambda row: row[0], {"train": 0.7}, 3)
-
-
-def test_D1_at_most_so_many_prompts_a_customer():
-    assert cap_per([("a", 1), ("b", 1), ("a", 2), ("a", 3)], lambda row: row[0], 2) == [
-        ("a", 1),
-        ("b", 1),
-        ("a", 2),
-    ]
-
-
-def test_D1_shared_prefix_keeps_the_first():
-    rows = ["Summarise this: one", "Summarise  this: two", "Summarise", "Translate this"]
-    assert dedupe_prefix(rows, 15) == ["Summarise this: one", "Summarise", "Translate this"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "mail me: a.b+c@mail.example.co.uk.", "call +44 20 7946 0958 now", "(555) 010-9999", "555-010-9999",
-        "打电话13800138000。",
-        "138-0013-8000", "card 4111 1111 1111 1111", "4111111111111111", "身份证11010519491231002X",
-        ({"role": "user", "content": "a@b.org"},),
-    ],
-)  # fmt: skip
-def test_D1_personal_data_is_found(text):
-    assert has_pii(text) and drop_pii([Prompt(text), Prompt("fine")]) == [Prompt("fine")]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["On 2023-09-19 at 12:30", "1 000 000 people", "3.14159265358979323846", "@home and user@", "4111 1111 1111 1112",
-     "ISBN 978-3-16-148410-0", "1 2 3 4 5 6 7 8 9", "2+2=4, 12-34-56"],
-)  # fmt: skip
-def test_D1_other_numbers_are_no_personal_data(text):
-    assert not has_pii(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["a." * 100_000, "1 " * 100_000, "a@" * 100_000, "a@" + "a." * 100_000, "+1 " * 100_000]
-)
-def test_D1_the_filter_takes_linear_time(text):
-    assert not has_pii(text)
-
-
-def test_D1_a_prompt_in_two_splits_is_a_problem():
-    named = {
-        "train.jsonl": ["a  b", "c"],
-        "validation.jsonl": [({"role": "user", "content": "a b"},), "d"],
-        "test": ["e"],
-    }
-    (problem,) = check_splits(named)
-    assert problem.kind == "in_two_splits"
-    assert str(problem).startswith("validation.jsonl: 1 of its 2 prompts are also in train.jsonl: split by prompt")
-
-
-def test_D1_rows_in_two_splits_stop_or_are_dropped(tmp_path):
-    path = lines(tmp_path / "v.jsonl", {"prompt": "a"}, {"prompt": "b "})
-    rows, report = load_prompts(path)
-    with pytest.raises(UserError, match="prompts of 1 of its 2 rows"):
-        keep_apart(rows, report, [Prompt("b")])
-    kept, less = keep_apart(rows, report, [Prompt("b")], "drop")
-    assert [row.prompt for row in kept] == ["a"] and less.dropped == {"in_two_splits": 1} and less.rows_used == 1
-    assert keep_apart(rows, report, [Prompt("z")]) == (rows, report)
-    with pytest.raises(UserError, match="every prompt"):
-        keep_apart(rows, report, rows, "drop")
+# D2: lengths
 
 
 class Words:
@@ -560,68 +437,3 @@ def test_D2_lengths_count_the_whole_sequence(tmp_path):
     assert ranking_length(ranking, Words()) == 2 + 4 + 1
     _, report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
     assert drop_long([ranking], Words(), 7, report, ranking_length)[0] == [ranking]
-
-
-# Order
-
-
-def test_epoch_order_is_a_fixed_permutation():
-    order = epoch_order(100, seed=5, epoch=2)
-    assert sorted(order) == list(range(100)) and order == epoch_order(100, 5, 2)
-    assert len({tuple(epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
-
-
-def test_a_cursor_spans_epochs_and_covers_each():
-    cursor = Cursor(10, seed=0)
-    flat = [i for _ in range(5) for i in cursor.take(4)]
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 3), st.lists(st.integers(0, 30), max_size=6), st.integers(0, 6))
-def test_resumed_cursor_continues_like_the_uninterrupted_one(num_rows, seed, takes, stop):
-    whole = Cursor(num_rows, seed)
-    want = [whole.take(n) for n in takes]
-    cursor = Cursor(num_rows, seed)
-    got = [cursor.take(n) for n in takes[:stop]]
-    cursor = Cursor.from_state(json.loads(json.dumps(cursor.state())), num_rows)
-    got += [cursor.take(n) for n in takes[stop:]]
-    assert got == want and cursor.state() == whole.state()
-
-
-def test_cursor_refuses_other_data():
-    with pytest.raises(UserError, match="has 4 rows, the checkpoint was written with 5"):
-        Cursor.from_state(Cursor(5, 0).state(), 4)
-    with pytest.raises(UserError, match="no rows"):
-        Cursor(0, 0)
-
-
-# Splits by a hash of the prompt
-
-
-def test_split_of_depends_on_the_opening_question_alone():
-    shares = {"train": 0.5, "validation": 0.5}
-    later = ({"role": "system", "content": "s"}, USER, REPLY, {"role": "user", "content": "so?"})
-    for seed in range(20):
-        home = split_of("hi", shares, seed)
-        assert split_of(" hi\n", shares, seed) == split_of((USER,), shares, seed) == home
-        assert split_of(later, shares, seed) == home
-    assert len({split_of("hi", shares, seed) for seed in range(20)}) == 2
-
-
-def test_split_of_follows_the_shares():
-    shares = {"a": 0.7, "b": 0.2, "c": 0.1}
-    found = Counter(split_of(str(i), shares) for i in range(2000))
-    assert all(abs(found[name] / 2000 - share) < 0.04 for name, share in shares.items())
-    # A larger training share takes rows from the validation split and gives it none: it can grow without a leak.
-    less, more = ({i for i in range(500) if split_of(str(i), {"t": s, "v": 1 - s}) == "t"} for s in (0.6, 0.8))
-    assert less < more
-    with pytest.raises(UserError, match="do not sum to 1"):
-        split_of("a", {"a": 0.5})
-
-
-def test_rows_marked_eval_only_are_refused(tmp_path):
-    rows, report = load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "a", "eval_only": True}, {"prompt": "b"}))
-    with pytest.raises(UserError, match="p.jsonl: 1 rows are marked eval_only"):
-        refuse_eval_only(rows, report)
-    refuse_eval_only(rows[1:], report)
