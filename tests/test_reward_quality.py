@@ -5,11 +5,28 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+from trl import RewardConfig, RewardTrainer
 
 from align.errors import UserError
 from align.evaluate.win_rate import accuracy_interval
-from align.ranking import RankedTokens, split_pairs
-from benchmarks.reward_quality import SIDES, Right, pair_row, pick, report, resampled, same_arguments
+from align.models import disable_dropout, load_scalar_model
+from align.ranking import RankedTokens, RankingCollator, encode_rankings, split_pairs
+from align.trainer import PairTrainer
+from align.types import Ranking
+from benchmarks.reward_quality import (
+    SETTINGS,
+    SIDES,
+    Right,
+    pair_row,
+    pick,
+    report,
+    resampled,
+    same_arguments,
+    save_first_weights,
+)
 
 
 def lines(path, rows) -> None:
@@ -96,3 +113,41 @@ def test_accuracies_by_hand(output):
     assert results["held_out"]["macro"]["prompts"] == everything["prompts"] == 2
     assert results["settings"]["learning_rate"] == 1e-5
     assert results["held_out"]["harmless-base-test"]["trl"]["mean"] == 0.5
+
+
+def test_training_on_pairs_is_what_TRL_does(tiny_llama, tiny_codec, tmp_path):
+    """`batch_element: pair` and TRL's RewardTrainer: the same weights after three steps, each of all pairs, so that no
+    order of rows tells them apart. Adam's epsilon is large, or it would blow rounding up to whole steps.
+
+    So what whole rankings are compared with in bench-overfit is TRL's training."""
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    tiny_llama.save_pretrained(tmp_path / "base")
+    tiny_codec.save(tmp_path / "base")
+    rankings = [
+        Ranking("Name a pet.", ("a cow", "a dog and a bird", "fox", "no"), (1.0, 0.0, 1.0, 2.0)),
+        Ranking("The opposite of hot", ("cold", "two ripe pears"), (0.0, 1.0)),
+        Ranking("Which boat?", ("the red one", "yes", "no boat"), (2.0, 0.0, 1.0)),
+    ]  # 5 untied pairs, 1 and 3
+    pairs = split_pairs(encode_rankings(rankings, tiny_codec))
+    save_first_weights(str(tmp_path / "base"), tmp_path / "start", tiny_codec, seed=0)
+    settings = dict(
+        SETTINGS, learning_rate=1e-2, adam_epsilon=1e-4, num_train_epochs=3,
+        per_device_train_batch_size=9, lr_scheduler_type="constant",
+        weight_decay=0.0, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    ours = load_scalar_model(str(tmp_path / "start"))
+    disable_dropout(ours)
+    args = TrainingArguments(output_dir=str(tmp_path / "ours"), remove_unused_columns=False, **settings)
+    PairTrainer(ours, args, train_dataset=pairs, data_collator=RankingCollator(tiny_codec.pad_id)).train()
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "start", num_labels=1)
+    theirs.config.pad_token_id = tiny_codec.pad_id
+    args = RewardConfig(output_dir=str(tmp_path / "theirs"), max_length=None, gradient_checkpointing=False, **settings)
+    rows = Dataset.from_list([pair_row(element["ranking"]) for element in pairs])
+    RewardTrainer(theirs, args, train_dataset=rows, processing_class=tiny_codec.tokenizer).train()
+
+    start, trained = load_scalar_model(str(tmp_path / "start")).model.state_dict(), ours.model.state_dict()
+    assert len(pairs) == 9 and float((trained["score.weight"] - start["score.weight"]).abs().max()) > 0.02
+    for name, weight in theirs.state_dict().items():
+        assert torch.allclose(trained[name], weight, atol=1e-5), name
+    assert torch.equal(trained["score.bias"], start["score.bias"])  # which pairs say nothing of, and TRL has not
