@@ -54,8 +54,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Ten
     length = key.shape[2]
     flat = query.reshape(j, b, g * s, d)
     scores = (flat @ key.transpose(-1, -2)).view(j, b, g, s, length)
-    ahead = torch.ones(s, length, dtype=torch.bool, device=query.device).triu(length - s + 1)
-    scores = scores.masked_fill_(ahead, float("-inf"))
+    scores = scores.add_(scores.new_full((s, length), float("-inf")).triu(length - s + 1))  # filling takes longer
     if prefix is None:
         weights = scores.softmax(-1).view(j, b, g * s, length)
         return (weights @ value).view(j, b, g, s, d)
@@ -119,7 +118,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, 
     heads, size = key.shape[1], len(unseen)
     q = (query * scaling).unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (J, G x S, D)
     k, v = (x.transpose(0, 1) for x in (key, value))  # (J, S, D)
-    scores = (q @ k.transpose(-1, -2)).view(heads, -1, size, size).masked_fill_(unseen, float("-inf"))
+    scores = (q @ k.transpose(-1, -2)).view(heads, -1, size, size)
+    scores = scores.add_(torch.zeros_like(unseen, dtype=scores.dtype).masked_fill_(unseen, float("-inf")))
     out = scores.softmax(-1).view(heads, -1, size) @ v  # (J, G x S, D)
     return out.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -272,6 +272,7 @@ class Writing:
         self.slots = torch.arange(len(positions), device=positions.device)
         columns = torch.arange(cache.width, device=positions.device)
         self.ahead = (columns > positions[:, None])[:, None, None]  # (S, 1, 1, W)
+        self.hidden: Tensor | None = None  # -inf there: adding it takes a tenth of the time that filling does
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(S, H, D), (S, J, D) x 2 -> (S, H, D). Query heads that share a key head are its queries: no copy of keys."""
@@ -279,7 +280,9 @@ class Writing:
         rows = len(query) * key.shape[1]  # S x J
         grouped = (query * scaling).reshape(rows, -1, query.shape[-1])  # (S x J, G, D)
         scores = torch.bmm(grouped, keys.flatten(0, 1))  # (S x J, G, W)
-        weights = scores.view(len(query), -1, *scores.shape[1:]).masked_fill_(self.ahead, float("-inf")).softmax(-1)
+        if self.hidden is None:
+            self.hidden = scores.new_zeros(self.ahead.shape).masked_fill_(self.ahead, float("-inf"))
+        weights = scores.view(len(query), -1, *scores.shape[1:]).add_(self.hidden).softmax(-1)
         out = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1))  # (S x J, G, D)
         return out.view(*query.shape[:2], -1)
 
