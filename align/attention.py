@@ -54,7 +54,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Ten
     length = key.shape[2]
     flat = query.reshape(j, b, g * s, d)
     scores = (flat @ key.transpose(-1, -2)).view(j, b, g, s, length)
-    scores = scores.add_(scores.new_full((s, length), float("-inf")).triu(length - s + 1))  # filling takes longer
+    scores = scores.add_(scores.new_full((s, length), float("-inf")).triu(length - s + 1))  # masked_fill_ takes longer
     if prefix is None:
         weights = scores.softmax(-1).view(j, b, g * s, length)
         return (weights @ value).view(j, b, g, s, d)

@@ -10,7 +10,7 @@ import re
 from align.errors import UserError
 
 VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
-TEMPERATURES = (1e-6, 100.0)  # 0 would leave every answer but one without a log-probability
+TEMPERATURES = (1e-6, 100.0)  # greedy answers, 0, are all alike and have no log-probability to learn from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SFTConfig(TrainerConfig):
     reward_model_path: str | None = None  # given: choose the epoch by mean reward, else by validation loss
     selection_prompts: int = 256
     max_new_tokens: int = 256
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the responses whose reward chooses; 0 is greedy
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -121,7 +121,7 @@ class SFTConfig(TrainerConfig):
         between("lora_r", self.lora_r, 1, 4096)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
-        between("temperature", self.temperature, *TEMPERATURES)
+        between("temperature", self.temperature, 0, 100)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; pretraining_fraction > 0 needs text to draw from")
 

@@ -1,20 +1,30 @@
-"""LoRA in stage 3: adapters on frozen weights, which serve a second model with the adapter off (Hu et al. 2021).
+"""LoRA: adapters on frozen weights, which in stage 3 serve a second model with the adapter off (Hu et al. 2021).
 
-The policy's weights are the reference's, the value model's are the reward model's. A frozen trunk lies in the type of
-the forward passes; what is trained is float32.
+The policy's weights are the reference's, the value model's are the reward model's. There a frozen trunk lies in the
+type of the forward passes; what is trained is float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from align.config import PPOConfig
-from align.errors import UserError
+from align.config import PPOConfig, RMConfig, SFTConfig
+from align.errors import UserError, first_line
 from align.models import (
     PackedModel,
     Policy,
@@ -22,18 +32,66 @@ from align.models import (
     load_policy,
     load_scalar_model,
     save_scalar_model,
-    with_lora,
 )
+
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's, with a transposed weight
+KEYS: dict[str, Callable[[LoraConfig], Any]] = {  # ours, read from peft's
+    "lora_r": lambda lora: lora.r,
+    "lora_alpha": lambda lora: lora.lora_alpha,
+    "lora_target_modules": lambda lora: sorted(lora.target_modules),
+}
+
+
+def with_lora(model: PreTrainedModel, config: SFTConfig | RMConfig | PPOConfig) -> PeftModel:
+    """The model frozen, with an adapter that changes nothing yet on its linear layers, or on those of the names that
+    the config gives; a scalar head is trained whole. Raises UserError for a name that no linear layer has."""
+    heads = model.get_output_embeddings(), getattr(model, "score", None)
+    linears = [name for name, part in model.named_modules() if isinstance(part, LINEAR) and part not in heads]
+    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    for name in config.lora_target_modules:
+        if name not in known:
+            there = f"no linear layer in the body of {type(model).__name__}; {', '.join(known)} are"
+            raise UserError(f"lora_target_modules: {name!r} is {there}")
+    scalar = heads[1] is not None
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(config.lora_target_modules) or "all-linear",
+        exclude_modules=["score"] if scalar else None,
+        modules_to_save=["score"] if scalar else None,
+        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {first_line(error)}; name other layers") from None
+
+
+def adapter_config(model: nn.Module) -> LoraConfig | None:
+    """Of the adapter on a transformers model or on ours around it; None without one."""
+    configs = getattr(model if isinstance(model, PeftModel) else getattr(model, "model", None), "peft_config", None)
+    return configs["default"] if configs else None
+
+
+def require_same_adapter(model: nn.Module, checkpoint: Path) -> None:
+    """Raises UserError where the checkpoint's adapter has another rank or scale or lies on other layers than the
+    model's: peft would take what fits, and leave the rest as it is."""
+    own = adapter_config(model)
+    if own is None or not (checkpoint / "adapter_config.json").exists():
+        return
+    saved = LoraConfig.from_pretrained(str(checkpoint))
+    for key, read in KEYS.items():
+        was, now = read(saved), read(own)
+        if was != now:
+            raise UserError(f"resume_from_checkpoint: {checkpoint}: its {key} is {was}, not {now}; set it as it was")
 
 
 def add_adapter(model: PackedModel, config: PPOConfig) -> None:
-    """Freeze the model and put a float32 adapter on it that changes nothing yet; a scalar head is trained whole."""
+    """A float32 adapter on the frozen model. Raises UserError where it would lie on tensors that are no layer's weight
+    (experts' in some mixtures), which `PackedModel.merged` cannot add it to."""
     model.model = with_lora(model.model, config)
-
-
-def adapter_state(model: PackedModel) -> dict[str, Tensor]:
-    """The adapter's weights, and a scalar head, by peft's names."""
-    return get_peft_model_state_dict(model.model, save_embedding_layers=False)
+    if adapter_config(model).target_parameters:
+        raise UserError("use_peft: LoRA on the tensors of a mixture's experts cannot be sampled from; set it to false")
 
 
 class WithoutAdapter(nn.Module):
@@ -79,11 +137,8 @@ def load_trained(model: Policy | ScalarModel, folder: Path) -> None:
             f"resume_from_checkpoint: {folder}: written with another {key}; set {key} to {not model.adapted}"
         )
     if model.adapted:
-        saved, own = load_peft_weights(str(folder), device="cpu"), adapter_state(model)
-        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
-            was = "was written with another lora_r or lora_target_modules"
-            raise UserError(f"resume_from_checkpoint: {folder}: {was}; set them as they were")
-        set_peft_model_state_dict(model.model, saved)
+        require_same_adapter(model, folder)
+        set_peft_model_state_dict(model.model, load_peft_weights(str(folder), device="cpu"))
     elif isinstance(model, ScalarModel):
         model.load_state_dict(load_scalar_model(str(folder)).state_dict())
     else:
@@ -107,7 +162,7 @@ def save_value_folder(
 ) -> None:
     """A sequence classifier; of LoRA merged like the policy, into `base`, which has a head unless that was fresh."""
     if model.adapted:
-        state = adapter_state(model)
+        state = get_peft_model_state_dict(model.model, save_embedding_layers=False)
         model = load_scalar_model(base, fresh_head=fresh_head)
         add_adapter(model, config)
         set_peft_model_state_dict(model.model, {name: tensor.cpu() for name, tensor in state.items()})

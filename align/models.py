@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from align.attention import Layout, layout_inputs
 from align.checkpoint import copy_weights
-from align.config import PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError, first_line
 from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
@@ -379,31 +377,6 @@ def _load(auto: type, path: str, attn_implementation: str | None, dtype: torch.d
     except (OSError, ValueError, json.JSONDecodeError) as error:
         what = f"no model could be loaded ({first_line(error)})"
         raise UserError(f"{path}: {what}; give a checkpoint folder or hub id") from None
-
-
-def with_lora(model: PreTrainedModel, config: SFTConfig | RMConfig | PPOConfig) -> PeftModel:
-    """The model frozen, with a LoRA adapter on its linear layers, or on those of the names that the config gives; a
-    scalar head is trained whole. Raises UserError for a name that no linear layer has."""
-    heads = model.get_output_embeddings(), getattr(model, "score", None)
-    linears = [name for name, part in model.named_modules() if isinstance(part, LINEAR) and part not in heads]
-    inside = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    for name in config.lora_target_modules:
-        if name not in inside:
-            known = ", ".join(inside)
-            raise UserError(f"lora_target_modules: {name!r} is no linear layer in the model's body; {known} are")
-    scalar = heads[1] is not None
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(config.lora_target_modules) or "all-linear",
-        exclude_modules=["score"] if scalar else None,
-        modules_to_save=["score"] if scalar else None,
-        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
-    )
-    return get_peft_model(model, lora)
-
-
-LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's, with a transposed weight
 
 
 def disable_dropout(model: nn.Module) -> None:

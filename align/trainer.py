@@ -20,6 +20,7 @@ from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.errors import UserError
 from align.files import write_json
 from align.interrupt import Interrupted, arrived, defer
+from align.lora import adapter_config, require_same_adapter
 from align.maths.logprobs import token_logprobs
 from align.optimise import trainer_optimizer
 from align.packing import PackCollator, set_packed
@@ -297,6 +298,9 @@ class Sharded:
         return nullcontext()  # reduced in every microbatch, so that no process keeps whole gradients
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        lora = adapter_config(self.model)
+        if lora is not None and self.args.should_save:
+            lora.save_pretrained(output_dir or self.args.output_dir)  # a scalar model's weights do not say its scale
         if self.shards is None:
             return super()._save(output_dir, state_dict)
         with self.shards.for_saving() as whole, instead(self, "model", whole):
@@ -304,6 +308,7 @@ class Sharded:
                 super()._save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        require_same_adapter(self.model, Path(resume_from_checkpoint))
         if self.shards is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with self.shards.for_loading() as whole:

@@ -1,6 +1,6 @@
 """Policy -> K samples a prompt -> rankings (paper section 3.4, App. A.3: K between 4 and 9, ties allowed).
 
-    for each prompt: draw K from 4..9; sample K responses at temperature 1; a labeler ranks the distinct ones
+    for each prompt: draw K from 4..9; sample K responses; a labeler ranks the distinct ones
 
 Labelers come by import path, so a simulation and a queue of people look the same. Without `labelers` the samples are
 written for people to rank, in the format that `align validate` reads back once ranks are filled in.

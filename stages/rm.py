@@ -27,8 +27,9 @@ from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.files import atomic_contents, plain, write_json
 from align.head import fit_head
+from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import ScalarModel, disable_dropout, load_scalar_model, save_scalar_model, with_lora
+from align.models import ScalarModel, disable_dropout, load_scalar_model, save_scalar_model
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs

@@ -22,8 +22,9 @@ from align.config import SFTConfig
 from align.data import load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
+from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import add_residual_dropout, load_policy, save_chosen, with_lora
+from align.models import add_residual_dropout, load_policy, save_chosen
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.reward_models import reward_config

@@ -422,7 +422,7 @@ def test_a_number_is_finite(value):
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
-        (SFTConfig, ["--temperature", "0"], ["temperature", "outside"]),
+        (SFTConfig, ["--temperature", "-1"], ["temperature", "outside"]),
         (configs.CollectConfig, ["--temperature", "-1"], ["temperature", "outside"]),
         (EvaluateConfig, ["--temperature", "0"], ["temperature", "outside"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),

@@ -15,7 +15,8 @@ import stages.rm
 from align.config import RMConfig
 from align.errors import UserError
 from align.head import RIDGE, best_weight, fit_head, variance_within
-from align.models import disable_dropout, load_scalar_model, with_lora
+from align.lora import with_lora
+from align.models import disable_dropout, load_scalar_model
 from align.ranking import RankingCollator, batch_ranking_loss, encode_rankings, held_out_loss
 from align.types import Ranking
 

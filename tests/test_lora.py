@@ -10,13 +10,21 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, TrainingArguments
 
 from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import GenerateSampler, TorchSampler, make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
-from align.lora import WithoutAdapter, add_adapter, load_trained, save_policy_folder, save_trained, save_value_folder
+from align.lora import (
+    WithoutAdapter,
+    add_adapter,
+    load_trained,
+    save_policy_folder,
+    save_trained,
+    save_value_folder,
+    with_lora,
+)
 from align.models import (
     EMA,
     Policy,
@@ -32,6 +40,7 @@ from align.reward_models import value_start
 from align.rewards import RewardSum, Term
 from align.rollout import Actors, Query, check_step_zero, collect_rollout
 from align.runtime import Runtime
+from align.trainer import RankingTrainer
 from align.types import Prompt
 from align.update import Learner, optimiser_step, update
 
@@ -460,14 +469,49 @@ def test_a_checkpoint_of_the_other_kind_is_refused(folder, tmp_path, name, load,
         load_trained(models[1], tmp_path / "out")
 
 
-@pytest.mark.parametrize("changes", [{"lora_r": 2}, {"lora_target_modules": ("q_proj",)}], ids=str)
-def test_a_checkpoint_of_another_adapter_is_refused(folder, tmp_path, changes):
-    save_trained(adapted_policy(folder), tmp_path / "out", PAD)
-    other = adapted_policy(folder, **changes)
+OTHERS = {
+    "lora_r": (2, "its lora_r is 4, not 2"),
+    "lora_alpha": (16, "its lora_alpha is 8, not 16"),
+    "lora_target_modules": (("o_proj",), r"its lora_target_modules is \['q_proj'\], not \['o_proj'\]"),
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+@pytest.mark.parametrize("load, of", [(load_packed_policy, "policy"), (load_scalar_model, "reward")])
+def test_a_checkpoint_of_another_adapter_is_refused(folder, tmp_path, key, load, of):
+    """q_proj and o_proj have the same shapes, and a scale is no weight."""
+
+    def adapted(**changes):
+        model = load(str(folder / of))
+        add_adapter(model, config_of(folder, **({"lora_target_modules": ("q_proj",)} | changes)))
+        shake(model)
+        return model
+
+    save_trained(adapted(), tmp_path / "out", PAD)
+    other, message = adapted(**{key: OTHERS[key][0]}), OTHERS[key][1]
     before = {name: p.detach().clone() for name, p in other.named_parameters()}
-    with pytest.raises(UserError, match="out: was written with another lora_r or lora_target_modules"):
+    with pytest.raises(UserError, match=f"out: {message}; set it as it was"):
         load_trained(other, tmp_path / "out")
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_trainer_refuses_it_too(folder, tmp_path, key):
+    def trainer(**changes) -> RankingTrainer:
+        model = load_scalar_model(str(folder / "policy"), fresh_head=True)
+        model.model = with_lora(model.model, config_of(folder, **({"lora_target_modules": ("q_proj",)} | changes)))
+        shake(model)
+        return RankingTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+
+    first, again = trainer(), trainer()
+    first._save(str(tmp_path / "out"))
+    with torch.no_grad():
+        next(p for p in again.model.parameters() if p.requires_grad).zero_()
+    again._load_from_checkpoint(str(tmp_path / "out"))
+    pairs = zip(first.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    with pytest.raises(UserError, match=OTHERS[key][1]):
+        trainer(**{key: OTHERS[key][0]})._load_from_checkpoint(str(tmp_path / "out"))
 
 
 def test_adapters_lie_on_the_layers_that_are_named(folder, tmp_path):
@@ -497,7 +541,9 @@ def test_adapters_lie_on_the_layers_that_are_named(folder, tmp_path):
 def test_a_name_that_no_layer_has_is_told_with_those_that_are_there(folder, name, load, of):
     """peft would pass over it in silence where another name fits."""
     config = config_of(folder, lora_target_modules=("q_proj", name))
+    model = load(str(folder / of))
     with pytest.raises(UserError) as failure:
-        add_adapter(load(str(folder / of)), config)
+        add_adapter(model, config)
+    kind = type(model.model).__name__
     known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert str(failure.value) == f"lora_target_modules: {name!r} is no linear layer in the model's body; {known} are"
+    assert str(failure.value) == f"lora_target_modules: {name!r} is no linear layer in the body of {kind}; {known} are"

@@ -17,6 +17,7 @@ from transformers import (
 
 from align.attention import PACKED
 from align.errors import UserError
+from align.lora import with_lora
 from align.models import (
     EMA,
     Policy,
@@ -30,7 +31,6 @@ from align.models import (
     response_logprobs,
     response_values,
     save_scalar_model,
-    with_lora,
 )
 from align.packing import pack_rows
 from align.ranking import normalise, score_rows

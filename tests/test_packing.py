@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align import attention, packing
-from align.models import Policy, ScalarModel, load_scalar_model, response_logprobs, with_lora
+from align.lora import with_lora
+from align.models import Policy, ScalarModel, load_scalar_model, response_logprobs
 from align.packing import (
     BLOCK_TOKENS,
     MAX_PADDING,

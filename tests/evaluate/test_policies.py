@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from align.evaluate.policies import perplexity, sequence_logprobs
+from align.evaluate.policies import Setting, answer, perplexity, sequence_logprobs
+from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
-from align.types import Episode
+from align.runtime import Runtime
+from align.types import Episode, Prompt
 
 CPU = torch.device("cpu")
 QUERIES = [(5, 6), (9,), (30, 31, 32, 33), (8, 60, 2), (7,)]
@@ -64,3 +66,26 @@ def test_perplexity_is_a_mean_over_tokens_not_documents(policy, tiny_llama, batc
     tokens = sum(len(document) - 1 for document in documents)
     assert tokens == 25
     assert perplexity(policy, documents, batch_size, CPU) == pytest.approx(math.exp(total / 25), rel=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "read_at"), [(0.7, 0.7), (2.0, 2.0), (0.0, 1.0)])
+def test_P6_kl_of_an_answer_is_at_the_temperature_that_drew_it(tiny_llama, tiny_codec, temperature, read_at):
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    models = tiny_llama, copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        models[0].lm_head.weight.mul_(8)
+    policy, sft = (Policy(model.eval()) for model in models)
+    prompts = [Prompt("Name a pet."), Prompt("Say no")]
+
+    def nothing(prompts, episodes):
+        return [0.0] * len(episodes)
+
+    setting = Setting(tiny_codec, prompts, sft, nothing, None, max_new_tokens=5, batch_size=2, seed=0)
+    rows = answer(policy, setting, temperature, Runtime(seed=0))
+    queries = tiny_codec.prompts([prompt.prompt for prompt in prompts])
+    uniforms = uniform_numbers(2, 5, 0, 0)
+    drawn = TorchSampler(policy, tiny_codec.eos_id, tiny_codec.pad_id, 2)(queries, uniforms, temperature)
+    for row, query, episode in zip(rows, queries, drawn, strict=True):
+        here, there = (at_temperature(m, tuple(query), episode.response, read_at) for m in models)
+        assert row["response"] == tiny_codec.decode(episode.response).strip()
+        assert row["kl"] == pytest.approx(here - there, abs=1e-3) and abs(here - there) > 0.1

@@ -1,11 +1,12 @@
 """Evaluation without a judge: the reward model compares, and nothing claims to be gold."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from align.evaluate.summary import check_summary
-from stages.evaluate import evenly, say_other_temperature
+from stages.evaluate import evenly, policy_paths
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,13 @@ def test_answers_are_drawn_at_the_temperature_asked_for(unjudged, evaluated):
 
 
 def test_a_temperature_that_is_not_that_of_training_is_said(mini, capsys):
-    say_other_temperature(str(mini.run / "ppo"), 1.0)
-    say_other_temperature(str(mini.run / "sft"), 0.7)
+    run = mini.run
+    paths = {"base_path": str(run / "base"), "sft_path": str(run / "sft"), "ppo_path": None}
+    config = SimpleNamespace(**paths, ppo_ptx_path=str(run / "ppo"), temperature=1.0)
+    policy_paths(config)
     assert "temperature" not in capsys.readouterr().out
-    say_other_temperature(str(mini.run / "ppo"), 0.7)
+    config.temperature = 0.7
+    policy_paths(config)
+    assert capsys.readouterr().out.count("temperature") == 1
+    policy_paths(config)
     assert "was trained on answers drawn at 1, these are drawn at 0.7" in capsys.readouterr().out
