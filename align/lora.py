@@ -4,7 +4,8 @@ The policy's weights are the reference's, the value model's are the reward model
 type of the forward passes; what is trained is float32.
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,7 @@ from align.models import (
 )
 
 LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's, with a transposed weight
-KEYS: dict[str, Callable[[LoraConfig], Any]] = {  # ours, read from peft's
-    "lora_r": lambda lora: lora.r,
-    "lora_alpha": lambda lora: lora.lora_alpha,
-    "lora_target_modules": lambda lora: sorted(lora.target_modules),
-}
+PEFT_NAMES = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_target_modules": "target_modules"}
 
 
 def with_lora(model: PreTrainedModel, config: SFTConfig | RMConfig | PPOConfig) -> PeftModel:
@@ -76,12 +73,14 @@ def adapter_config(model: nn.Module) -> LoraConfig | None:
 def require_same_adapter(model: nn.Module, checkpoint: Path) -> None:
     """Raises UserError where the checkpoint's adapter has another rank or scale or lies on other layers than the
     model's: peft would take what fits, and leave the rest as it is."""
-    own = adapter_config(model)
-    if own is None or not (checkpoint / "adapter_config.json").exists():
+    own, path = adapter_config(model), checkpoint / "adapter_config.json"
+    if own is None or not path.exists():
         return
-    saved = LoraConfig.from_pretrained(str(checkpoint))
-    for key, read in KEYS.items():
-        was, now = read(saved), read(own)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for key, name in PEFT_NAMES.items():
+        was, now = saved[name], getattr(own, name)
+        if name == "target_modules":
+            was, now = sorted(was), sorted(now)
         if was != now:
             raise UserError(f"resume_from_checkpoint: {checkpoint}: its {key} is {was}, not {now}; set it as it was")
 
