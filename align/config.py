@@ -165,7 +165,7 @@ class RMConfig(TrainerConfig):
     head_init: str = "normal"  # std 1 / sqrt(d + 1) (S App. B.1); "fitted": the best head for the body as it starts
     folds_by: str | None = None  # "labeler" (section 4.1) or "source": cross-validate instead of writing a model
     num_folds: int = 5
-    num_train_epochs: float = 1.0  # more overfit fast (C.2)
+    num_train_epochs: float = 1.0  # more overfit fast (C.2); 0: a fitted head alone, the body as it was
     learning_rate: float = 9e-6
     optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
@@ -191,6 +191,8 @@ class RMConfig(TrainerConfig):
         between("lora_r", self.lora_r, 1, 4096)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
         choose("head_init", self.head_init, ("normal", "fitted"))
+        if self.num_train_epochs <= 0 and (self.num_train_epochs < 0 or self.head_init != "fitted"):
+            raise UserError(f"num_train_epochs: {self.num_train_epochs} trains nothing; give more, or fit the head")
         if self.folds_by is not None:
             choose("folds_by", self.folds_by, ("labeler", "source"))
         if self.num_folds < 2:

@@ -431,6 +431,8 @@ def test_a_number_is_finite(value):
         (PPOConfig, ["--logging_steps", "5"], ["logging_steps", "unknown key"]),
         (RMConfig, ["--batch_element", "x"], ["batch_element", "ranking, pair"]),
         (RMConfig, ["--head_init", "x"], ["head_init", "normal, fitted"]),
+        (RMConfig, ["--num_train_epochs", "0"], ["num_train_epochs: 0.0 trains nothing", "fit the head"]),
+        (RMConfig, ["--num_train_epochs", "-1", "--head_init", "fitted"], ["num_train_epochs: -1.0"]),
         (RMConfig, ["--folds_by", "x"], ["folds_by", "labeler, source"]),
         (RMConfig, ["--num_folds", "1"], ["num_folds", "2 or more"]),
         (EvaluateRMConfig, ["--peer_model_path", "x", "--peer_scores_file", "y"], ["peer_scores_file", "one peer"]),

@@ -3,6 +3,7 @@
 import filecmp
 import hashlib
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+from align.data import load_rankings
 from align.evaluate.report import check_summary
+from align.evaluate.reward_report import untied_pairs
+from align.models import load_scalar_model
+from align.ranking import score_rankings
+from align.text import Codec
 from stages.__main__ import seconds_so_far
 
 pytestmark = pytest.mark.xdist_group("stages")
@@ -35,6 +41,22 @@ def test_every_stage_leaves_its_files(mini):
     assert rows(mini.run / "ppo" / "transcripts.jsonl")
     assert (mini.run / "ppo" / "value_model" / "model.safetensors").is_file()
     assert not list(mini.run.rglob("*partial*")), "nothing half-written"
+
+
+def test_a_fitted_head_alone_is_a_reward_model(mini, tmp_path):
+    """No step is taken: SFT's body, and a head whose loss on what it was fitted on is less than that of no opinion."""
+    mini.stage("rm", mini.run, output_dir=tmp_path / "rm", head_init="fitted", num_train_epochs=0)
+    ours, body = (load_file(folder / "model.safetensors") for folder in (tmp_path / "rm", mini.run / "sft"))
+    shared = set(ours) & set(body)
+    assert set(ours) - shared == {"score.weight", "score.bias"} and len(shared) > 10
+    assert all(torch.equal(ours[name], body[name]) for name in shared) and float(ours["score.weight"].norm()) > 0
+    model, codec = load_scalar_model(str(tmp_path / "rm")).eval(), Codec.load(str(tmp_path / "rm"))
+    rankings = load_rankings(str(mini.run / "rankings" / "train.jsonl"))[0]
+    losses = []
+    for ranking, scores in score_rankings(model, rankings, codec, 16):
+        gaps = [pair.gap for pair in untied_pairs([(ranking, scores)])]
+        losses += [sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps)] if gaps else []
+    assert sum(losses) / len(losses) < math.log(2) - 0.01
 
 
 def test_manifests_chain(mini):
