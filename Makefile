@@ -151,7 +151,7 @@ test: $(READY) ## the tests, minutes on two cores
 test-slow: $(READY) ## the slow tests, one after the other
 	$(PY) -m pytest -m "slow and not gpu" $(ARGS)
 
-chaos: $(READY) ## kills, torn files, fuzz, 2 and 4 processes: runs/chaos.json, a quarter of an hour
+chaos: $(READY) ## kills, torn files, fuzz, 2 and 4 processes: runs/chaos.json, 6 to 15 minutes
 	$(PY) -m tests.chaos $(ARGS)
 
 # The peer has an environment of its own: TRL dropped PPO after 1.12. What both sides build on is the same version.

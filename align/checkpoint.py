@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
         if resume and _holds_run(folder) and not _holds_start(folder):
             raise UserError(f"output_dir: {folder}: holds a model but no run to go on with; choose another folder")
         _tidy(folder)
-        (folder / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
     except UserError:
         release_output(folder)
         raise
@@ -215,31 +214,46 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
 
 
-def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+def latest_checkpoint(
+    output_dir: str | Path, resume: str | None, check: Callable[[Path], None] | None = None
+) -> Path | None:
     """The checkpoint to resume from, the same in all processes; None when `resume` is None.
 
     "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; with none it
     is None too, which is said: a scheduler starts and restarts a job with one command. A folder is taken when it is
     whole, else UserError; those of `output_dir` that come after it are set aside, or "latest" would go on with them.
+    `check` raises UserError when this run cannot go on from the one that was chosen; then nothing has changed.
     """
     if resume is None:
         return None
-    return broadcast(_choose_checkpoint(output_dir, resume) if is_main_process() else None)
+    return broadcast(_choose_checkpoint(Path(output_dir), resume, check) if is_main_process() else None)
 
 
-def _choose_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
+def _choose_checkpoint(output_dir: Path, resume: str, check: Callable[[Path], None] | None) -> Path | None:
+    chosen = _newest_whole(output_dir) if resume == "latest" else Path(resume)
+    if chosen is None:
+        return None
+    fault = checkpoint_fault(chosen) if resume != "latest" else None
+    if fault:
+        raise UserError(f"resume_from_checkpoint: {resume}: {fault}: give a whole checkpoint, or latest")
+    if check is not None:
+        check(chosen)
     if resume != "latest":
-        fault = checkpoint_fault(resume)
-        if fault:
-            raise UserError(f"resume_from_checkpoint: {resume}: {fault}: give a whole checkpoint, or latest")
-        found = checkpoints(output_dir)
-        chosen = next((i for i, path in enumerate(found) if path.resolve() == Path(resume).resolve()), len(found))
-        for later in found[chosen + 1 :]:
-            aside = later.with_name(f"abandoned-{later.name}")
-            remove_folders(aside)
-            os.rename(later, aside)
-            _tell(f"{later}: comes after {resume}: now {aside.name}")
-        return Path(resume)
+        _set_later_aside(output_dir, chosen)
+    return chosen
+
+
+def _set_later_aside(output_dir: Path, chosen: Path) -> None:
+    found = checkpoints(output_dir)
+    place = next((i for i, path in enumerate(found) if path.resolve() == chosen.resolve()), len(found))
+    for later in found[place + 1 :]:
+        aside = later.with_name(f"abandoned-{later.name}")
+        remove_folders(aside)
+        os.rename(later, aside)
+        _tell(f"{later}: comes after {chosen}: now {aside.name}")
+
+
+def _newest_whole(output_dir: Path) -> Path | None:
     for folder in reversed(checkpoints(output_dir)):
         fault = checkpoint_fault(folder)
         if fault is None:

@@ -29,6 +29,9 @@ class Candidates:
     finished: tuple[bool, ...]
 
 
+TOO_FEW = "fewer than two distinct completions"  # of a prompt: nothing to rank
+
+
 def draw_k(num_prompts: int, min_k: int, max_k: int, seed: int) -> list[int]:
     """How many samples each prompt gets, uniform over min_k..max_k (paper App. C.2: 4 to 9)."""
     rng = random.Random(seed)
@@ -65,7 +68,7 @@ def rank_all(
     for candidate in candidates:
         chosen = rng.sample(labelers, min(per_prompt, len(labelers)))
         if len(candidate.completions) < 2:
-            skipped["fewer than two distinct completions"] += 1
+            skipped[TOO_FEW] += 1
             continue
         for labeler in chosen:
             row = ranking_row(candidate, labeler)

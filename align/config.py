@@ -119,6 +119,7 @@ class SFTConfig(TrainerConfig):
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
         between("lora_r", self.lora_r, 1, 4096)
+        between("selection_prompts", self.selection_prompts, 1, 10**9)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         between("temperature", self.temperature, 0, 100)
@@ -172,7 +173,7 @@ class RMConfig(TrainerConfig):
     gradient_checkpointing: bool = False
     per_device_train_batch_size: int = 64  # batch elements: prompts, each with its K completions
     gradient_accumulation_steps: int = 1
-    per_device_eval_batch_size: int = 256  # rows
+    per_device_eval_batch_size: int = 256  # rankings, each with its K completions; demonstrations
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -197,6 +198,8 @@ class RMConfig(TrainerConfig):
             choose("folds_by", self.folds_by, ("labeler", "source"))
         if self.num_folds < 2:
             raise UserError(f"num_folds: {self.num_folds}; one group is held out at a time, so 2 or more are needed")
+        if self.folds_by is not None and self.resume_from_checkpoint not in (None, "latest"):
+            raise UserError("resume_from_checkpoint: one checkpoint is of one fold; with folds_by give latest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +281,7 @@ class PPOConfig(TrainingConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-5
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
     optim: str = "adamw_torch_fused"  # of policy and value model, one of OPTIMIZERS
     gradient_checkpointing: bool = False  # of both, too
     use_peft: bool = False  # LoRA on the policy; the reference is the same weights with the adapter off
@@ -310,6 +313,11 @@ class PPOConfig(TrainingConfig):
         super().__post_init__()
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
+        if self.missing_eos_mode == "replace" and (self.missing_eos_penalty or 0) > 0:
+            raise UserError(
+                f"missing_eos_penalty: {self.missing_eos_penalty} would reward answers that never end, for it is their "
+                "score; give it below 0, or missing_eos_mode: subtract, as TRL has it"
+            )
         choose("value_head_init", self.value_head_init, ("kept", "fitted"))
         if self.value_head_init == "fitted" and self.rollout_batch_size < VALUE_FOLDS:
             least = f"rollout_batch_size {VALUE_FOLDS} or more"

@@ -52,6 +52,15 @@ def save_chosen(checkpoint: Path, folder: Path) -> None:
     copy_weights(checkpoint, folder / "adapter")
 
 
+def refuse_adapter(path: str) -> None:
+    """Raises UserError where a folder holds an adapter alone, and another is to lie on it: saved, the second names the
+    first one's base, and the first would be lost."""
+    if (Path(path) / "adapter_config.json").exists():
+        raise UserError(
+            f"model_name_or_path: {path} is an adapter; merge it into its base first, or set use_peft: false"
+        )
+
+
 def context_of(path: str) -> int | None:
     """How many tokens a model can read; None where its config does not say."""
     try:

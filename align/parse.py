@@ -17,6 +17,35 @@ from align.runtime import has_bf16
 
 Config = TypeVar("Config")
 
+# Names of TRL, OpenRLHF and verl whose nearest spelling here means something else: the key, or what to do.
+ELSEWHERE = {
+    "reward_model_path": "stage ppo takes a list, reward: [{model: PATH}]",
+    "reward_funcs": "stage ppo takes a list, reward: [{function: package.module:name}]",
+    "sft_model_path": "model_name_or_path",
+    "pretrain": "model_name_or_path",
+    "dataset_name": "train_file",
+    "prompt_data": "train_file",
+    "weight_decay": "no weight decays here",
+    "vf_coef": "the value model is a model of its own, at value_learning_rate",
+    "eps_clip": "cliprange",
+    "clip_ratio": "cliprange",
+    "value_clip": "cliprange_value",
+    "init_kl_coef": "kl_coef",
+    "beta": "kl_coef",
+    "lambd": "lam",
+    "critic_learning_rate": "value_learning_rate",
+    "actor_learning_rate": "learning_rate",
+    "n_samples_per_prompt": "a prompt is answered once an iteration; rollout_batch_size says how many are",
+    "num_generations": "a prompt is answered once an iteration; rollout_batch_size says how many are",
+    "train_batch_size": "an optimiser step takes rollout_batch_size / num_mini_batches episodes",
+    "response_length": "max_new_tokens",
+    "generate_max_len": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "prompt_max_len": "max_prompt_length",
+    "load_in_8bit": "frozen_quantization: int8 rounds the models of stage ppo that only score",
+    "load_in_4bit": "models are not loaded in 4 bits; use_peft and gradient_checkpointing save memory",
+}
+
 TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
 
@@ -60,8 +89,15 @@ def _required(cls: type) -> list[str]:
 
 
 def _unknown(key: str, place: str, cls: type) -> UserError:
-    close = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(cls)], n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in {cls.__module__} lists the keys"
+    known = [f.name for f in dataclasses.fields(cls)]
+    hint = ELSEWHERE.get(key, "")
+    close = [hint] if hint in known else difflib.get_close_matches(key, known, n=1)
+    if " " in hint:
+        remedy = hint
+    elif close:
+        remedy = f"did you mean {close[0]!r}?"
+    else:
+        remedy = f"{cls.__name__} in {cls.__module__} lists the keys"
     return UserError(f"{place}: unknown key; {remedy}")
 
 

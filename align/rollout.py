@@ -180,40 +180,58 @@ def check_step_zero(
 
     Stops the run with what is off and why it may be. Looks at the first microbatch, through the training forward.
     """
+    at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
+    if bool((at_last[rollout.finished] != eos_id).any()):
+        raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
+    warn_of_engine(rollout, config, runtime.half)
     head = rollout.index(torch.arange(min(len(rollout), config.per_device_train_batch_size), device=runtime.device))
     with runtime.autocast():
         rows = head.input_ids, head.query_lengths, head.response_lengths
         new, _ = response_logprobs(actors.policy, *rows, config.temperature)
-        ids, ends = closed(head, eos_id)
-        room = runtime.unwrap(actors.value_model).context
-        fit = torch.ones_like(head.finished) if room is None else ends < room  # what fills the context is read cut
-        some = bool(fit.any()) and value_term is not None
-        ids, ends = ids[fit], ends[fit]
-        values = response_values(actors.value_model, ids, ends, torch.ones_like(ends))[:, 0] if some else None
-    ratio = torch.where(head.response_mask, (new - head.logprobs).exp() - 1, torch.zeros_like(new)).abs().max()
+        gap, largest_score = value_gap(head, actors, runtime, eos_id, value_term)
+    log_ratio = torch.where(head.response_mask, new - head.logprobs, torch.zeros_like(new))
     u = torch.where(rollout.response_mask, rollout.logprobs - rollout.ref_logprobs, torch.zeros_like(rollout.logprobs))
-    numbers: dict[str, float | None] = {"ratio_max_deviation": float(ratio), "kl": float(u.sum(1).abs().max())}
-    score = head.part_scores[f"scores/{value_term}"][fit] if some else None
-    numbers["value_minus_score"] = float((values - score).abs().max()) if some else None
-    warn_of_engine(rollout, config, runtime.half)
-    at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
-    if bool((at_last[rollout.finished] != eos_id).any()):
-        raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
-    checks = [(name, numbers[name], TOKEN_LIMIT[False], cause) for name, cause in CAUSES.items()]
+    numbers = {
+        "ratio_max_deviation": float((log_ratio.exp() - 1).abs().max()),
+        "kl": float(u.sum(1).abs().max()),
+        "value_minus_score": gap,
+    }
+    measured = {name: (name, value) for name, value in numbers.items()}
     if runtime.half:  # rounds some token off by a third of a nat, so that only the mean of many says anything
-        gap = masked_mean((new - head.logprobs).abs(), head.response_mask)
-        drift = masked_mean(u.abs(), rollout.response_mask)
-        checks = [
-            ("mean |log ratio|", float(gap), TOKEN_LIMIT[True], CAUSES["ratio_max_deviation"]),
-            ("mean |log policy - log ref_policy|", float(drift), TOKEN_LIMIT[True], CAUSES["kl"]),
-            ("value_minus_score", numbers["value_minus_score"], 0.1, CAUSES["value_minus_score"]),
-        ]
-    for name, value, limit, cause in checks:
-        if config.frozen_quantization and cause != CAUSES["ratio_max_deviation"]:
-            limit = EIGHT_BIT_LIMIT
-        if value is not None and not value <= limit:
-            raise UserError(f"step-zero check: {name} is {value:.4g}, over {limit:g}: {cause}")
+        mean = float(masked_mean(log_ratio.abs(), head.response_mask))
+        measured["ratio_max_deviation"] = "mean |log ratio|", mean
+        mean = float(masked_mean(u.abs(), rollout.response_mask))
+        measured["kl"] = "mean |log policy - log ref_policy|", mean
+    limits = step_zero_limits(runtime.half, config.frozen_quantization is not None, largest_score)
+    for key, (name, value) in measured.items():
+        if value is not None and not value <= limits[key]:
+            raise UserError(f"step-zero check: {name} is {value:.4g}, over {limits[key]:g}: {CAUSES[key]}")
     return numbers
+
+
+def value_gap(
+    head: Rollout, actors: Actors, runtime: Runtime, eos_id: int, value_term: str | None
+) -> tuple[float | None, float]:
+    """The largest |value - score| where the reward model reads it, and the largest |score|; None and 0 where no episode
+    has a score to compare with."""
+    ids, ends = closed(head, eos_id)
+    room = runtime.unwrap(actors.value_model).context
+    fit = torch.ones_like(head.finished) if room is None else ends < room  # what fills the context is read cut
+    if value_term is None or not bool(fit.any()):
+        return None, 0.0
+    values = response_values(actors.value_model, ids[fit], ends[fit], torch.ones_like(ends[fit]))[:, 0]
+    scores = head.part_scores[f"scores/{value_term}"][fit]
+    return float((values - scores).abs().max()), float(scores.abs().max())
+
+
+def step_zero_limits(half: bool, eight_bit: bool, largest_score: float) -> dict[str, float]:
+    """Of the ratio; of an episode's KL, in half precision of a token's mean log-ratio; of a value's distance from its
+    score, of which half precision keeps 8 bits. `eight_bit`: the reference and the reward model are rounded."""
+    token, value = TOKEN_LIMIT[half], (max(0.1, largest_score / 80) if half else TOKEN_LIMIT[False])
+    if not eight_bit:
+        return {"ratio_max_deviation": token, "kl": token, "value_minus_score": value}
+    kl = 2 * TOKEN_LIMIT[True] if half else EIGHT_BIT_LIMIT
+    return {"ratio_max_deviation": token, "kl": kl, "value_minus_score": max(value, EIGHT_BIT_LIMIT)}
 
 
 def closed(rollout: Rollout, eos_id: int) -> tuple[Tensor, Tensor]:
@@ -246,4 +264,4 @@ def warn_of_engine(rollout: Rollout, config: PPOConfig, half: bool) -> None:
 
 
 TOKEN_LIMIT = {False: 1e-3, True: 0.05}  # nats between two log-probabilities of a token; half precision: True
-EIGHT_BIT_LIMIT = 1.0  # of what is compared with a model rounded to 8 bits
+EIGHT_BIT_LIMIT = 1.0  # of an episode's KL and a value, compared with a model rounded to 8 bits

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import math
 import os
 import random
 import sys
@@ -152,6 +153,8 @@ class Runtime:
         self.accelerator.backward(loss * self.world)
 
     def clip_grad_norm(self, parameters: Any, max_norm: float) -> float:
+        """The norm before; clips to `max_norm`, where that is 0 nothing, as a Trainer does."""
+        max_norm = max_norm or math.inf
         if not self.sharded:
             return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
         self.accelerator.unscale_gradients()

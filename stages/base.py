@@ -15,7 +15,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from align.checkpoint import is_finished, latest_checkpoint, start_output
+from align.checkpoint import is_finished
 from align.config import BaseConfig
 from align.data import load_texts
 from align.files import atomic_contents
@@ -23,6 +23,7 @@ from align.initialise import embedding_std, start_with_circuits
 from align.manifest import write_manifest
 from align.optimise import MuonAdamW
 from align.parse import parse
+from align.resume import start_run
 from align.runtime import is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce
@@ -50,8 +51,7 @@ def main(argv: list[str]) -> None:
     tune_cpu()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
-    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    output, checkpoint = start_run(config)
     set_seed(config.seed)
 
     # 2. Tokenizer: byte-level, so any text survives a round trip; pad and EOS are tokens of their own.

@@ -11,7 +11,7 @@ written for people to rank, in the format that `align validate` reads back once 
 import sys
 
 from align.checkpoint import start_output
-from align.collect import Candidates, draw_k, group, load_labelers, rank_all
+from align.collect import TOO_FEW, Candidates, draw_k, group, load_labelers, rank_all
 from align.config import CollectConfig
 from align.data import drop_long, load_prompts
 from align.files import atomic_contents, write_jsonl
@@ -81,8 +81,7 @@ def sample(
 def rank(candidates: dict[str, list[Candidates]], config: CollectConfig) -> tuple[dict, dict]:
     """Tables of rows by file name, and what the manifest says of them."""
     if config.labelers is None:
-        rows = {name: [to_label(c) for c in group] for name, group in candidates.items()}
-        return {f"{name}_to_label": table for name, table in rows.items()}, {}
+        return to_label(candidates)
     team = load_labelers(config.labelers, "labelers", config.seed)
     jobs = [("train", team, config.labelers_per_prompt), ("validation", team, config.validation_labelers_per_prompt)]
     if config.held_out_labelers:
@@ -96,9 +95,22 @@ def rank(candidates: dict[str, list[Candidates]], config: CollectConfig) -> tupl
     return tables, metrics
 
 
-def to_label(candidate: Candidates) -> dict:
-    completions = [{"completion": text, "rank": None} for text in candidate.completions]
-    return {"prompt": candidate.prompt.prompt, "completions": completions, **candidate.prompt.columns}
+def to_label(candidates: dict[str, list[Candidates]]) -> tuple[dict, dict]:
+    """The same with empty ranks, for people to fill in."""
+    tables, metrics = {}, {}
+    for name, source in candidates.items():
+        some = [candidate for candidate in source if len(candidate.completions) > 1]
+        tables[f"{name}_to_label"] = [
+            {
+                "prompt": candidate.prompt.prompt,
+                "completions": [{"completion": text, "rank": None} for text in candidate.completions],
+                **candidate.prompt.columns,
+            }
+            for candidate in some
+        ]
+        skipped = {TOO_FEW: len(source) - len(some)}
+        metrics[f"{name}_to_label"] = {"prompts": len(source), "rankings": len(some), "skipped": skipped}
+    return tables, metrics
 
 
 if __name__ == "__main__":

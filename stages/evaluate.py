@@ -177,7 +177,7 @@ def gold_scores(ranking: Ranking, setting: Setting) -> list[float]:
 def step_zero(config: EvaluateConfig) -> dict[str, float] | None:
     for path in (config.ppo_ptx_path, config.ppo_path):
         manifest = read_manifest(path) if path and Path(path).exists() else None
-        if manifest:
+        if manifest and "step_zero" in manifest.metrics:
             return manifest.metrics["step_zero"]
     return None
 

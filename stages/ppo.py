@@ -17,7 +17,7 @@ import sys
 
 from tqdm import trange
 
-from align.checkpoint import is_finished, latest_checkpoint, start_output
+from align.checkpoint import is_finished
 from align.config import PPOConfig
 from align.evaluate.report import plot_overoptimisation
 from align.interrupt import Interrupted, arrived, defer
@@ -34,6 +34,7 @@ from align.learn import (
 from align.maths.kl import adapt_kl_coef
 from align.order import Cursor
 from align.parse import parse
+from align.resume import start_run
 from align.rewards import GoldJudge
 from align.rollout import check_step_zero, collect_rollout
 from align.runtime import Runtime, tune_cpu
@@ -56,8 +57,7 @@ def main(argv: list[str]) -> None:
     # 2. Parents, prompts, pretraining documents, folder.
     inputs = load_inputs(config)
     codec = inputs.codec
-    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    output, checkpoint = start_run(config, inputs.parents)
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
     first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
-        first, kl_coef, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
+        first, adapted, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
+        kl_coef = config.kl_coef if config.kl_target is None else adapted
         stopped = kl_stop_reason(row["objective/kl"], config, first)
     metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output)
     judge = GoldJudge(config.judge, codec)

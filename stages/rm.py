@@ -33,6 +33,7 @@ from align.models import ScalarModel, disable_dropout, load_scalar_model, save_s
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
+from align.resume import start_run
 from align.runtime import is_main_process, refuse_sharding, tune_cpu
 from align.splits import keep_apart, refuse_eval_only
 from align.text import Codec
@@ -46,6 +47,8 @@ from align.trainer import (
     resume_argument,
 )
 from stages.__main__ import run
+
+SCORED_AGAIN = 1000  # demonstrations, by the normalised model: all of them would be a second pass for one constant
 
 
 def main(argv: list[str]) -> None:
@@ -62,19 +65,20 @@ def main(argv: list[str]) -> None:
     demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
     short = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
     demonstrations, reports["demonstrations_file"] = short
-    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    output, checkpoint = start_run(config, parents)
 
     # 2. Train: each prompt once an epoch, its pairs never apart.
-    model = train(config, codec, rankings, held["validation"], output)
+    model = train(config, codec, rankings, held["validation"], output, checkpoint)
 
     # 3. Normalise, in float32: demonstrations score 0 on average.
-    mean = normalise(model, score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size))
+    before = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
+    mean = normalise(model, before)
 
     # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
     if is_main_process():
         metrics = accuracies(model, held, codec, config) | {"demonstration_mean_before": mean}
-        after = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
-        metrics["demonstration_mean"] = sum(after) / len(after)
+        after = score_demonstrations(model, demonstrations[:SCORED_AGAIN], codec, config.per_device_eval_batch_size)
+        metrics["demonstration_mean"] = mean + (sum(after) - sum(before[: len(after)])) / len(after)
         with atomic_contents(output) as folder:
             save_scalar_model(model, folder, codec.pad_id)
             codec.save(folder)
@@ -85,9 +89,10 @@ def main(argv: list[str]) -> None:
     announce(f"reward model in {output}; next: make ppo")
 
 
-def train(config: RMConfig, codec: Codec, rankings: list, validation: list, output: Path) -> ScalarModel:
+def train(
+    config: RMConfig, codec: Codec, rankings: list, validation: list, output: Path, checkpoint: Path | None
+) -> ScalarModel:
     """The language model's body with a fresh scalar head and no dropout, trained on `rankings`."""
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
     set_seed(config.seed)
     model = load_scalar_model(config.model_name_or_path, config.attn_implementation, fresh_head=True)
     disable_dropout(model)
@@ -123,7 +128,9 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
         announce(
             f"fold {i + 1} of {len(folds)}: {len(fold.train)} rankings to learn from, {len(fold.held_out)} held out"
         )
-        model = train(config, codec, fold.train, held["validation"], output / f"fold-{i + 1}")
+        folder = output / f"fold-{i + 1}"
+        checkpoint = latest_checkpoint(folder, config.resume_from_checkpoint)
+        model = train(config, codec, fold.train, held["validation"], folder, checkpoint)
         tests = {"in_group": fold.in_group, "held_out": fold.held_out}
         size = config.per_device_eval_batch_size
         scored.append({name: score_rankings(model, rows, codec, size) for name, rows in tests.items()})

@@ -17,16 +17,17 @@ import trl
 from datasets import Dataset
 from transformers import set_seed
 
-from align.checkpoint import is_finished, latest_checkpoint, start_output
+from align.checkpoint import is_finished
 from align.config import SFTConfig
 from align.data import load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import add_residual_dropout, load_policy, save_chosen
+from align.models import add_residual_dropout, load_policy, refuse_adapter, save_chosen
 from align.optimise import trainer_optim
 from align.parse import parse
+from align.resume import start_run
 from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
 from align.select import choose_epoch
@@ -57,17 +58,18 @@ def main(argv: list[str]) -> None:
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
         reward_config(config.reward_model_path, "reward_model_path")
-    output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
+    output, checkpoint = start_run(config, parents)
     set_seed(config.seed)
 
     # 2. The policy, with dropout on the residual stream in training mode only.
+    if config.use_peft:
+        refuse_adapter(config.model_name_or_path)
     policy = load_policy(config.model_name_or_path, config.attn_implementation)
     collator = causal_collator(policy, config.attn_implementation, codec.pad_id)
-    if config.residual_dropout > 0:
-        add_residual_dropout(policy, config.residual_dropout)
     if config.use_peft:
         policy = with_lora(policy, config)
+    if config.residual_dropout > 0:  # on what a layer and its adapter write together
+        add_residual_dropout(policy, config.residual_dropout)
 
     # 3. Train.
     trainer = DemonstrationTrainer(

@@ -5,9 +5,11 @@ from collections import Counter
 import pytest
 
 from align.collect import Candidates, draw_k, group, load_labelers, rank_all
+from align.config import CollectConfig
 from align.data import parse_ranking
 from align.errors import UserError
 from align.types import Episode, Prompt
+from stages.collect import rank
 
 
 class ByLength:
@@ -108,3 +110,12 @@ def test_labelers_by_import_path(monkeypatch):
     for path in ("some_labelers:none", "some_labelers:wrong", "some_labelers:gone"):
         with pytest.raises(UserError, match="labelers: "):
             load_labelers(path, "labelers", 7)
+
+
+def test_without_labelers_what_can_be_ranked_is_written(tmp_path):
+    found = {"train": [candidates("a", "b", use_case="chat"), candidates("a"), candidates()], "validation": []}
+    tables, metrics = rank(found, CollectConfig(output_dir=str(tmp_path), labelers=None))
+    empty = [{"completion": "a", "rank": None}, {"completion": "b", "rank": None}]
+    assert tables["train_to_label"] == [{"prompt": "p", "completions": empty, "use_case": "chat"}]
+    counts = {"prompts": 3, "rankings": 1, "skipped": {"fewer than two distinct completions": 2}}
+    assert metrics["train_to_label"] == counts

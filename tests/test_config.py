@@ -1,6 +1,7 @@
 """align/config.py and parse.py: a mistake is one line that names its place, types survive YAML and flags."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from align.config import (
     term_name,
 )
 from align.errors import UserError
-from align.parse import parse
+from align.parse import ELSEWHERE, parse
 from align.runtime import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +346,22 @@ def test_unknown_key_is_suggested(tmp_path):
     assert "ppo.yaml: klcoef" in message and "'kl_coef'" in message
 
 
+def test_keys_of_other_libraries_are_not_guessed_by_their_spelling():
+    """`difflib` finds value_model_path, ema_decay, kl_coef and reward_clip for the first four."""
+    assert fails("--reward_model_path", "x") == "--reward_model_path: unknown key; " + ELSEWHERE["reward_model_path"]
+    assert "no weight decays" in fails("--weight_decay", "0")
+    assert "value_learning_rate" in fails("--vf_coef", "0.1")
+    assert fails("--eps_clip", "0.2") == "--eps_clip: unknown key; did you mean 'cliprange'?"
+    assert "did you mean 'max_new_tokens'" in fails("--response_length", "53")
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_what_is_said_of_foreign_keys_names_keys_that_exist(key):
+    known = {f.name for cls in (PPOConfig, SFTConfig) for f in dataclasses.fields(cls)}
+    named = {ELSEWHERE[key]} if " " not in ELSEWHERE[key] else set(re.findall(r"[a-z]+(?:_[a-z]+)+", ELSEWHERE[key]))
+    assert named <= known and key not in {f.name for f in dataclasses.fields(PPOConfig)}
+
+
 def test_unknown_key_like_nothing_else_has_a_remedy_too():
     message = fails("--zzz", "1")
     assert message.startswith("--zzz: unknown key") and message != "--zzz: unknown key"
@@ -367,6 +384,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--output_dir", ""], ["output_dir", "empty", "--output_dir"]),
         (["--kl_estimator", "k4"], ["kl_estimator", "'k4'", "k1, k2, k3"]),
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
+        (["--missing_eos_penalty", "1.0"], ["missing_eos_penalty: 1.0", "reward answers that never end", "subtract"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
         (["--value_head_init", "x"], ["value_head_init", "kept, fitted"]),
@@ -418,6 +436,7 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--pretraining_fraction", "1.5"], ["pretraining_fraction", "outside"]),
         (SFTConfig, ["--residual_dropout", "-0.1"], ["residual_dropout", "outside"]),
         (SFTConfig, ["--optim", "adamw"], ["optim", "'adamw'", "adafactor"]),
+        (SFTConfig, ["--selection_prompts", "0"], ["selection_prompts", "outside"]),
         (RMConfig, ["--lora_r", "-1"], ["lora_r", "outside"]),
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),

@@ -40,7 +40,7 @@ FLOORS = (
         "optimise",
     },
     {"attention", "prepack"},
-    {"text", "checkpoint", "manifest", "rows", "splits", "packing", "postmortem", "track"},
+    {"text", "checkpoint", "resume", "manifest", "rows", "splits", "packing", "postmortem", "track"},
     {"models", "data"},
     {"generate", "ranking", "update", "readers", "lora", "demonstrations"},
     {"rewards", "reward_models", "head", "trainer"},

@@ -28,6 +28,7 @@ from align.models import (
     load_policy,
     load_scalar_model,
     pack_responses,
+    refuse_adapter,
     response_logprobs,
     response_values,
     save_scalar_model,
@@ -214,6 +215,31 @@ def test_S4_residual_dropout_drops_the_share_asked_for(tiny_llama):
     tiny_llama.model.layers[0].mlp.register_forward_hook(lambda *call: seen.append(call[2]))
     tiny_llama.train()(input_ids=torch.randint(2, 64, (8, 64)))
     assert float((seen[0] == 0).float().mean()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_S4_residual_dropout_drops_what_an_adapter_writes_too(tiny_llama):
+    adapted = with_lora(tiny_llama, LORA)
+    assert add_residual_dropout(adapted, 1.0) == 4
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    seen = []
+    adapted.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(
+        lambda *call: seen.append(call[2])
+    )
+    adapted.train()(input_ids=torch.tensor([[5, 6, 7]]))
+    adapted.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+    assert float(seen[0].abs().max()) == 0 and float(seen[1].abs().max()) > 0
+
+
+def test_an_adapter_does_not_go_on_an_adapter(tiny_llama, tmp_path):
+    """Saved, the second would name the first one's base, and the first be lost."""
+    tiny_llama.save_pretrained(tmp_path / "base")
+    refuse_adapter(str(tmp_path / "base"))
+    with_lora(load_policy(str(tmp_path / "base")), LORA).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter is an adapter; merge it into its base first, or set use_peft: false"):
+        refuse_adapter(str(tmp_path / "adapter"))
 
 
 def test_S4_an_unknown_architecture_is_refused():

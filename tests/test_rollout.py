@@ -16,7 +16,16 @@ from align.errors import UserError
 from align.generate import make_sampler
 from align.models import Policy, add_residual_dropout, disable_dropout, load_packed_policy, load_scalar_model
 from align.rewards import ModelReward, RewardSum, Term
-from align.rollout import Actors, Query, apply_eos_rule, check_step_zero, collect_rollout, shape_rewards
+from align.rollout import (
+    CAUSES,
+    Actors,
+    Query,
+    apply_eos_rule,
+    check_step_zero,
+    collect_rollout,
+    shape_rewards,
+    step_zero_limits,
+)
 from align.runtime import Runtime
 from align.types import Prompt
 
@@ -370,6 +379,18 @@ def test_P4_in_half_precision_the_mean_is_bounded(actors, old_logprobs, shift, p
     else:
         with pytest.raises(UserError, match=r"mean \|log ratio\| is 0.06, over 0.05"):
             check_step_zero(rollout, actors, config, half, EOS, value_term="model")
+
+
+def test_step_zero_limits():
+    """bfloat16 keeps 8 bits: between 16 and 32 its numbers are 1/8 apart."""
+    assert step_zero_limits(False, False, 30.0) == dict.fromkeys(CAUSES, 1e-3)
+    assert step_zero_limits(True, False, 2.0) == {"ratio_max_deviation": 0.05, "kl": 0.05, "value_minus_score": 0.1}
+    assert 2 * 0.125 <= step_zero_limits(True, False, 24.0)["value_minus_score"] < 0.5
+    assert step_zero_limits(False, True, 2.0) == {"ratio_max_deviation": 1e-3, "kl": 1.0, "value_minus_score": 1.0}
+    rounded = step_zero_limits(True, True, 2.0)
+    assert rounded["ratio_max_deviation"] == 0.05 and rounded["kl"] == pytest.approx(0.1), (
+        "nats a token, not an episode"
+    )
 
 
 @pytest.mark.parametrize("shift, passes", [(0.04, True), (0.06, False)])

@@ -642,6 +642,15 @@ def test_P17_toy_bandit(tiny_llama, folder, runtime):
     assert free[-1] > 0.3 and abs(held[-1]) < 0.1 * free[-1]
 
 
+def test_a_norm_of_0_clips_nothing(runtime):
+    """As in a Trainer; torch would take it for a bound that no gradient but 0 keeps."""
+    for bound, expected in ((0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])):
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([3.0, 4.0])
+        assert runtime.clip_grad_norm([p], bound) == 5.0
+        assert p.grad.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_overflow_under_float16_is_left_to_the_loss_scaler(runtime, monkeypatch):
     """Its step is skipped by the scaler; in every other type it stops the run."""
     model = torch.nn.Linear(2, 2)

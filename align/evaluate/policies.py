@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.generate import make_sampler, uniform_numbers
+from align.maths.masks import length_mask
 from align.maths.repetition import repeated_ngrams
 from align.models import Policy, document_nll, response_logprobs
 from align.packing import token_batches
@@ -54,13 +55,17 @@ def answer(
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
+    drawn = [len(episode.response) for episode in episodes]  # tokens that the policy chose
     if few_shot:
-        episodes = [cut_at_newline(episode, codec) for episode in episodes]
+        answers = [cut_at_newline(episode, codec) for episode in episodes]
+        drawn = [n if a is e else len(a.response) - 1 for n, a, e in zip(drawn, answers, episodes, strict=True)]
+        episodes = answers
     rows = [record(prompts[i], e, setting) for i, e in zip(picked, episodes, strict=True)]
     own = [Episode(tuple(plain[i]), e.response, e.finished) for i, e in zip(picked, episodes, strict=True)]
     with torch.no_grad(), runtime.autocast():
-        here = sequence_logprobs(policy, episodes, setting, runtime.device, temperature or 1.0)
-        there = sequence_logprobs(setting.sft, own, setting, runtime.device, temperature or 1.0)
+        here = sequence_logprobs(policy, episodes, drawn, setting, runtime.device, temperature or 1.0)
+        there = sequence_logprobs(setting.sft, own, drawn, setting, runtime.device, temperature or 1.0)
+    with torch.no_grad():  # in float32: rounded scores would tie
         proxies = setting.reward([prompts[i] for i in picked], own)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
@@ -96,24 +101,28 @@ def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]
 
 
 def cut_at_newline(episode: Episode, codec: Codec) -> Episode:
-    """The answer alone: a few-shot prompted base model goes on with the next instruction after a newline (App. D)."""
+    """The answer alone, closed by EOS: a few-shot prompted base model goes on with the next instruction after a newline
+    (App. D)."""
     for i in range(1, len(episode.response) + 1):
         text = codec.decode(episode.response[:i])
         if text.strip() and "\n" in text.lstrip():
-            kept = episode.response[: i - 1] or (codec.eos_id,)
-            return Episode(episode.query, (*kept, codec.eos_id), True)
+            return Episode(episode.query, (*episode.response[: i - 1], codec.eos_id), True)
     return episode
 
 
-def sequence_logprobs(policy: Policy, episodes: list[Episode], setting: Setting, device, temperature: float) -> Tensor:
-    """Log-probability of each whole response. (N,)"""
+def sequence_logprobs(
+    policy: Policy, episodes: list[Episode], drawn: list[int], setting: Setting, device, temperature: float
+) -> Tensor:
+    """Log-probability of the first `drawn` tokens of each response. (N,)"""
     totals = torch.zeros(len(episodes))
     for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size):
         batch = [episodes[i] for i in rows]
         ids = pad_rows([[*e.query, *e.response] for e in batch], setting.codec.pad_id).to(device)
         starts = torch.tensor([len(e.query) for e in batch], device=device)
         lengths = torch.tensor([len(e.response) for e in batch], device=device)
-        totals[rows] = response_logprobs(policy, ids, starts, lengths, temperature)[0].sum(1).cpu()
+        logprobs = response_logprobs(policy, ids, starts, lengths, temperature)[0].cpu()  # (B, R)
+        counted = length_mask(torch.tensor([drawn[i] for i in rows]), logprobs.shape[1])
+        totals[rows] = (logprobs * counted).sum(1)
     return totals
 
 

@@ -17,8 +17,8 @@ answers: the mean log-ratio estimates a KL where the answers were sampled, at th
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
 no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
-policy was trained with PPO, and for its `value_minus_score` when the value model started from no term of the reward.
-All else is a finite number.
+policy was trained with PPO, by us, and for its `value_minus_score` when the value model started from no term of the
+reward. All else is a finite number.
 """
 
 import math
@@ -175,9 +175,8 @@ def _check_sections(summary: Mapping[str, Any]) -> list[str]:
         return problems + policy_keys
     for name, policy in policies.items():
         problems += _check_policy(policy, f"policies.{name}")
-    trained = policies["ppo"] is not None or policies["ppo_ptx"] is not None
     problems += _check_by_reward_model(summary.get("by_reward_model", {}))
-    if summary["step_zero"] is not None or trained:
+    if summary["step_zero"] is not None:
         problems += _check_step_zero(summary["step_zero"])
     return problems
 

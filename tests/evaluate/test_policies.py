@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from align.evaluate.policies import Setting, answer, perplexity, sequence_logprobs
+from align.evaluate.policies import Setting, answer, cut_at_newline, perplexity, sequence_logprobs
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
 from align.runtime import Runtime
@@ -39,12 +39,28 @@ def at_temperature(model, query: tuple[int, ...], response: tuple[int, ...], tem
     return float(Categorical(logits=logits / temperature).log_prob(torch.tensor(response)).sum())
 
 
+def whole(episodes: list[Episode]) -> list[int]:
+    return [len(episode.response) for episode in episodes]
+
+
+def test_logprob_of_the_tokens_that_were_drawn(policy, tiny_llama):
+    """What was added behind them, as an EOS where an answer was cut, does not count."""
+    episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    drawn = [i % (len(r) + 1) for i, r in enumerate(RESPONSES)]  # 0 of the first, then more
+    setting = SimpleNamespace(batch_size=2, codec=SimpleNamespace(pad_id=0))
+    with torch.no_grad():
+        totals = sequence_logprobs(policy, episodes, drawn, setting, CPU, 1.0)
+    rows = zip(QUERIES, RESPONSES, drawn, strict=True)
+    expected = [-loss_of(tiny_llama, q + r[:n], len(q)) if n else 0.0 for q, r, n in rows]
+    assert totals.tolist() == pytest.approx(expected, abs=1e-4) and drawn[0] == 0 and max(drawn) > 1
+
+
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 def test_P6_logprob_of_a_response_is_that_of_the_temperature_that_drew_it(policy, tiny_llama, temperature):
     episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     setting = SimpleNamespace(batch_size=2, codec=SimpleNamespace(pad_id=0))
     with torch.no_grad():
-        totals = sequence_logprobs(policy, episodes, setting, CPU, temperature)
+        totals = sequence_logprobs(policy, episodes, whole(episodes), setting, CPU, temperature)
     expected = [at_temperature(tiny_llama, q, r, temperature) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     assert totals.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -54,7 +70,7 @@ def test_logprob_of_a_response_is_the_sum_of_its_tokens(policy, tiny_llama, batc
     episodes = [Episode(q, r, r[-1] == 1) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     setting = SimpleNamespace(batch_size=batch_size, codec=SimpleNamespace(pad_id=0))
     with torch.no_grad():
-        totals = sequence_logprobs(policy, episodes, setting, CPU, 1.0)
+        totals = sequence_logprobs(policy, episodes, whole(episodes), setting, CPU, 1.0)
     expected = [-loss_of(tiny_llama, q + r, len(q)) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     assert totals.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -89,3 +105,30 @@ def test_P6_kl_of_an_answer_is_at_the_temperature_that_drew_it(tiny_llama, tiny_
         here, there = (at_temperature(m, tuple(query), episode.response, read_at) for m in models)
         assert row["response"] == tiny_codec.decode(episode.response).strip()
         assert row["kl"] == pytest.approx(here - there, abs=1e-3) and abs(here - there) > 0.1
+
+
+@pytest.mark.parametrize("text, kept", [("a cat\nName", "a cat"), ("\na cat\n", "\na cat"), ("a cat", "a cat")])
+def test_a_prompted_answer_ends_before_its_newline(tiny_codec, text, kept):
+    episode = Episode((5,), tuple(tiny_codec.response(text)[:-1]), False)
+    cut = cut_at_newline(episode, tiny_codec)
+    if kept == text:
+        assert cut is episode
+    else:
+        *answer_tokens, last = cut.response
+        assert tiny_codec.decode(answer_tokens).strip() == kept.strip() and last == tiny_codec.eos_id and cut.finished
+        assert tuple(answer_tokens) == episode.response[: len(answer_tokens)]
+
+
+def test_rewards_are_computed_in_float32(tiny_llama, tiny_codec, monkeypatch):
+    """Under autocast scores of 2 to 4 would come in steps of 1/64, and tie."""
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy, seen = Policy(tiny_llama.eval()), []
+
+    def reward(prompts, episodes):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return [0.0] * len(episodes)
+
+    setting = Setting(tiny_codec, [Prompt("Say no")], policy, reward, None, max_new_tokens=2, batch_size=2, seed=0)
+    monkeypatch.setattr(Runtime, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    answer(policy, setting, 1.0, Runtime(seed=0))
+    assert seen == [False]
