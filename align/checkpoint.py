@@ -238,7 +238,9 @@ def _choose_checkpoint(output_dir: Path, resume: str, check: Callable[[Path], No
         raise UserError(f"resume_from_checkpoint: {resume}: {fault}: give a whole checkpoint, or latest")
     if check is not None:
         check(chosen)
-    if resume != "latest":
+    if resume == "latest":
+        _tell(f"resuming from {chosen}")
+    else:
         _set_later_aside(output_dir, chosen)
     return chosen
 
@@ -257,7 +259,6 @@ def _newest_whole(output_dir: Path) -> Path | None:
     for folder in reversed(checkpoints(output_dir)):
         fault = checkpoint_fault(folder)
         if fault is None:
-            _tell(f"resuming from {folder}")
             return folder
         _tell(f"warning: {folder}: {fault}: passed over")
     _tell(f"resume_from_checkpoint: {output_dir} holds no whole checkpoint: starting from the beginning")

@@ -6,6 +6,7 @@ Names follow TRL and TrainingArguments where they mean the same. Defaults are th
 
 import dataclasses
 import re
+import warnings
 
 from align.errors import UserError
 
@@ -75,6 +76,7 @@ class BaseConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         exact_div(self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads")
         for key in ("num_hidden_layers", "num_attention_heads"):
             if getattr(self, key) < 2:
@@ -118,6 +120,7 @@ class SFTConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
+        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         between("selection_prompts", self.selection_prompts, 1, 10**9)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
@@ -189,6 +192,7 @@ class RMConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
+        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
         choose("head_init", self.head_init, ("normal", "fitted"))
@@ -314,9 +318,10 @@ class PPOConfig(TrainingConfig):
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
         if self.missing_eos_mode == "replace" and (self.missing_eos_penalty or 0) > 0:
-            raise UserError(
-                f"missing_eos_penalty: {self.missing_eos_penalty} would reward answers that never end, for it is their "
-                "score; give it below 0, or missing_eos_mode: subtract, as TRL has it"
+            warnings.warn(
+                f"missing_eos_penalty: {self.missing_eos_penalty} is the score of an answer that does not end, over "
+                "the 0 of demonstrations; TRL's positive penalty is subtracted: missing_eos_mode: subtract",
+                stacklevel=2,
             )
         choose("value_head_init", self.value_head_init, ("kept", "fitted"))
         if self.value_head_init == "fitted" and self.rollout_batch_size < VALUE_FOLDS:
@@ -327,6 +332,7 @@ class PPOConfig(TrainingConfig):
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, *TEMPERATURES)
         choose_optimizer(self.optim)
+        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not self.reward:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 import warnings
@@ -17,7 +18,9 @@ from align.runtime import has_bf16
 
 Config = TypeVar("Config")
 
-# Names of TRL, OpenRLHF and verl whose nearest spelling here means something else: the key, or what to do.
+KEY = re.compile(r"[a-z]+(?:_[a-z]+)+")
+# Names of TRL, OpenRLHF and verl whose nearest spelling here means something else: the key, or what to do in a stage
+# that has the keys it names.
 ELSEWHERE = {
     "reward_model_path": "stage ppo takes a list, reward: [{model: PATH}]",
     "reward_funcs": "stage ppo takes a list, reward: [{function: package.module:name}]",
@@ -92,7 +95,7 @@ def _unknown(key: str, place: str, cls: type) -> UserError:
     known = [f.name for f in dataclasses.fields(cls)]
     hint = ELSEWHERE.get(key, "")
     close = [hint] if hint in known else difflib.get_close_matches(key, known, n=1)
-    if " " in hint:
+    if " " in hint and set(KEY.findall(hint)) <= set(known):
         remedy = hint
     elif close:
         remedy = f"did you mean {close[0]!r}?"

@@ -6,61 +6,92 @@ agrees nothing in the folder changes: a finished run stays finished.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import latest_checkpoint, start_output
+from align.checkpoint import checkpoints, latest_checkpoint, start_output
 from align.config import TrainerConfig, TrainingConfig
 from align.errors import UserError
 from align.files import MANIFEST, write_json
+from align.optimise import takes_muon, trainer_optim
+from align.rows import DataReport
 from align.runtime import is_main_process, wait_for_everyone
 
 RUN = "run.json"
-# Keys that make weights or an optimiser's state mean something else.
+SCHEMA = 1
+# Keys that make weights, an optimiser's state or an order of rows mean something else.
 SHARED = (
-    "use_peft", "value_use_peft", "lora_r", "lora_alpha", "lora_target_modules", "optim", "batch_element", "ema_decay",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "use_peft", "value_use_peft", "batch_element", "ema_decay", "optim", "adam_beta1",
+    "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
 RATES = ("learning_rate", "muon_learning_rate")  # a Trainer's schedule brings back its own; PPO's follows the config
+DATA = ("train_file", "pretraining_file")
 
 
-def start_run(config: TrainingConfig, parents: Sequence[dict[str, Any]] = ()) -> tuple[Path, Path | None]:
+def start_run(
+    config: TrainingConfig, parents: Sequence[dict[str, Any]], reports: Mapping[str, DataReport]
+) -> tuple[Path, Path | None]:
     """The output folder, locked, and the checkpoint to go on from, if one was asked for and there is one.
 
-    Raises UserError when the folder holds another run, and when the checkpoint is not whole, is of a run with other
-    keys or parents than this one, or of none that can be gone on with.
+    `parents` are the models whose weights the run starts from, `reports` what it reads. Raises UserError when the
+    folder holds another run, and when the checkpoint is not whole or its run began with other keys, parents or rows.
     """
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
-    own = what_is_shared(config, parents)
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, lambda path: require_same_run(path, own))
+    own = beginning(config, parents, reports)
+
+    def check(checkpoint: Path) -> None:
+        if checkpoint.resolve().parent != output.resolve() and checkpoints(output):
+            remedy = "choose another folder, or one of its own checkpoints"
+            raise UserError(f"output_dir: {output}: holds another run than that of {checkpoint}: {remedy}")
+        require_same_beginning(checkpoint, own)
+
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, check)
     if is_main_process():
-        write_json(output / RUN, own)
+        if checkpoint is None or checkpoint.resolve().parent != output.resolve():
+            write_json(output / RUN, own)
         (output / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
     wait_for_everyone()
     return output, checkpoint
 
 
-def what_is_shared(config: TrainingConfig, parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    names = (*SHARED, *RATES) if isinstance(config, TrainerConfig) else SHARED
+def beginning(
+    config: TrainingConfig, parents: Sequence[dict[str, Any]], reports: Mapping[str, DataReport]
+) -> dict[str, Any]:
+    """What is compared: keys of the config, parents' hashes (or hub ids) by role, digests of the rows by key."""
+    names = [*SHARED, *RATES] if isinstance(config, TrainerConfig) else [*SHARED]
+    if getattr(config, "use_peft", False) or getattr(config, "value_use_peft", False):
+        names += LORA
     keys = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    weights = {parent["role"]: parent["weights_sha256"] for parent in parents if parent["weights_sha256"]}
-    return json.loads(json.dumps({"schema": 1, "config": keys, "parents": weights}))
+    if "optim" in keys and isinstance(config, TrainerConfig):
+        keys["optim"] = "muon" if takes_muon(config) else trainer_optim(config)
+    if "lora_target_modules" in keys:
+        keys["lora_target_modules"] = sorted(keys["lora_target_modules"])
+    weights = {parent["role"]: parent["weights_sha256"] or parent["path"] for parent in parents}
+    data = {name: sorted(reports[name].sha256.values()) for name in DATA if name in reports}
+    return {"schema": SCHEMA, "config": keys, "parents": weights, "data": data}
 
 
-def require_same_run(checkpoint: Path, own: dict[str, Any]) -> None:
-    """Raises UserError where the checkpoint's run began otherwise. A checkpoint without its run's folder is taken."""
-    path = checkpoint.resolve().parent / RUN
+def require_same_beginning(checkpoint: Path, own: dict[str, Any]) -> None:
+    """Raises UserError where the checkpoint's run began otherwise. One without a `run.json` beside it is taken."""
+    path, place = checkpoint.resolve().parent / RUN, f"resume_from_checkpoint: {checkpoint}"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        if before["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {before['schema']!r}")
+        keys, parents, data = (dict(before[part]) for part in ("config", "parents", "data"))
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it to resume without its check") from None
-    for key, now in own["config"].items():
-        was = before["config"].get(key, now)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        remedy = "take it away to resume without its check"
+        raise UserError(f"{path}: is none of ours ({type(error).__name__}: {error}): {remedy}") from None
+    for key in sorted(keys.keys() | own["config"].keys()):
+        was, now = json.dumps(keys.get(key)), json.dumps(own["config"].get(key))
         if was != now:
-            raise UserError(f"resume_from_checkpoint: {checkpoint}: its {key} is {was}, not {now}; set it as it was")
-    for role, now in own["parents"].items():
-        if before["parents"].get(role, now) != now:
-            remedy = "give the one that it began with, or begin anew"
-            raise UserError(f"resume_from_checkpoint: {checkpoint}: its {role} had other weights: {remedy}")
+            raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")
+    for what, then, now in (("weights", parents, own["parents"]), ("rows", data, own["data"])):
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise UserError(f"{place}: its {name} had other {what}; give what it began with, or begin anew")

@@ -153,7 +153,7 @@ class Runtime:
         self.accelerator.backward(loss * self.world)
 
     def clip_grad_norm(self, parameters: Any, max_norm: float) -> float:
-        """The norm before; clips to `max_norm`, where that is 0 nothing, as a Trainer does."""
+        """The norm before clipping. A `max_norm` of 0 clips nothing, as in a Trainer."""
         max_norm = max_norm or math.inf
         if not self.sharded:
             return float(self.accelerator.clip_grad_norm_(parameters, max_norm))

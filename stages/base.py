@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     tune_cpu()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
-    output, checkpoint = start_run(config)
+    output, checkpoint = start_run(config, [], {"train_file": text_report})
     set_seed(config.seed)
 
     # 2. Tokenizer: byte-level, so any text survives a round trip; pad and EOS are tokens of their own.

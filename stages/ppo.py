@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     # 2. Parents, prompts, pretraining documents, folder.
     inputs = load_inputs(config)
     codec = inputs.codec
-    output, checkpoint = start_run(config, inputs.parents)
+    output, checkpoint = start_run(config, inputs.parents, inputs.reports)
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)

@@ -16,11 +16,12 @@ Cross-validation by labeler (section 4.1) or source trains a model a fold, repor
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
 
-from align.checkpoint import is_finished, latest_checkpoint, start_output
+from align.checkpoint import is_finished, start_output
 from align.config import RMConfig
 from align.data import demonstration_length, drop_long, load_demonstrations, load_rankings, ranking_length
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
     short = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
     demonstrations, reports["demonstrations_file"] = short
-    output, checkpoint = start_run(config, parents)
+    output, checkpoint = start_run(config, parents, reports)
 
     # 2. Train: each prompt once an epoch, its pairs never apart.
     model = train(config, codec, rankings, held["validation"], output, checkpoint)
@@ -128,9 +129,8 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
         announce(
             f"fold {i + 1} of {len(folds)}: {len(fold.train)} rankings to learn from, {len(fold.held_out)} held out"
         )
-        folder = output / f"fold-{i + 1}"
-        checkpoint = latest_checkpoint(folder, config.resume_from_checkpoint)
-        model = train(config, codec, fold.train, held["validation"], folder, checkpoint)
+        begun = start_run(replace(config, output_dir=str(output / f"fold-{i + 1}")), parents, reports)
+        model = train(config, codec, fold.train, held["validation"], *begun)
         tests = {"in_group": fold.in_group, "held_out": fold.held_out}
         size = config.per_device_eval_batch_size
         scored.append({name: score_rankings(model, rows, codec, size) for name, rows in tests.items()})

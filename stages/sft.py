@@ -53,17 +53,17 @@ def main(argv: list[str]) -> None:
         return
     tune_cpu()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
+    if config.use_peft:
+        refuse_adapter(config.model_name_or_path)
     codec = Codec.load(config.model_name_or_path, config.chat_template_path)
     train, validation, reports = load_rows(config, codec)
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
         reward_config(config.reward_model_path, "reward_model_path")
-    output, checkpoint = start_run(config, parents)
+    output, checkpoint = start_run(config, parents[:1], reports)  # a reward model only chooses the epoch
     set_seed(config.seed)
 
     # 2. The policy, with dropout on the residual stream in training mode only.
-    if config.use_peft:
-        refuse_adapter(config.model_name_or_path)
     policy = load_policy(config.model_name_or_path, config.attn_implementation)
     collator = causal_collator(policy, config.attn_implementation, codec.pad_id)
     if config.use_peft:

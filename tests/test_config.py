@@ -346,10 +346,20 @@ def test_unknown_key_is_suggested(tmp_path):
     assert "ppo.yaml: klcoef" in message and "'kl_coef'" in message
 
 
+def test_a_positive_score_for_answers_that_do_not_end_is_warned_of():
+    """TRL's sign: there it is subtracted."""
+    with pytest.warns(UserWarning, match="missing_eos_penalty: 1.0 is the score.*missing_eos_mode: subtract"):
+        assert parse(PPOConfig, [*PPO, "--missing_eos_penalty", "1.0"]).missing_eos_penalty == 1.0
+
+
 def test_keys_of_other_libraries_are_not_guessed_by_their_spelling():
     """`difflib` finds value_model_path, ema_decay, kl_coef and reward_clip for the first four."""
     assert fails("--reward_model_path", "x") == "--reward_model_path: unknown key; " + ELSEWHERE["reward_model_path"]
     assert "no weight decays" in fails("--weight_decay", "0")
+    assert "num_mini_batches" in fails("--train_batch_size", "64")
+    for cls in (SFTConfig, RMConfig):  # where the advice would be about keys that the stage does not have
+        message = fails("--train_batch_size", "64", cls=cls, start=["--output_dir", "x"])
+        assert message == "--train_batch_size: unknown key; did you mean 'per_device_train_batch_size'?"
     assert "value_learning_rate" in fails("--vf_coef", "0.1")
     assert fails("--eps_clip", "0.2") == "--eps_clip: unknown key; did you mean 'cliprange'?"
     assert "did you mean 'max_new_tokens'" in fails("--response_length", "53")
@@ -384,7 +394,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--output_dir", ""], ["output_dir", "empty", "--output_dir"]),
         (["--kl_estimator", "k4"], ["kl_estimator", "'k4'", "k1, k2, k3"]),
         (["--missing_eos_mode", "x"], ["missing_eos_mode", "replace, subtract"]),
-        (["--missing_eos_penalty", "1.0"], ["missing_eos_penalty: 1.0", "reward answers that never end", "subtract"]),
+        (["--max_grad_norm", "-1"], ["max_grad_norm", "outside"]),
         (["--lr_decay", "x"], ["lr_decay", "constant, linear"]),
         (["--old_logprobs", "x"], ["old_logprobs", "recompute, sampler"]),
         (["--value_head_init", "x"], ["value_head_init", "kept, fitted"]),
@@ -438,6 +448,7 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--optim", "adamw"], ["optim", "'adamw'", "adafactor"]),
         (SFTConfig, ["--selection_prompts", "0"], ["selection_prompts", "outside"]),
         (RMConfig, ["--lora_r", "-1"], ["lora_r", "outside"]),
+        (RMConfig, ["--folds_by", "labeler", "--resume_from_checkpoint", "x"], ["one checkpoint is of one fold"]),
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),

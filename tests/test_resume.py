@@ -9,12 +9,11 @@ from align.checkpoint import is_finished, release_output
 from align.config import PPOConfig, SFTConfig
 from align.errors import UserError
 from align.resume import start_run
+from align.rows import DataReport
 from tests.folders import finished, names, own_checkpoint
 
-PARENTS = [
-    {"role": "model_name_or_path", "weights_sha256": "aa"},
-    {"role": "reward_model_path", "weights_sha256": None},
-]
+PARENTS = [{"role": "model_name_or_path", "path": "runs/base", "weights_sha256": "aa"}]
+REPORTS = {"train_file": DataReport(("d.jsonl",), 5, 5, {"d.jsonl": "cc"})}
 
 
 def sft(folder, resume=None, **changes) -> SFTConfig:
@@ -25,7 +24,7 @@ def sft(folder, resume=None, **changes) -> SFTConfig:
 def run(tmp_path):
     """The folder of a finished run with checkpoints 1 and 2."""
     folder = tmp_path / "sft"
-    assert start_run(sft(folder), PARENTS) == (folder, None)
+    assert start_run(sft(folder), PARENTS, REPORTS) == (folder, None)
     own_checkpoint(folder, 1)
     own_checkpoint(folder, 2)
     finished(folder)
@@ -34,22 +33,22 @@ def run(tmp_path):
 
 
 def test_a_run_goes_on_and_is_then_not_finished(run):
-    assert start_run(sft(run, "latest"), PARENTS) == (run, run / "checkpoint-2")
+    assert start_run(sft(run, "latest"), PARENTS, REPORTS) == (run, run / "checkpoint-2")
     assert "manifest.json" not in names(run)
 
 
 def test_a_checkpoint_further_back_sets_the_later_ones_aside(run):
     first = run / "checkpoint-1"
-    assert start_run(sft(run, str(first)), PARENTS) == (run, first)
+    assert start_run(sft(run, str(first)), PARENTS, REPORTS) == (run, first)
     assert {"checkpoint-1", "abandoned-checkpoint-2"} <= set(names(run)) and "checkpoint-2" not in names(run)
 
 
 REFUSED = {
     "resume_from_checkpoint: none: is no folder": {"resume": "none"},
     "its learning_rate is 9.65e-06, not 0.5; set it as it was": {"learning_rate": 0.5},
-    "its use_peft is False, not True": {"use_peft": True},
-    "its lora_target_modules is [], not ['q_proj']": {"lora_target_modules": ("q_proj",)},
-    "its optim is None, not muon": {"optim": "muon"},
+    "its lora_alpha is null, not 32": {"use_peft": True},
+    "its adam_beta2 is 0.95, not 0.5": {"adam_beta2": 0.5},
+    'its optim is "adamw_torch_fused", not "muon"': {"optim": "muon"},
 }
 
 
@@ -58,16 +57,54 @@ def test_what_cannot_go_on_leaves_a_finished_run_as_it_was(run, message):
     changes = {"resume": str(run / "checkpoint-1"), **REFUSED[message]}
     before = names(run)
     with pytest.raises(UserError) as failure:
-        start_run(sft(run, **changes), PARENTS)
+        start_run(sft(run, **changes), PARENTS, REPORTS)
     assert message in str(failure.value)
     assert names(run) == before and is_finished(run, "latest")
 
 
-def test_another_parent_is_refused(run):
-    other = [PARENTS[0] | {"weights_sha256": "bb"}, PARENTS[1]]
-    with pytest.raises(UserError, match="checkpoint-2: its model_name_or_path had other weights: give the one"):
-        start_run(sft(run, "latest"), other)
+OTHER_BEGINNINGS = {
+    "its model_name_or_path had other weights; give what it began with": (
+        [PARENTS[0] | {"weights_sha256": "bb"}],
+        REPORTS,
+    ),
+    "its model_name_or_path had other weights": (
+        [{"role": "model_name_or_path", "path": "o/n", "weights_sha256": None}],
+        REPORTS,
+    ),
+    "its value_model_path had other weights": ([*PARENTS, PARENTS[0] | {"role": "value_model_path"}], REPORTS),
+    "its train_file had other rows": (PARENTS, {"train_file": DataReport(("d.jsonl",), 5, 5, {"d.jsonl": "dd"})}),
+    "its pretraining_file had other rows": (PARENTS, REPORTS | {"pretraining_file": REPORTS["train_file"]}),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_BEGINNINGS)
+def test_other_parents_or_rows_are_refused(run, message):
+    with pytest.raises(UserError, match=f"checkpoint-2: {message}"):
+        start_run(sft(run, "latest"), *OTHER_BEGINNINGS[message])
     assert is_finished(run, "latest")
+
+
+def test_the_same_run_in_other_words_goes_on(tmp_path):
+    """Keys of adapters where there is none, an optimiser by its name or by default, a moved file."""
+    start_run(sft(tmp_path), PARENTS, REPORTS)
+    own_checkpoint(tmp_path, 1)
+    moved = {"train_file": DataReport(("moved.jsonl",), 5, 5, {"moved.jsonl": "cc"})}
+    config = sft(tmp_path, "latest", lora_r=4, optim="adamw_torch_fused", num_train_epochs=9, bf16=True)
+    assert start_run(config, [PARENTS[0] | {"path": "elsewhere"}], moved) == (tmp_path, tmp_path / "checkpoint-1")
+    release_output(tmp_path)
+
+
+def test_a_checkpoint_of_elsewhere_does_not_go_among_those_of_another_run(run, tmp_path):
+    alone = own_checkpoint(tmp_path / "elsewhere", 7)
+    with pytest.raises(UserError, match=f"output_dir: {run}: holds another run than that of {alone}: choose another"):
+        start_run(sft(run, str(alone)), PARENTS, REPORTS)
+    assert is_finished(run, "latest")
+
+
+def test_a_run_of_before_there_was_a_file_goes_on_without_one(run):
+    (run / "run.json").unlink()
+    assert start_run(sft(run, "latest", learning_rate=0.5), PARENTS, REPORTS)[1] == run / "checkpoint-2"
+    assert "run.json" not in names(run), "what it began with is not known"
 
 
 def test_what_is_a_matter_of_the_config_may_change(tmp_path):
@@ -77,23 +114,26 @@ def test_what_is_a_matter_of_the_config_may_change(tmp_path):
     def ppo(**changes) -> PPOConfig:
         return PPOConfig(output_dir=str(tmp_path), reward=reward, ptx_coef=0, **changes)
 
-    start_run(ppo(learning_rate=1e-5))
+    start_run(ppo(learning_rate=1e-5), [], {})
     own_checkpoint(tmp_path, 1)
     more = ppo(learning_rate=2e-5, total_episodes=512, kl_coef=0.5, resume_from_checkpoint="latest")
-    assert start_run(more) == (tmp_path, tmp_path / "checkpoint-1")
+    assert start_run(more, [], {}) == (tmp_path, tmp_path / "checkpoint-1")
     with pytest.raises(UserError, match="its ema_decay is 0.992, not 0.5"):
-        start_run(ppo(ema_decay=0.5, resume_from_checkpoint="latest"))
+        start_run(ppo(ema_decay=0.5, resume_from_checkpoint="latest"), [], {})
     release_output(tmp_path)
 
 
 def test_a_checkpoint_on_its_own_is_taken(run, tmp_path):
     alone = own_checkpoint(tmp_path / "elsewhere", 7)
-    assert start_run(sft(tmp_path / "new", str(alone), learning_rate=0.5)) == (tmp_path / "new", alone)
+    assert start_run(sft(tmp_path / "new", str(alone), learning_rate=0.5), [], {}) == (tmp_path / "new", alone)
     assert json.loads((tmp_path / "new" / "run.json").read_text())["config"]["learning_rate"] == 0.5
     release_output(tmp_path / "new")
 
 
-def test_a_torn_file_is_named(run):
-    (run / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json: cannot be read .*remove it to resume without its check"):
-        start_run(sft(run, "latest"), PARENTS)
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"schema": 9}', '{"schema": 1, "config": 3, "parents": {}, "data": {}}']
+)
+def test_a_file_that_is_none_of_ours_is_named(run, text):
+    (run / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json: is none of ours .*take it away to resume without its check"):
+        start_run(sft(run, "latest"), PARENTS, REPORTS)

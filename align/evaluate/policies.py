@@ -10,6 +10,7 @@ from torch import Tensor
 
 from align.generate import make_sampler, uniform_numbers
 from align.maths.masks import length_mask
+from align.maths.reduce import masked_row_sum
 from align.maths.repetition import repeated_ngrams
 from align.models import Policy, document_nll, response_logprobs
 from align.packing import token_batches
@@ -55,7 +56,7 @@ def answer(
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
-    drawn = [len(episode.response) for episode in episodes]  # tokens that the policy chose
+    drawn = [len(episode.response) for episode in episodes]  # without the EOS that closes an answer that is cut
     if few_shot:
         answers = [cut_at_newline(episode, codec) for episode in episodes]
         drawn = [n if a is e else len(a.response) - 1 for n, a, e in zip(drawn, answers, episodes, strict=True)]
@@ -122,7 +123,7 @@ def sequence_logprobs(
         lengths = torch.tensor([len(e.response) for e in batch], device=device)
         logprobs = response_logprobs(policy, ids, starts, lengths, temperature)[0].cpu()  # (B, R)
         counted = length_mask(torch.tensor([drawn[i] for i in rows]), logprobs.shape[1])
-        totals[rows] = (logprobs * counted).sum(1)
+        totals[rows] = masked_row_sum(logprobs, counted)
     return totals
 
 

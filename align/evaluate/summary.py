@@ -17,7 +17,7 @@ answers: the mean log-ratio estimates a KL where the answers were sampled, at th
 
 Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
 no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
-policy was trained with PPO, by us, and for its `value_minus_score` when the value model started from no term of the
+policy comes from stage ppo, and for its `value_minus_score` when the value model started from no term of the
 reward. All else is a finite number.
 """
 

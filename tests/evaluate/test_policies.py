@@ -132,3 +132,30 @@ def test_rewards_are_computed_in_float32(tiny_llama, tiny_codec, monkeypatch):
     monkeypatch.setattr(Runtime, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
     answer(policy, setting, 1.0, Runtime(seed=0))
     assert seen == [False]
+
+
+def test_kl_of_a_prompted_answer_is_of_the_tokens_before_its_newline(tiny_llama, tiny_codec, monkeypatch):
+    """The EOS that closes it was never drawn; an answer that ended by itself counts its own."""
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    models = tiny_llama, copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        models[0].lm_head.weight.mul_(8)
+    policy, sft = (Policy(model.eval()) for model in models)
+    texts = "a cat\nName", "a dog"
+    kept = [tiny_codec.response("a cat")[:-1], tiny_codec.response("a dog")]
+
+    def sampler(queries, uniforms, temperature):
+        drawn = [tiny_codec.response(text) for text in texts]
+        return [Episode(tuple(q), tuple(r), True) for q, r in zip(queries, drawn, strict=True)]
+
+    monkeypatch.setattr("align.evaluate.policies.make_sampler", lambda *args: sampler)
+    prompts = [Prompt("Name a pet."), Prompt("Say no")]
+    setting = Setting(tiny_codec, prompts, sft, lambda p, e: [0.0] * len(e), None, 9, batch_size=2, seed=0)
+    rows = answer(policy, setting, 1.0, Runtime(seed=0), few_shot=[("Name a bird.", "a crow")])
+    shown = tiny_codec.few_shot([("Name a bird.", "a crow")], [p.prompt for p in prompts])
+    plain = tiny_codec.prompts([p.prompt for p in prompts])
+    assert [row["response"] for row in rows] == ["a cat", "a dog"]
+    for row, query, own, tokens in zip(rows, shown, plain, kept, strict=True):
+        here = at_temperature(models[0], tuple(query), tuple(tokens), 1.0)
+        there = at_temperature(models[1], tuple(own), tuple(tokens), 1.0)
+        assert row["kl"] == pytest.approx(here - there, abs=1e-3)

@@ -165,3 +165,25 @@ def test_kl_stop_holds_for_the_resumed_run_too(mini, tmp_path, monkeypatch):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["metrics"] == expected
     assert expected["stopped"] and expected["objective/kl"] > 1e-9
+
+
+def test_a_kl_coefficient_that_was_changed_holds_from_there_on(mini, tmp_path):
+    changes = EVERY["ppo"] | {"total_episodes": 16, "kl_coef": 0.25}
+    mini.stage("ppo", mini.run, output_dir=tmp_path, **changes)
+    more = changes | {"total_episodes": 32, "kl_coef": 0.5, "resume_from_checkpoint": tmp_path / "checkpoint-1"}
+    mini.stage("ppo", mini.run, output_dir=tmp_path, **more)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kl_coef"] for row in rows] == [0.25, 0.5]
+
+
+def test_a_resume_that_is_refused_leaves_the_finished_run(mini, tmp_path, capsys):
+    changes = EVERY["rm"] | {"output_dir": tmp_path}
+    mini.stage("rm", mini.run, **changes)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for wrong in (
+        {"resume_from_checkpoint": "true"},
+        {"resume_from_checkpoint": tmp_path / "checkpoint-2", "learning_rate": 0.5},
+    ):
+        assert main(["rm", *mini.arguments("rm", mini.run, **changes | wrong)]) == 2
+        assert "resume_from_checkpoint: " in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == whole

@@ -1,6 +1,7 @@
 """Evaluation without a judge: the reward model compares, and nothing claims to be gold."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +81,15 @@ def test_a_temperature_that_is_not_that_of_training_is_said(mini, capsys):
     assert capsys.readouterr().out.count("temperature") == 1
     policy_paths(config)
     assert "was trained on answers drawn at 1, these are drawn at 0.7" in capsys.readouterr().out
+
+
+def test_a_policy_trained_elsewhere_is_evaluated(mini, evaluated, tmp_path):
+    """It has no manifest, so no step-zero numbers; all its other numbers are written."""
+    shutil.copytree(
+        mini.run / "ppo", tmp_path / "theirs", ignore=shutil.ignore_patterns("manifest.json", "value_model")
+    )
+    options = {"judge": "null", "run_dir": tmp_path, "output_dir": tmp_path / "report", "num_prompts": 3}
+    paths = {"base_path": "null", "few_shot_file": "null", "ppo_path": tmp_path / "theirs", "ppo_ptx_path": "null"}
+    mini.stage("evaluate", mini.run, rankings_file=evaluated / "contrast.jsonl", **options, **paths)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["step_zero"] is None and summary["policies"]["ppo"]["kl"] is not None
