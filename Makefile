@@ -126,8 +126,9 @@ $(PLAIN): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo-plain) | $(
 $(OVEROPTIMISE): $(CONFIGS)/overoptimise.yaml $(WORLD) $(SFT) $(RM) $(call force,overoptimise) | $(READY)
 	$(call stage,overoptimise,ppo,overoptimise)
 
-# A plain PPO run that exists is evaluated too.
-$(SUMMARY): $(CONFIGS)/evaluate.yaml $(BASE) $(SFT) $(RANKINGS) $(RM) $(PPO) $(wildcard $(PLAIN)) \
+# A plain PPO run that exists, or is asked for beside, is evaluated too.
+$(SUMMARY): $(CONFIGS)/evaluate.yaml $(BASE) $(SFT) $(RANKINGS) $(RM) $(PPO) \
+		$(if $(filter ppo-plain,$(MAKECMDGOALS)),$(PLAIN),$(wildcard $(PLAIN))) \
 		$(call force,evaluate) | $(READY)
 	$(call stage,evaluate,evaluate,evaluate)
 

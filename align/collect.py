@@ -29,6 +29,7 @@ class Candidates:
     finished: tuple[bool, ...]
 
 
+NEW = ("completions", "completion", "chosen", "rejected", "messages", "labeler", "finished")
 TOO_FEW = "fewer than two distinct completions"  # of a prompt: nothing to rank
 
 
@@ -79,8 +80,13 @@ def rank_all(
     return rows, skipped
 
 
+def own_columns(prompt: Prompt) -> dict[str, Any]:
+    """What a prompt brings along, without the answers and judgements that its file may hold: these here are new."""
+    return {name: value for name, value in prompt.columns.items() if name not in NEW}
+
+
 def ranking_row(candidate: Candidates, labeler: Labeler) -> dict[str, Any]:
-    columns = dict(candidate.prompt.columns)
+    columns = own_columns(candidate.prompt)
     shown = {"prompt": candidate.prompt.prompt, **columns}
     ranks = labeler.rank(shown, list(candidate.completions), list(candidate.finished))
     if len(ranks) != len(candidate.completions):

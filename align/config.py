@@ -392,6 +392,8 @@ class EvaluateConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between("temperature", self.temperature, *TEMPERATURES)
+        if self.num_prompts == 1 or self.num_prompts < 0:
+            raise UserError(f"num_prompts: {self.num_prompts}; an interval needs 2 or more, 0 is all of them")
 
 
 @dataclasses.dataclass(frozen=True)

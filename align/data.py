@@ -27,6 +27,7 @@ from align.types import Demonstration, Message, Prompt, Ranking, Text, contents
 T = TypeVar("T")
 Columns = Mapping[str, Any]
 
+ASKED = ("question", "instruction", "input", "query")  # what others call a prompt
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REPLY = "\n\nAssistant:"  # the turn marker of Anthropic's HH dialogues
 
@@ -84,6 +85,8 @@ def _rest(row: Columns, *used: str) -> dict[str, Any]:
 
 
 def parse_demonstration(row: Columns, notes: Counter[str]) -> Demonstration:
+    if row.get("label") is False:  # TRL's unpaired preferences
+        raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
     if row.get("messages") is not None and row.get("completion") is None:
         messages = _text(row, "messages")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -124,6 +127,9 @@ def parse_ranking(row: Columns, notes: Counter[str]) -> Ranking:
 
 def parse_preference(row: Columns, notes: Counter[str]) -> Ranking:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    asked = next((name for name in ASKED if row.get(name)), None)
+    if row.get("prompt") is None and asked and isinstance(chosen, str):  # else a common start would be made the prompt
+        raise BadRow("missing_field", f"'prompt' is missing, and there is {asked!r}", "name it 'prompt'")
     whole = isinstance(chosen, tuple) and any(message["role"] != "assistant" for message in chosen)
     if row.get("prompt") is None or whole:
         prompt, chosen, rejected = _implicit(chosen, rejected)

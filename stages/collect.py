@@ -11,7 +11,7 @@ written for people to rank, in the format that `align validate` reads back once 
 import sys
 
 from align.checkpoint import start_output
-from align.collect import TOO_FEW, Candidates, draw_k, group, load_labelers, rank_all
+from align.collect import TOO_FEW, Candidates, draw_k, group, load_labelers, own_columns, rank_all
 from align.config import CollectConfig
 from align.data import drop_long, load_prompts
 from align.files import atomic_contents, write_jsonl
@@ -104,7 +104,7 @@ def to_label(candidates: dict[str, list[Candidates]]) -> tuple[dict, dict]:
             {
                 "prompt": candidate.prompt.prompt,
                 "completions": [{"completion": text, "rank": None} for text in candidate.completions],
-                **candidate.prompt.columns,
+                **own_columns(candidate.prompt),
             }
             for candidate in some
         ]

@@ -28,7 +28,7 @@ from align.data import (
     ranking_length,
 )
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, perplexity, scored
+from align.evaluate.policies import Setting, answer, few_shot_examples, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> None:
     room = context_of(config.sft_path) or sys.maxsize
     prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
     prompts = evenly(prompts, config.num_prompts)
-    rankings, report = load_rankings(config.rankings_file, config.on_bad_rows)
-    rankings = within(room, codec, rankings, report, ranking_length)
+    rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
     shown = [row.prompt for row in (*prompts, *rankings)]
     for leak in training_leaks([*paths.values(), config.reward_model_path], shown):
         announce(leak)
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
     reward = load_reward_model(config, codec, runtime)
     judge = import_function(config.judge, "judge") if config.judge else None
     sizes = (config.max_new_tokens, config.per_device_batch_size)
-    setting = Setting(codec, prompts, sft, reward, judge, *sizes, config.seed)
+    setting = Setting(codec, prompts, sft, reward, judge, *sizes, config.seed, context=room)
 
     # 2. Every policy answers every prompt, sampled and greedy.
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}
@@ -111,6 +110,8 @@ def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length
 
 def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
     """`count` prompts, evenly spaced over the file, so that every source in it has its share; all when 0."""
+    if len(prompts) < 2:
+        raise UserError(f"prompts_file: {len(prompts)} prompt that can be used; an interval needs 2 or more")
     count = min(count, len(prompts)) or len(prompts)
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
@@ -152,8 +153,8 @@ def load_reward_model(config: EvaluateConfig, codec: Codec, runtime: Runtime) ->
 def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
     rows = [(name, path, []) for name, path in paths.items() if path]
     if config.few_shot_file and paths["base"]:
-        examples, _ = load_demonstrations(config.few_shot_file, config.on_bad_rows)
-        rows.insert(1, ("prompted", paths["base"], [(d.prompt, d.completion) for d in examples]))
+        examples = few_shot_examples(load_demonstrations(config.few_shot_file, config.on_bad_rows)[0])
+        rows.insert(1, ("prompted", paths["base"], examples))
     return rows
 
 
@@ -163,7 +164,7 @@ def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranki
     manifest = read_manifest(config.reward_model_path)
     report = ranking_accuracy(pairs, config.seed)
     report["gold_accuracy"] = gold_accuracy(pairs, gold, config.seed) if gold else None
-    report["demonstration_mean"] = manifest.metrics["demonstration_mean"] if manifest else None
+    report["demonstration_mean"] = manifest.metrics.get("demonstration_mean") if manifest else None
     agreed = agreement(rankings, config.seed)
     return {"rm": report, "labelers": {"agreement": agreed.interval if agreed else None}}
 

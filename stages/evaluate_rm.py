@@ -38,6 +38,7 @@ from align.parse import parse
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.splits import keep_apart
 from align.track import announce, read_jsonl
+from align.validate import training_leaks
 from stages.__main__ import run
 
 
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"output_dir: {output} holds a report; choose another, or set overwrite_output_dir: true")
     trained = load_rankings(config.train_file, config.on_bad_rows)[0] if config.train_file else []
     rankings, data = load_held_out(config.rankings_file, "rankings_file", trained, config)
+    for leak in training_leaks([config.reward_model_path], [ranking.prompt for ranking in rankings]):
+        announce(leak)
     device = Runtime(config.seed).device
     scorer = load(config.reward_model_path, "reward_model_path", device, config)
 
@@ -114,8 +117,13 @@ def held_out_labelers(scorer: Scorer, trained: list, config: EvaluateRMConfig) -
     if not config.held_out_file:
         return None
     rankings, _ = load_held_out(config.held_out_file, "held_out_file", trained, config)
+    known = {ranking.labeler for ranking in trained} & {ranking.labeler for ranking in rankings} - {None}
+    if known:
+        announce(f"held_out_file: {', '.join(sorted(known))} ranked in train_file too, so are not unseen")
     scores = score(scorer, rankings, "reward_model_path", config)
     scored = [(r, s) for r, s in zip(rankings, scores, strict=True) if s is not None]
+    if len(scored) < len(rankings):
+        announce(f"held_out_file: {len(rankings) - len(scored)} of {len(rankings)} rankings are too long, left out")
     if not scored:
         return None
     return ranking_accuracy(scored, config.seed) | {"labelers": labelers_report(scored, config.seed)}

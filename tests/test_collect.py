@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
-from align.collect import Candidates, draw_k, group, load_labelers, rank_all
+from align.collect import Candidates, draw_k, group, load_labelers, rank_all, ranking_row
 from align.config import CollectConfig
 from align.data import parse_ranking
 from align.errors import UserError
 from align.types import Episode, Prompt
-from stages.collect import rank
+from stages.collect import rank, to_label
 
 
 class ByLength:
@@ -119,3 +119,13 @@ def test_without_labelers_what_can_be_ranked_is_written(tmp_path):
     assert tables["train_to_label"] == [{"prompt": "p", "completions": empty, "use_case": "chat"}]
     counts = {"prompts": 3, "rankings": 1, "skipped": {"fewer than two distinct completions": 2}}
     assert metrics["train_to_label"] == counts
+
+
+def test_answers_and_judgements_of_the_prompts_file_do_not_come_along():
+    old = {"completions": [{"completion": "old", "rank": 0}], "labeler": "x", "chosen": "old", "use_case": "chat"}
+    row = ranking_row(candidates("a", "bb", **old), ByLength("ann"))
+    assert row["completions"] == [{"completion": "a", "rank": 1.0}, {"completion": "bb", "rank": 2.0}]
+    assert row["labeler"] == "ann" and row["use_case"] == "chat" and "chosen" not in row
+    tables, _ = to_label({"train": [candidates("a", "bb", **old)]})
+    assert set(tables["train_to_label"][0]) == {"prompt", "completions", "use_case"}
+    assert tables["train_to_label"][0]["completions"][0] == {"completion": "a", "rank": None}

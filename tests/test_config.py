@@ -455,6 +455,7 @@ def test_a_number_is_finite(value):
         (SFTConfig, ["--temperature", "-1"], ["temperature", "outside"]),
         (configs.CollectConfig, ["--temperature", "-1"], ["temperature", "outside"]),
         (EvaluateConfig, ["--temperature", "0"], ["temperature", "outside"]),
+        (EvaluateConfig, ["--num_prompts", "1"], ["num_prompts: 1", "2 or more"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
         (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
         (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),

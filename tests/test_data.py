@@ -437,3 +437,11 @@ def test_D2_lengths_count_the_whole_sequence(tmp_path):
     assert ranking_length(ranking, Words()) == 2 + 4 + 1
     _, report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
     assert drop_long([ranking], Words(), 7, report, ranking_length)[0] == [ranking]
+
+
+def test_an_answer_labelled_bad_is_no_demonstration(tmp_path):
+    """TRL's unpaired preferences, given to SFT as they are."""
+    said = [{"prompt": "q", "completion": c, "label": c == "good"} for c in ("good", "bad")]
+    path = lines(tmp_path / "kto.jsonl", *said)
+    rows, report = load_demonstrations(path, "drop")
+    assert [row.completion for row in rows] == ["good"] and report.dropped == {"labelled_bad": 1}

@@ -380,6 +380,43 @@ def test_argilla_in_each_of_its_exports(tmp_path, row):
     assert rows_of(conversion) == [ranking("p", ("a", 2), ("b", 1), ("c", 2), labeler="u")]
 
 
+def test_argilla_with_a_context_beside_the_prompt(tmp_path):
+    fields = {"prompt": "Sum it up.", "context": "A long story.", "response_1": "a", "response_2": "b"}
+    answers = [{"user_id": "u", "value": ["response_2", "response_1"]}]
+    conversion = one(tmp_path, [{"id": "r", "fields": fields, "responses": {"q": answers}}])
+    assert rows_of(conversion) == [ranking("A long story.\n\nSum it up.", ("b", 0), ("a", 1), labeler="u", id="r")]
+
+
+def test_a_list_beside_its_own_ranks_or_labels_is_not_read_as_best_first(tmp_path):
+    rows = [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}]
+    rows += [{"prompt": "p", "responses": ["a", "b"], "labels": [True, False]}]
+    conversion = one(tmp_path, rows)
+    assert rows_of(conversion) == [ranking("p", ("a", 0), ("b", 1))]
+    assert faults(conversion) == [("2", "wrong_type"), ("3", "wrong_type")]
+
+
+def test_a_pair_whose_question_has_another_name_gets_no_made_up_prompt(tmp_path):
+    """A common start of the two answers would be taken for it."""
+    row = {"system": "", "question": "Name a colour.", "chosen": "The best is blue.", "rejected": "The best is red."}
+    conversion = one(tmp_path, [row, {"chosen": "Say a colour: blue", "rejected": "Say a colour: red"}])
+    assert faults(conversion) == [("1", "missing_field")] and "'question'" in conversion.problems[0].what
+    assert [row["prompt"] for row in rows_of(conversion)] == ["Say a colour:"]
+
+
+def test_columns_that_are_null_in_every_row_do_not_make_a_pair(tmp_path):
+    """As Parquet files joined from several kinds have them."""
+    conversion = one(tmp_path, [{"prompt": "p", "completion": "c", "chosen": None, "rejected": None}])
+    assert conversion.problems == [] and rows_of(conversion)[0]["completion"] == "c"
+
+
+def test_equal_predictions_are_named_and_the_others_joined(tmp_path):
+    row = {"question": "q?", "passages": [], "prediction 1": "A", "prediction 2": "A", "prediction 3": "B"}
+    row |= {"prediction 4": "C", "preference": [0, 1, 1, 1, 1, 1]}
+    conversion = one(tmp_path, [row])
+    assert faults(conversion) == [("1, judgement 1v2", "duplicate_completions")]
+    assert rows_of(conversion) == [ranking("q?", ("A", 0), ("B", 1), ("C", 2))]
+
+
 def test_argilla_best_first_several_users_and_what_is_no_answer(tmp_path):
     fields = {"request": "p", "reply_1": "a", "reply_2": "b"}
     answers = [
@@ -423,6 +460,11 @@ def test_label_studio_ranker_and_pairwise(tmp_path):
         "annotation_id": 5,
     }
     assert rows_of(one(tmp_path, [small])) == [wanted]
+    listed = small | {"rank": [{"ranker": {"rank": ["y", "x"]}}]}  # as its exporter leaves results that are no choices
+    assert rows_of(one(tmp_path, [listed])) == [wanted]
+    chosen = {"id": 1, "prompt": "p", "text1": "a", "text2": "b", "annotator": 4, "annotation_id": 5}
+    conversion = one(tmp_path, [chosen | {"comparison": [{"type": "pairwise", "selected": "right"}]}])
+    assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="4", id=1)]
     pair = task({"selected": "right"}) | {"data": {"prompt": "p", "text1": "a", "text2": "b"}}
     conversion = one(tmp_path, [pair])
     assert conversion.format == "label_studio"

@@ -39,9 +39,9 @@ def labelers_report(scored: Sequence[tuple[Ranking, list[float]]], seed: int) ->
 
     Keys: agreement (pairs untied by both), pairs, prompts, agreement_with_ties (the same of better, tie, worse), ties
     (share of judgements), by_labeler (each against the others), ceiling (accuracy of a perfect predictor of the mean
-    labeler, see `ceiling`), ceiling_bounds, accuracy (of the scores on the pairs that two or more labelers judged, the
-    pairs that the ceiling is for), consensus (there, against the labelers' joint order, which noise blurs less). Null
-    where no two labelers judged a pair.
+    labeler, see `ceiling`), ceiling_bounds, accuracy (of the scores on the pairs that two labelers judged and neither
+    tied, the pairs that the ceiling is for), consensus (on all pairs that two judged, against the labelers' joint
+    order, which noise blurs less). Null where no two labelers judged a pair.
     """
     rankings = [ranking for ranking, _ in scored]
     judged = judged_pairs(rankings)
@@ -142,12 +142,14 @@ def _ahead(scored: Sequence[tuple[Ranking, list[float]]], pairs: list[PairKey]) 
 
 
 def _accuracy(several: Mapping[PairKey, list], ahead: NDArray[np.float64], seed: int) -> Interval | None:
-    """The scores against each labeler's untied judgements."""
+    """The scores against both judgements of every two labelers of a pair that neither tied: the pairs, and the weights,
+    of `agreement`, from which the ceiling comes."""
     trials = [
-        (key[0], first if verdict == 1.0 else 1 - first)
+        (prompt, first if verdict == 1.0 else 1 - first)
         for (key, verdicts), first in zip(several.items(), ahead, strict=True)
-        for _, verdict in verdicts
-        if verdict != 0.5
+        for prompt, (_, one), (_, other) in two_labelers({key: verdicts})
+        if one != 0.5 != other
+        for verdict in (one, other)
     ]
     if not trials:
         return None

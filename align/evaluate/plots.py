@@ -56,7 +56,7 @@ def plot_policies(summary: Mapping[str, Any], path: Path) -> Path:
         for at, interval in zip(x, intervals, strict=True):
             axes.text(at, interval["high"] + 0.06, f"{interval['mean']:.2f}", ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(len(policies)), [LABELS[name] for name in policies])
-    axes.set_ylabel("score (demonstrations: 0)" if unjudged else "gold score (Likert, 1 to 7)")
+    axes.set_ylabel("reward model's score" if unjudged else "gold score (Likert, 1 to 7)")
     if unjudged:
         axes.axhline(0, color=FAINT, linewidth=1)
     else:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.errors import UserError
+from align.evaluate.rm_report import require_scores
 from align.generate import make_sampler, uniform_numbers
 from align.maths.masks import length_mask
 from align.maths.reduce import masked_row_sum
@@ -18,7 +20,7 @@ from align.ranking import score_rankings
 from align.rewards import ModelReward, Reward
 from align.runtime import Runtime
 from align.text import Codec
-from align.types import Episode, Prompt, Ranking, pad_rows
+from align.types import Demonstration, Episode, Prompt, Ranking, pad_rows
 
 Judge = Callable[[dict[str, Any], str, bool], Any]  # (row, response, finished) -> object with likert and as_dict()
 
@@ -35,6 +37,7 @@ class Setting:
     max_new_tokens: int
     batch_size: int
     seed: int
+    context: int | None = None  # tokens that every model here can read
 
 
 def answer(
@@ -51,6 +54,8 @@ def answer(
     codec, prompts = setting.codec, setting.prompts
     plain = codec.prompts([prompt.prompt for prompt in prompts])
     queries = codec.few_shot(few_shot, [prompt.prompt for prompt in prompts]) if few_shot else plain
+    if few_shot:
+        require_room(queries, setting)
     uniforms = uniform_numbers(len(queries), setting.max_new_tokens, setting.seed, 0)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
@@ -68,9 +73,25 @@ def answer(
         there = sequence_logprobs(setting.sft, own, drawn, setting, runtime.device, temperature or 1.0)
     with torch.no_grad():  # in float32: rounded scores would tie
         proxies = setting.reward([prompts[i] for i in picked], own)
+    require_scores([proxies], "reward_model_path")
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
     return runtime.gather_list(rows)
+
+
+def few_shot_examples(demonstrations: list[Demonstration]) -> list[tuple[str, str]]:
+    """Prompt and answer of each. Raises UserError for conversations: the prefix of App. D is text."""
+    for i, row in enumerate(demonstrations):
+        if not isinstance(row.prompt, str) or not isinstance(row.completion, str):
+            raise UserError(f"few_shot_file: row {i + 1} is a conversation; give its prompt and completion as text")
+    return [(row.prompt, row.completion) for row in demonstrations]
+
+
+def require_room(queries: list[list[int]], setting: Setting) -> None:
+    longest = max(map(len, queries)) + setting.max_new_tokens
+    if setting.context is not None and longest > setting.context:
+        what = f"with it a prompt and its answer take {longest} tokens of {setting.context}"
+        raise UserError(f"few_shot_file: {what}: give fewer or shorter examples")
 
 
 def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, list[float]]]:

@@ -114,7 +114,9 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         for mode in MODES if summary["policies"][name] else ():
             numbers = (unjudged or summary["policies"])[name][mode]
             gain, rate = Interval(**numbers["gain_vs_sft"]), Interval(**numbers["win_rate_vs_sft"])
-            if gain.low > 0:
+            if gain.low == gain.high:  # all prompts alike: no spread to judge it by
+                verdict = "does not differ measurably from SFT"
+            elif gain.low > 0:
                 verdict = "is better than SFT"
             else:
                 verdict = "is worse than SFT" if gain.high < 0 else "does not differ measurably from SFT"
@@ -122,6 +124,12 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             size = f" ({Interval(**numbers['gain_in_deviations'])} standard deviations)" if unjudged else ""
             lines.append(f"{LABELS[name]}, {mode}, {verdict}{who}: paired gain {gain}{size}, win rate {rate}.")
     return lines
+
+
+def shown(transcripts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most NUM_TRANSCRIPTS, evenly spaced: they lie in the file's order, source by source."""
+    count = min(len(transcripts), NUM_TRANSCRIPTS)
+    return [transcripts[i * len(transcripts) // count] for i in range(count)]
 
 
 def pick_transcripts(
@@ -199,7 +207,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     summary = summary or summarise(evaluation)
     names = list(_trained(evaluation))
-    rows = (evaluation.get("transcripts") or pick_transcripts(evaluation, NUM_TRANSCRIPTS))[:NUM_TRANSCRIPTS]
+    rows = shown(evaluation.get("transcripts") or pick_transcripts(evaluation, NUM_TRANSCRIPTS))
     images = {caption: Path(os.path.relpath(path, folder)).as_posix() for caption, path in plots.items()}
     found, lines = tables(evaluation, summary), verdicts(summary)
     env = Environment(

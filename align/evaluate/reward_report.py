@@ -251,4 +251,4 @@ def _natural(label: str) -> tuple[float, str]:
     """Numbers by size, then names; ratios of lengths from short to long."""
     if label in RATIOS:
         return float(list(RATIOS).index(label)), label
-    return float(label) if label.replace(".", "", 1).isdigit() else np.inf, label
+    return float(label) if label.replace(".", "", 1).isdecimal() else np.inf, label

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import UserError
-from align.evaluate.win_rate import Interval, mean_interval, paired_gain, rate_interval, win_rate
+from align.evaluate.win_rate import Interval, accuracy_gain, mean_interval, paired_gain, rate_interval, win_rate
 from align.files import plain
 
 SCHEMA = 1
@@ -103,12 +103,18 @@ def _reward_numbers(records: Sequence[Record], sft_records: Sequence[Record], se
         "score": mean_interval(scores),
         "gain_vs_sft": gain,
         "gain_in_deviations": Interval(*(number / spread if spread else 0.0 for number in astuple(gain))),
-        "win_rate_vs_sft": win_rate(scores, sft_scores, seed),
+        "win_rate_vs_sft": win_rate(same_for_equal_answers(records, sft_records), sft_scores, seed),
         "finished": rate_interval(int(sum(ended)), len(ended)),
-        "finished_gain_vs_sft": paired_gain(ended, sft_ended),
+        "finished_gain_vs_sft": accuracy_gain(ended, sft_ended, range(len(ended)), seed),
         **{key: mean_interval([r[key] for r in records]) for key in ("kl", "response_tokens", "repetition")},
     }
     return plain({key: numbers[key] for key in REWARD_KEYS})
+
+
+def same_for_equal_answers(records: Sequence[Record], sft_records: Sequence[Record]) -> list[float]:
+    """The records' scores; of an answer that is SFT's word for word SFT's, which rounding in another batch moves."""
+    pairs = zip(records, sft_records, strict=True)
+    return [float((sft if sft["response"] == row["response"] else row)["proxy"]) for row, sft in pairs]
 
 
 def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:

@@ -5,10 +5,10 @@ or left as drafts are named, not used. Suggestions and predictions of models are
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from align.readers.base import Expand, Notes, Options, Row, field, nested, ranking_row
+from align.readers.base import Expand, Notes, Options, Row, field, nested, ranking_row, with_context
 from align.rows import BadRow
 
 PROMPTS = ("prompt", "instruction", "question", "query", "request", "input", "context")
@@ -96,7 +96,11 @@ def _argilla_row(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     if not all(_plain(option) in names for option, _ in pairs):
         raise BadRow("missing_field", "a ranked option names no field", "name options after fields")
     ranked = [(field(texts, names[_plain(option)]), rank) for option, rank in pairs]
-    return ranking_row(_asked(texts, {_plain(o) for o, _ in pairs}), ranked, notes, labeler=labeler, id=task.get("id"))
+    options_named = {_plain(option) for option, _ in pairs}
+    asked, context = _asked(texts, options_named), texts.get("context")
+    if isinstance(context, str) and context.strip() and context != asked and "context" not in options_named:
+        asked = with_context(context, asked, options)
+    return ranking_row(asked, ranked, notes, labeler=labeler, id=task.get("id"))
 
 
 def _asked(texts: Mapping[str, Any], ranked: set[str]) -> str:
@@ -134,12 +138,18 @@ def _studio_row(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     task, (labeler, results, status) = row["task"], row["answer"]
     _check_status(status)
     data = task.get("data", task)
-    values = list(results.values()) if isinstance(results, Mapping) else [one.get("value") for one in results]
+    values = _flat(results.values()) if isinstance(results, Mapping) else [one.get("value") for one in results]
     selected = next((v["selected"] for v in values if isinstance(v, Mapping) and "selected" in v), None)
     ranked = _selected(data, selected) if selected is not None else _ordered(data, values)
     used = {name for name, value in data.items() if value in [text for text, _ in ranked]}
     asked = _asked(data, {_plain(name) for name in used})
     return ranking_row(asked, ranked, notes, labeler=labeler, id=task.get("id"))
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """JSON-MIN's fields: a task's, and results, which lie in lists of one."""
+    lists = (v if isinstance(v, list) and all(isinstance(one, Mapping) for one in v) else [v] for v in values)
+    return [one for found in lists for one in found]
 
 
 def _selected(data: Mapping[str, Any], selected: Any) -> list[tuple[str, float]]:

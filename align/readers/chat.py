@@ -39,7 +39,7 @@ SHAREGPT_ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", 
 
 def trl(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """TRL's formats, standard and conversational. They are ours: only a pair's implicit prompt is made explicit."""
-    if row.get("completions") is not None or ("chosen" not in row and "rejected" not in row):
+    if row.get("completions") is not None or (row.get("chosen") is None and row.get("rejected") is None):
         return dict(row)
     pair = parse_preference(row, Counter())
     chosen, rejected = ([dict(m) for m in c] if not isinstance(c, str) else c for c in pair.completions)
@@ -52,7 +52,7 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for place, row in records:
         try:
-            record = parse_demonstration(row, Counter())
+            record = parse_demonstration({**row, "label": None}, Counter())
             if not isinstance(row.get("label"), bool):
                 raise BadRow("wrong_type", "'label' is neither true nor false", "write true or false")
             groups.setdefault(prompt_key(record.prompt), []).append((place, row))

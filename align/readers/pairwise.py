@@ -36,6 +36,7 @@ SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right", "B"
 ANSWERS = ("response_a", "answer_a", "response1")
 WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
 WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
+SAME_ANSWERS = ("duplicate_completions", "both answers are the same", "nothing is compared")
 REASONS = {
     "contradiction": ("the annotator judged this pair twice and differently", "keep one of the judgements"),
     "intransitive": ("lies on a circle of preferences (a over b over c over a)", "no ranking holds it"),
@@ -57,11 +58,13 @@ def qa_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
         except SHAPE_ERRORS:
             yield problem(place, WRONG_SHAPE)
             continue
-        pairs = zip(itertools.combinations(range(4), 2), said, strict=True)
-        judgements = [
-            Judgement(f"{place}, judgement {a + 1}v{b + 1}", texts[a], texts[b], VERDICTS[value])
-            for (a, b), value in pairs
-        ]
+        judgements = []
+        for (a, b), value in zip(itertools.combinations(range(4), 2), said, strict=True):
+            own = f"{place}, judgement {a + 1}v{b + 1}"
+            if texts[a] == texts[b]:
+                yield Problem(own, *SAME_ANSWERS)
+            else:
+                judgements.append(Judgement(own, texts[a], texts[b], VERDICTS[value]))
         yield from rankings(place, prompt, judgements)
 
 
@@ -119,7 +122,7 @@ def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) ->
             if _verdict(value, verdicts) is None:
                 yield Problem(own, "bad_judgement", "the judgement is of no known value", "see docs/formats.md")
             elif one == other:
-                yield Problem(own, "duplicate_completions", "both answers are the same", "nothing is compared")
+                yield Problem(own, *SAME_ANSWERS)
             else:
                 groups[prompt_key(prompt), labeler].append(Judgement(own, one, other, verdicts[value]))
     for (key, labeler), judgements in groups.items():

@@ -37,6 +37,11 @@ OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 def ranked_list(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """An instruction (with input, history) and its answers as a list of texts, the best first."""
     name = next((n for n in LISTS if isinstance(row.get(n), (list, tuple))), LISTS[0])
+    other = next((n for n in ("rank", "ranks", "ranking", "labels") if row.get(n) is not None), None)
+    if other:
+        raise BadRow(
+            "wrong_type", f"{name!r} is read as best first, and {other!r} says otherwise", "write our rankings"
+        )
     answers = items(row, name, str)
     prompt = alpaca_prompt({**row, "instruction": field(row, "instruction", "prompt", "question")})
     rest = columns(row, name, "prompt", "question", "instruction", "input", "context", "history", "system")

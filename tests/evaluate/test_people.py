@@ -112,10 +112,14 @@ def test_consensus_by_hand():
 
 
 def test_accuracy_beside_the_ceiling_is_on_the_pairs_that_it_is_for():
-    """Untied judgements of pairs with two labelers: (x, y) right, right, wrong; (x, z) right twice; (y, z) right twice;
-    (u, v) wrong twice. What one labeler alone judged does not count."""
+    """Both judgements of each couple untied by both: (x, y) right, right of ann and ben, right, wrong of ann and cat,
+    of ben and cat; (x, z) and (y, z) right twice; (u, v) wrong twice: 8 of 12. What one judged alone does not count."""
     alone = (Ranking("r", ("m", "n"), (0, 1), "ann"), [0.0, 1.0])
-    assert labelers_report([*RANKINGS, alone], seed=0)["accuracy"].mean == pytest.approx(6 / 9)
+    assert labelers_report([*RANKINGS, alone], seed=0)["accuracy"].mean == pytest.approx(8 / 12)
+    # (m, n) is a tie to ben, so hard, and not among the pairs of the ceiling; (m, o) and (n, o) are right four times.
+    ranks = {"ann": (0, 1, 2), "ben": (0, 0, 1)}
+    tied = [(Ranking("s", ("m", "n", "o"), said, who), [1.0, 2.0, 0.0]) for who, said in ranks.items()]
+    assert labelers_report([*RANKINGS, *tied], seed=0)["accuracy"].mean == pytest.approx(12 / 16)
 
 
 def test_all_ties_leave_every_strength_at_0():

@@ -2,17 +2,19 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributions import Categorical
 
-from align.evaluate.policies import Setting, answer, cut_at_newline, perplexity, sequence_logprobs
+from align.errors import UserError
+from align.evaluate.policies import Setting, answer, cut_at_newline, few_shot_examples, perplexity, sequence_logprobs
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
 from align.runtime import Runtime
-from align.types import Episode, Prompt
+from align.types import Demonstration, Episode, Prompt
 
 CPU = torch.device("cpu")
 QUERIES = [(5, 6), (9,), (30, 31, 32, 33), (8, 60, 2), (7,)]
@@ -159,3 +161,27 @@ def test_kl_of_a_prompted_answer_is_of_the_tokens_before_its_newline(tiny_llama,
         here = at_temperature(models[0], tuple(query), tuple(tokens), 1.0)
         there = at_temperature(models[1], tuple(own), tuple(tokens), 1.0)
         assert row["kl"] == pytest.approx(here - there, abs=1e-3)
+
+
+def test_few_shot_examples_are_text_and_leave_room(tiny_llama, tiny_codec):
+    talk = Demonstration("q", ({"role": "assistant", "content": "a"},))
+    with pytest.raises(UserError, match="few_shot_file: row 2 is a conversation; give its prompt"):
+        few_shot_examples([Demonstration("q", "a"), talk])
+    examples = few_shot_examples([Demonstration("q", "a")])
+    assert examples == [("q", "a")]
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy = Policy(tiny_llama.eval())
+    prompts, longest = [Prompt("Say no")], len(tiny_codec.few_shot(examples, ["Say no"])[0]) + 2
+    for context in (longest, longest - 1):
+        setting = Setting(tiny_codec, prompts, policy, lambda p, e: [0.0], None, 2, 1, seed=0, context=context)
+        refused = pytest.raises(UserError, match=f"take {longest} tokens of {context}")
+        with nullcontext() if context == longest else refused:
+            answer(policy, setting, 1.0, Runtime(seed=0), examples)
+
+
+def test_scores_that_are_no_numbers_stop_evaluation_where_they_come(tiny_llama, tiny_codec):
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy = Policy(tiny_llama.eval())
+    setting = Setting(tiny_codec, [Prompt("Say no")], policy, lambda p, e: [math.nan], None, 2, 1, seed=0)
+    with pytest.raises(UserError, match="reward_model_path: gives scores that are NaN"):
+        answer(policy, setting, 1.0, Runtime(seed=0))

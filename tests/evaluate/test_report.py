@@ -158,3 +158,16 @@ def test_transcripts_table_by_hand():
     rows = [{"prompt": "Say hi.", "responses": {"sft": {"likert": 3.0, "response": "hi"}}}] * 3
     table = report.transcripts_table(rows, ["sft", "ppo"], 2)
     assert "| prompt | SFT | PPO |" in table and table.count("| Say hi. | (3) hi | - |") == 2
+
+
+def test_transcripts_shown_are_of_all_sources_of_a_longer_list():
+    """They lie in the file's order, so the first ones would be of its first sources."""
+    rows = [{"source": name, "n": n} for name in "abcdefgh" for n in range(5)]
+    assert {row["source"] for row in report.shown(rows)} == set("abcdefgh") and len(report.shown(rows)) == 20
+    assert report.shown(rows[:3]) == rows[:3] and report.shown([]) == []
+
+
+def test_prompts_that_all_gain_alike_prove_nothing(make_evaluation):
+    summary = report.summarise(make_evaluation())
+    summary["policies"]["ppo"]["sampled"]["gain_vs_sft"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert "does not differ measurably from SFT" in report.verdicts(summary)[0]

@@ -49,8 +49,9 @@ def test_by_reward_model_by_hand():
     ends = {"sft": (True, False, False), "ppo": (False, False, True)}
     scores = {"sft": (0, 2, 4), "ppo": (2, 4, 12)}
     policies = {
-        name: {mode: [{"id": i, "proxy": s, "finished": ends[name][i], **about} for i, s in enumerate(scores[name])]
-               for mode in MODES} | {"perplexity": 10.0 if name == "sft" else 10.2}
+        name: {mode: [{"id": i, "proxy": s, "finished": ends[name][i], "response": f"{name} {s}", **about}
+                      for i, s in enumerate(scores[name])] for mode in MODES}
+        | {"perplexity": 10.0 if name == "sft" else 10.2}
         for name in scores
     }  # fmt: skip
     table = by_reward_model(policies, seed=0)
@@ -60,9 +61,21 @@ def test_by_reward_model_by_hand():
         {"mean": 2.0, "low": 2 - 4.302653, "high": 2 + 4.302653}, abs=1e-5
     )
     ended = ppo["finished_gain_vs_sft"]
-    assert ended == pytest.approx({"mean": 0.0, "low": -4.302653 / 3**0.5, "high": 4.302653 / 3**0.5}, abs=1e-5)
+    assert ended == pytest.approx({"mean": 0.0, "low": -1.0, "high": 1.0}, abs=1e-5), "2.48, and a share ends at 1"
     assert table["ppo"]["perplexity_vs_sft"] == pytest.approx(1.02)
     assert ppo["kl"]["mean"] == 1.0 and table["ppo"]["greedy"]["kl"] is None
+
+
+def test_equal_answers_tie_whatever_another_batch_rounds():
+    about = {"kl": 0.0, "response_tokens": 3, "repetition": 0.0, "finished": True}
+    rows = {
+        name: [{"proxy": p, "response": r, **about} for p, r in zip(proxies, ("same", "same", name), strict=True)]
+        for name, proxies in {"sft": (1.0, 2.0, 0.0), "ppo": (1.000001, 1.999999, 3.0)}.items()
+    }
+    policies = {name: {"sampled": rows[name], "greedy": rows[name], "perplexity": 1.0} for name in rows}
+    sampled = by_reward_model(policies, seed=0)["ppo"]["sampled"]
+    assert sampled["win_rate_vs_sft"]["mean"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert sampled["finished_gain_vs_sft"]["high"] > 0, "three prompts of which none changed are no proof of that"
 
 
 def test_policies_that_were_not_trained_are_null(make_evaluation):
