@@ -16,7 +16,7 @@ from typing import Any
 
 from align.data import parse_row
 from align.errors import UserError
-from align.manifest import read_manifest
+from align.manifest import Manifest, read_manifest
 from align.readers import FORMATS, detect_format
 from align.readers.files import TABLES, suffix
 from align.rows import Problem, count_kinds, read_rows, split_paths
@@ -126,13 +126,13 @@ def _compare(first: FileCheck, second: FileCheck) -> list[str]:
 
 
 def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> list[str]:
-    """A line for each file that these checkpoints were trained on and that holds some of `prompts`, with a place.
+    """A line for each file that these checkpoints or their parents were trained on and that holds some of `prompts`,
+    with a place.
 
     Training files are those that the manifests name; one that is no longer there cannot be looked at and is left out.
     """
     keys = {prompt_key(prompt) for prompt in prompts}
-    manifests = [read_manifest(folder) for folder in dict.fromkeys(folders) if folder]
-    reports = [manifest.data.get("train_file") or {} for manifest in manifests if manifest]
+    reports = [manifest.data.get("train_file") or {} for manifest in ancestry(folders)]
     lines = []
     for path in dict.fromkeys(path for report in reports for path in report.get("paths", [])):
         if not Path(path).is_file():
@@ -142,6 +142,19 @@ def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> li
             what = f"{len(places)} of the {len(keys)} prompts given for evaluation were trained on"
             lines.append(f"{path}: {what}, such as at {places[0]}: split by prompt")
     return lines
+
+
+def ancestry(folders: Iterable[str | None]) -> list[Manifest]:
+    """The manifests of these checkpoints, and of those that they started from as far as they still lie there."""
+    found: dict[str, Manifest] = {}
+    left = [folder for folder in folders if folder]
+    while left:
+        folder = left.pop(0)
+        manifest = None if folder in found else read_manifest(folder)
+        if manifest is not None:
+            found[folder] = manifest
+            left += [parent["path"] for parent in manifest.parents]
+    return list(found.values())
 
 
 def validate(paths: list[str]) -> tuple[int, str]:

@@ -467,6 +467,9 @@ def test_label_studio_ranker_and_pairwise(tmp_path):
     assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="4", id=1)]
     pair = task({"selected": "right"}) | {"data": {"prompt": "p", "text1": "a", "text2": "b"}}
     conversion = one(tmp_path, [pair])
+    turned = task({"selected": "left"}) | {"data": {"prompt": "p", "text1": "a", "text2": "b"}}
+    turned["annotations"][0]["result"][0]["to_name"] = ["text2", "text1"]  # the sides as its config has them
+    assert rows_of(one(tmp_path, [turned])) == [ranking("p", ("b", 0), ("a", 1), labeler="4", id=1)]
     assert conversion.format == "label_studio"
     assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="4", id=1)]
 

@@ -142,3 +142,13 @@ def test_training_leaks_are_found_by_the_manifests(tmp_path):
     assert training_leaks(folders, [" b", "c"]) == [
         f"{train}: 1 of the 2 prompts given for evaluation were trained on, such as at {train}:2: split by prompt"
     ]
+
+
+def test_training_leaks_of_parents_are_found_too(tmp_path):
+    """A PPO policy alone, whose SFT model learned from the prompt."""
+    train = lines(tmp_path / "train.jsonl", {"prompt": "a", "completion": "x"})
+    write_manifest(tmp_path / "sft", "sft", {}, 0, data={"train_file": DataReport((train,), 1, 1, {})})
+    parents = [{"role": "model_name_or_path", "path": str(tmp_path / name)} for name in ("sft", "ppo", "gone")]
+    write_manifest(tmp_path / "ppo", "ppo", {}, 0, parents=parents)
+    assert [line.split(":")[0] for line in training_leaks([str(tmp_path / "ppo")], ["a"])] == [train]
+    assert training_leaks([str(tmp_path / "ppo")], ["b"]) == []

@@ -140,7 +140,7 @@ def _studio_row(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     data = task.get("data", task)
     values = _flat(results.values()) if isinstance(results, Mapping) else [one.get("value") for one in results]
     selected = next((v["selected"] for v in values if isinstance(v, Mapping) and "selected" in v), None)
-    ranked = _selected(data, selected) if selected is not None else _ordered(data, values)
+    ranked = _selected(data, selected, _sides(results)) if selected is not None else _ordered(data, values)
     used = {name for name, value in data.items() if value in [text for text, _ in ranked]}
     asked = _asked(data, {_plain(name) for name in used})
     return ranking_row(asked, ranked, notes, labeler=labeler, id=task.get("id"))
@@ -152,9 +152,17 @@ def _flat(values: Iterable[Any]) -> list[Any]:
     return [one for found in lists for one in found]
 
 
-def _selected(data: Mapping[str, Any], selected: Any) -> list[tuple[str, float]]:
-    """The two texts of a Pairwise task, in the data's order: left, then right."""
+def _sides(results: Any) -> list[str]:
+    """What a Pairwise result says it compares, left and right; nothing in JSON-MIN."""
+    names = [] if isinstance(results, Mapping) else [one.get("to_name") for one in results if one.get("to_name")]
+    return names[0].split(",") if names and isinstance(names[0], str) else list(names[0]) if names else []
+
+
+def _selected(data: Mapping[str, Any], selected: Any, sides: list[str]) -> list[tuple[str, float]]:
+    """The two texts of a Pairwise task: left and right as the result names them, else in the data's order."""
     texts = [n for n, v in data.items() if isinstance(v, str) and n not in (*PROMPTS, *NO_FIELDS)]
+    if len(texts) == 2 and set(sides) == set(texts):
+        texts = sides
     if len(texts) != 2 or selected not in ("left", "right"):
         raise BadRow("wrong_type", "is no choice between two texts", "give the two texts and a prompt as data")
     left = 0.0 if selected == "left" else 1.0
