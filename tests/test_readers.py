@@ -409,6 +409,22 @@ def test_columns_that_are_null_in_every_row_do_not_make_a_pair(tmp_path):
     assert conversion.problems == [] and rows_of(conversion)[0]["completion"] == "c"
 
 
+@pytest.mark.parametrize("name", ["notes", "place", "judgements", "ranked"])
+def test_a_column_may_have_any_name(tmp_path, name):
+    rows = [{"prompt": "p", "responses": ["a", "b"], name: "x"}]
+    assert rows_of(one(tmp_path, rows)) == [ranking("p", ("a", 0), ("b", 1)) | {name: "x"}]
+    rows = [{"prompt": "p", "response_a": "a", "response_b": "b", "winner": "a", name: "x"}]
+    assert rows_of(one(tmp_path, rows)) == [ranking("p", ("a", 0), ("b", 1)) | {name: "x"}]
+
+
+def test_joined_judgements_keep_the_columns_that_they_share(tmp_path):
+    about = {"prompt": "p", "source": "mine", "language": "fr"}
+    rows = [about | {"response_a": "a", "response_b": "b", "winner": "a", "id": 1}]
+    rows += [about | {"response_a": "b", "response_b": "c", "winner": "a", "id": 2}]
+    conversion = one(tmp_path, rows)
+    assert rows_of(conversion) == [ranking("p", ("a", 0), ("b", 1), ("c", 2), source="mine", language="fr")]
+
+
 def test_equal_predictions_are_named_and_the_others_joined(tmp_path):
     row = {"question": "q?", "passages": [], "prediction 1": "A", "prediction 2": "A", "prediction 3": "B"}
     row |= {"prediction 4": "C", "preference": [0, 1, 1, 1, 1, 1]}

@@ -179,7 +179,7 @@ def merge_turns(messages: list[dict[str, str]], notes: Notes) -> list[dict[str, 
 # Rankings
 
 
-def ranking_row(prompt: Any, ranked: Sequence[tuple[str, float]], notes: Notes, **extra: Any) -> Row:
+def ranking_row(prompt: Any, ranked: Sequence[tuple[str, float]], notes: Notes, /, **extra: Any) -> Row:
     """A ranking of ours from (completion, rank) pairs, lower is better.
 
     A text that occurs twice: with nothing ranked between its copies, or beside one of them, it is one completion at
@@ -208,4 +208,4 @@ def ranking_row(prompt: Any, ranked: Sequence[tuple[str, float]], notes: Notes, 
         kind = "duplicate_completions" if len(ranked) > 1 else "too_few_completions"
         raise BadRow(kind, what, "a ranking needs 2 or more")
     completions = [{"completion": text, "rank": rank} for text, rank in kept.items()]
-    return {"prompt": prompt, "completions": completions, **columns(extra)}
+    return {"prompt": prompt, "completions": completions, **columns(extra, "prompt", "completions")}

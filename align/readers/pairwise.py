@@ -33,7 +33,11 @@ from align.splits import prompt_key
 VERDICTS = {1: BETTER, 2: WORSE, 0: TIE}
 FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left", "A")
 SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right", "B")
+ASKED = ("prompt", "question", "instruction")
 ANSWERS = ("response_a", "answer_a", "response1")
+OTHERS = ("response_b", "answer_b", "response2")
+LABELERS = ("labeler", "judge", "annotator")
+Judged = tuple[str, str, str, dict[str, Any], Row]  # prompt, two answers, labeler -> verdict, other columns
 WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
 WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
 SAME_ANSWERS = ("duplicate_completions", "both answers are the same", "nothing is compared")
@@ -82,10 +86,10 @@ def qa_gold(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
 def pandalm_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """PandaLM: two answers to an instruction, judged by `annotator1`, `annotator2`..., each joined on his own."""
 
-    def read(row: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
+    def read(row: Mapping[str, Any]) -> Judged:
         prompt = with_input(field(row, "instruction"), field(row, "input", optional=True))
         said = {name: value for name, value in row.items() if name.startswith("annotator")}
-        return prompt, field(row, "response1"), field(row, "response2"), said
+        return prompt, field(row, "response1"), field(row, "response2"), said, {}
 
     yield from _table(records, read, VERDICTS)
 
@@ -93,23 +97,24 @@ def pandalm_pairs(records: Iterable[Record], options: Options) -> Iterator[Outpu
 def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """{"prompt", "response_a", "response_b", "winner"[, "labeler"]}: winner a, b or tie, in any of the usual words."""
 
-    def read(row: Mapping[str, Any]) -> tuple[str, str, str, dict[str, Any]]:
-        prompt = field(row, "prompt", "question", "instruction")
-        one = field(row, *ANSWERS)
-        other = field(row, "response_b", "answer_b", "response2")
-        labeler = next((str(row[n]) for n in ("labeler", "judge", "annotator") if row.get(n) is not None), "")
-        return prompt, one, other, {labeler: str(row.get("winner"))}
+    def read(row: Mapping[str, Any]) -> Judged:
+        prompt = field(row, *ASKED)
+        one, other = field(row, *ANSWERS), field(row, *OTHERS)
+        labeler = next((str(row[n]) for n in LABELERS if row.get(n) is not None), "")
+        about = columns(row, *ASKED, *ANSWERS, *OTHERS, *LABELERS, "winner")
+        return prompt, one, other, {labeler: str(row.get("winner"))}, about
 
     yield from _table(records, read, WINNERS)
 
 
 def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) -> Iterator[Output]:
-    """One row a pair -> the judgements of each (prompt, labeler), joined."""
+    """One row a pair -> the judgements of each (prompt, labeler), joined, and the columns that all of them share."""
     groups: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
+    shared: dict[tuple[str, str], Row] = {}
     prompts: dict[str, str] = {}
     for place, row in records:
         try:
-            prompt, one, other, said = read(row)
+            prompt, one, other, said, about = read(row)
         except BadRow as bad:
             yield problem(place, bad)
             continue
@@ -124,9 +129,12 @@ def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) ->
             elif one == other:
                 yield Problem(own, *SAME_ANSWERS)
             else:
-                groups[prompt_key(prompt), labeler].append(Judgement(own, one, other, verdicts[value]))
+                group = prompt_key(prompt), labeler
+                groups[group].append(Judgement(own, one, other, verdicts[value]))
+                before = shared.setdefault(group, about)
+                shared[group] = {name: kept for name, kept in before.items() if about.get(name) == kept}
     for (key, labeler), judgements in groups.items():
-        yield from rankings(judgements[0].place, prompts[key], judgements, labeler=labeler)
+        yield from rankings(judgements[0].place, prompts[key], judgements, labeler=labeler, **shared[key, labeler])
 
 
 def _verdict(value: Any, verdicts: Mapping[Any, int]) -> int | None:
@@ -134,7 +142,7 @@ def _verdict(value: Any, verdicts: Mapping[Any, int]) -> int | None:
     return verdicts.get(value) if known else None
 
 
-def rankings(place: str, prompt: str, judgements: list[Judgement], **extra: Any) -> Iterator[Output]:
+def rankings(place: str, prompt: str, judgements: list[Judgement], /, **extra: Any) -> Iterator[Output]:
     """The rankings that the judgements of one labeler on one prompt make, and those that make none."""
     joined, refused, broken = join(judgements)
     if broken:
