@@ -230,19 +230,24 @@ def latest_checkpoint(
 
 
 def _choose_checkpoint(output_dir: Path, resume: str, check: Callable[[Path], None] | None) -> Path | None:
-    chosen = _newest_whole(output_dir) if resume == "latest" else Path(resume)
+    latest = resume == "latest"
+    chosen = _newest_whole(output_dir) if latest else _require_whole(Path(resume))
     if chosen is None:
         return None
-    fault = checkpoint_fault(chosen) if resume != "latest" else None
-    if fault:
-        raise UserError(f"resume_from_checkpoint: {resume}: {fault}: give a whole checkpoint, or latest")
     if check is not None:
         check(chosen)
-    if resume == "latest":
+    if latest:
         _tell(f"resuming from {chosen}")
     else:
         _set_later_aside(output_dir, chosen)
     return chosen
+
+
+def _require_whole(folder: Path) -> Path:
+    fault = checkpoint_fault(folder)
+    if fault:
+        raise UserError(f"resume_from_checkpoint: {folder}: {fault}: give a whole checkpoint, or latest")
+    return folder
 
 
 def _set_later_aside(output_dir: Path, chosen: Path) -> None:

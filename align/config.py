@@ -38,11 +38,13 @@ class TrainingConfig(StageConfig):
     report_to: str = "none"  # or "wandb" (works offline)
     resume_from_checkpoint: str | None = None  # "latest" (without one yet: from the start) or a checkpoint folder
     save_total_limit: int = 2  # checkpoints to resume from that are kept; those of SFT's epochs are kept besides
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("report_to", self.report_to, ("none", "wandb"))
         between("save_total_limit", self.save_total_limit, 1, 1_000_000)
+        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,10 @@ class BaseConfig(TrainerConfig):
     adam_beta2: float = 0.98
     warmup_steps: int = 100
     decay_steps: int = 900  # the last steps, over which the rate falls linearly to 0
-    max_grad_norm: float = 1.0
     save_steps: int = 0  # a checkpoint to resume from every so many steps; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         exact_div(self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads")
         for key in ("num_hidden_layers", "num_attention_heads"):
             if getattr(self, key) < 2:
@@ -106,7 +106,6 @@ class SFTConfig(TrainerConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
     save_steps: int = 0  # besides the checkpoint after each epoch; 0: none
     reward_model_path: str | None = None  # given: choose the epoch by mean reward, else by validation loss
     selection_prompts: int = 256
@@ -120,7 +119,6 @@ class SFTConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
-        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         between("selection_prompts", self.selection_prompts, 1, 10**9)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
@@ -180,7 +178,6 @@ class RMConfig(TrainerConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
     warmup_steps: int = 0
     eval_steps: int = 0  # held-out loss and accuracy every so many steps and at the last; 0: never
     save_steps: int = 0
@@ -192,7 +189,6 @@ class RMConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
-        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
         choose("head_init", self.head_init, ("normal", "fitted"))
@@ -285,7 +281,6 @@ class PPOConfig(TrainingConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-5
-    max_grad_norm: float = 1.0  # 0: gradients are not clipped
     optim: str = "adamw_torch_fused"  # of policy and value model, one of OPTIMIZERS
     gradient_checkpointing: bool = False  # of both, too
     use_peft: bool = False  # LoRA on the policy; the reference is the same weights with the adapter off
@@ -332,7 +327,6 @@ class PPOConfig(TrainingConfig):
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, *TEMPERATURES)
         choose_optimizer(self.optim)
-        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
         between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not self.reward:

@@ -37,18 +37,18 @@ FIELDS = {
     "StageConfig": """
         output_dir seed bf16 attn_implementation on_bad_rows overwrite_output_dir
     """,
-    "TrainingConfig": "report_to resume_from_checkpoint save_total_limit",
+    "TrainingConfig": "report_to resume_from_checkpoint save_total_limit max_grad_norm",
     "TrainerConfig": "logging_steps",
     "BaseConfig": """
         train_file validation_file vocab_size hidden_size intermediate_size num_hidden_layers
         num_attention_heads max_position_embeddings per_device_train_batch_size max_steps
-        learning_rate muon_learning_rate adam_beta2 warmup_steps decay_steps max_grad_norm save_steps
+        learning_rate muon_learning_rate adam_beta2 warmup_steps decay_steps save_steps
     """,
     "SFTConfig": """
         model_name_or_path chat_template_path train_file validation_file pretraining_file pretraining_fraction
         completion_only_loss max_length residual_dropout num_train_epochs learning_rate
         optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
-        adam_beta1 adam_beta2 adam_epsilon max_grad_norm save_steps reward_model_path selection_prompts
+        adam_beta1 adam_beta2 adam_epsilon save_steps reward_model_path selection_prompts
         max_new_tokens temperature use_peft lora_r lora_alpha lora_target_modules
     """,
     "CollectConfig": """
@@ -61,7 +61,7 @@ FIELDS = {
         batch_element head_init folds_by num_folds
         num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
         per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
+        adam_beta2 adam_epsilon warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
         lora_target_modules
     """,
     "PPOConfig": """
@@ -71,7 +71,7 @@ FIELDS = {
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
+        optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
         frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
