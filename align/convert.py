@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from align.data import read_prompt
 from align.errors import UserError
 from align.files import sha256_file, write_json, write_jsonl
 from align.readers import FORMATS, KINDS, Conversion, read, stem
@@ -101,9 +102,7 @@ def split(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
 
 def prompt_of(row: Row) -> Any:
     """What a row of any kind is split by."""
-    if "messages" in row and row.get("completion") is None:
-        return row["messages"][:-1]
-    return row.get("prompt", row.get("text"))
+    return row["text"] if row.get("prompt") is None and row.get("messages") is None else read_prompt(row)
 
 
 def counted(conversion: Conversion) -> dict[str, Any]:

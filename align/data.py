@@ -10,12 +10,17 @@ Formats: design section 4, TRL's names, text or conversational, in the files and
 Rule for equal completions in one ranking (compared without surrounding white space): with the same rank they are one
 completion, merged and noted as `merged_duplicates`; with different ranks the labeler contradicts himself and the row
 is bad, as it is when fewer than two distinct completions remain.
+
+What a row says beside its answers: a text `system` becomes the prompt's first message; a `margin` stays a column, and a
+conversation teaches its last answer alone, both counted in the notes. Answers under names that are not ours make no
+prompt of a row (`answer_columns`).
 """
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +35,18 @@ Columns = Mapping[str, Any]
 ASKED = ("question", "instruction", "input", "query")  # what others call a prompt
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REPLY = "\n\nAssistant:"  # the turn marker of Anthropic's HH dialogues
+ANSWERED = ("completion", "completions", "chosen", "rejected", "messages")  # our own names of answers
+ORDERS = ("rank", "ranks", "ranking", "labels", "scores")  # beside a list of texts: it holds answers to be compared
+ONE_OF_SEVERAL = re.compile(  # response_0, answer-b, Response 1
+    r"(answer|completion|output|response)[ _-]?(\d{1,2}|[a-k])|(chosen|rejected)[ _-](answer|completion|response)",
+    re.IGNORECASE,
+)
+NO_CALLS = "calls of tools are not learned: take the row out, or write it as text"
+NOTES = {
+    "merged_duplicates": "equal completions of one rank were merged",
+    "margin_not_used": "has a margin, which the loss does not use: it stays a column",
+    "earlier_answers_not_learned": "the assistant's earlier answers are prompt: the last one alone is learned",
+}
 
 
 # One row -> one record
@@ -52,18 +69,54 @@ def _text(row: Columns, name: str, what: str | None = None) -> Text:
 
 
 def _message(message: Any, what: str) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, (list, tuple)):
+        content = _joined(content, what)
+    if isinstance(message, Mapping) and not content and _calls_tools(message):
+        raise BadRow("bad_messages", f"{what} holds a tool call without text", NO_CALLS)
+    if not isinstance(content, str):
         remedy = 'write {"role": ..., "content": ...}'
         raise BadRow("bad_messages", f"{what} holds something that is no message", remedy)
     if message.get("role") not in ROLES:
         raise BadRow("bad_messages", f"{what} holds a message of an unknown role", f"use one of {', '.join(ROLES)}")
-    if not message["content"].strip():
+    if not content.strip():
         raise BadRow("empty_field", f"{what} holds an empty message", "fill it, or take the row out")
-    return {key: value for key, value in message.items() if value is not None}
+    return {key: value for key, value in message.items() if value is not None} | {"content": content}
+
+
+def _joined(parts: Sequence[Any], what: str) -> str:
+    """The text of content parts, end to end as chat templates write them."""
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type", "text") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        remedy = 'keep {"type": "text", "text": ...} alone, or take the row out'
+        raise BadRow("bad_messages", f"{what} holds a content part that is not text, such as an image", remedy)
+    return "".join(texts)
+
+
+def _calls_tools(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
 
 
 def _prompt(row: Columns) -> Text:
-    return _as_prompt(_text(row, "prompt"))
+    return system_first(_as_prompt(_text(row, "prompt")), row)
+
+
+def system_of(row: Columns) -> str:
+    """The text of `system`, a system message; "" where there is none, or where the column is something else."""
+    return row["system"].strip() if isinstance(row.get("system"), str) else ""
+
+
+def system_first(prompt: Text, row: Columns) -> Text:
+    """The prompt after the row's `system`, which Alpaca and ShareGPT have in such a column too."""
+    system = system_of(row)
+    if not system:
+        return prompt
+    turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    if turns[0]["role"] not in ROLES[:2]:
+        return ({"role": "system", "content": system}, *turns)
+    if turns[0]["content"].strip() != system:
+        raise BadRow("bad_messages", "'system' is not the system message that the prompt begins with", "keep one")
+    return turns
 
 
 def _as_prompt(prompt: Text) -> Text:
@@ -77,27 +130,76 @@ def _completion(row: Columns, name: str, what: str | None = None) -> Text:
     completion = _text(row, name, what)
     if not isinstance(completion, str) and any(m["role"] != "assistant" for m in completion):
         raise BadRow("bad_messages", f"{what or repr(name)} holds others' messages", "keep the assistant's alone")
+    return _spoken(completion)
+
+
+def _spoken(completion: Text) -> Text:
+    """A completion that is text alone: of a tool call beside it nothing would be learned."""
+    if not isinstance(completion, str) and any(_calls_tools(message) for message in completion):
+        raise BadRow("bad_messages", "an answer holds a tool call", NO_CALLS)
     return completion
 
 
 def _rest(row: Columns, *used: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in used}
+    """The columns beside the record's own fields."""
+    taken = (*used, "system") if system_of(row) else used
+    return {key: value for key, value in row.items() if key not in taken}
+
+
+def answer_columns(row: Columns) -> list[str]:
+    """The columns that hold answers to the prompt under names that are not ours, such as response_0.
+
+    No such column are `answer`, and `answers` as a list of texts: reward functions compare with them.
+    """
+    return [name for name, value in row.items() if value and _holds_answers(name, value, row)]
+
+
+def _holds_answers(name: str, value: Any, row: Columns) -> bool:
+    if not isinstance(value, (str, list, tuple, Mapping)) or not isinstance(name, str):
+        return False
+    if name == "answers":
+        objects = isinstance(value, (list, tuple)) and any(isinstance(one, Mapping) for one in value)
+        return objects or any(isinstance(row.get(order), (list, tuple)) for order in ORDERS)
+    if name in ("responses", "ranked_responses"):
+        return not isinstance(value, str)
+    return name == "response" or ONE_OF_SEVERAL.fullmatch(name) is not None
 
 
 def parse_demonstration(row: Columns, notes: Counter[str]) -> Demonstration:
     if row.get("label") is False:  # TRL's unpaired preferences
         raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
-    if row.get("messages") is not None and row.get("completion") is None:
+    if _is_talk(row):
         messages = _text(row, "messages")
         if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
             what = "'messages' does not end with an answer of the assistant"
             raise BadRow("bad_messages", what, "write at least a user's message and then the assistant's")
-        return Demonstration(_as_prompt(messages[:-1]), messages[-1:], _rest(row, "messages"))
-    return Demonstration(_prompt(row), _completion(row, "completion"), _rest(row, "prompt", "completion"))
+        prompt = system_first(_as_prompt(messages[:-1]), row)
+        record = Demonstration(prompt, _spoken(messages[-1:]), _rest(row, "messages"))
+    else:
+        record = Demonstration(_prompt(row), _completion(row, "completion"), _rest(row, "prompt", "completion"))
+    if not isinstance(record.prompt, str) and any(m["role"] == "assistant" for m in record.prompt):
+        notes["earlier_answers_not_learned"] += 1
+    return record
+
+
+def _is_talk(row: Columns) -> bool:
+    """Whether a row holds prompt and answer together, as `messages`."""
+    return row.get("messages") is not None and row.get("completion") is None
+
+
+def read_prompt(row: Columns) -> Text:
+    """The prompt of a row that has passed the check: of a demonstration, a ranking or a prompt."""
+    return system_first(_as_prompt(_text(row, "messages")[:-1]), row) if _is_talk(row) else _prompt(row)
 
 
 def parse_prompt(row: Columns, notes: Counter[str]) -> Prompt:
-    return Prompt(_prompt(row), _rest(row, "prompt"))
+    prompt, unread = _prompt(row), answer_columns(row)
+    if unread and all(row.get(name) is None for name in ANSWERED):  # else a prompt was asked for, not made of the row
+        what = f"has answers beside its prompt ({', '.join(map(repr, unread))}) in no shape that is read"
+        shapes = "completion (a demonstration), chosen and rejected (a pair) or completions (a ranking)"
+        remedy = f"name them {shapes}; a column for a reward function needs another name; see docs/formats.md"
+        raise BadRow("unread_answers", what, remedy)
+    return Prompt(prompt, _rest(row, "prompt"))
 
 
 def parse_text(row: Columns, notes: Counter[str]) -> str:
@@ -134,6 +236,7 @@ def parse_preference(row: Columns, notes: Counter[str]) -> Ranking:
     if row.get("prompt") is None or whole:
         prompt, chosen, rejected = _implicit(chosen, rejected)
         _check_stated(row.get("prompt"), prompt)
+        prompt, chosen, rejected = system_first(prompt, row), _spoken(chosen), _spoken(rejected)
     else:
         prompt, chosen, rejected = _prompt(row), _completion(row, "chosen"), _completion(row, "rejected")
     return _ranking(prompt, [(chosen, 0.0), (rejected, 1.0)], row, notes, "prompt", "chosen", "rejected")
@@ -164,6 +267,8 @@ def _ranking(prompt: Text, pairs: list[tuple[Text, float]], row: Columns, notes:
         raise BadRow("all_ties", "all completions have the same rank", "take the row out, it prefers nothing")
     if len(kept) < len(pairs):
         notes["merged_duplicates"] += len(pairs) - len(kept)
+    if row.get("margin") is not None:
+        notes["margin_not_used"] += 1
     labeler = row.get("labeler")
     completions = tuple(completion for completion, _ in kept.values())
     columns = _rest(row, *used, "labeler")

@@ -1,6 +1,7 @@
 """Files and hub data sets as rows, each with its place; what cannot be used is named and counted, never lost.
 
-Local JSONL, JSON (also gzipped) or Parquet, or a hub id `org/name`, `org/name:split`, `org/name@revision:split`.
+Local JSONL, JSON (also gzipped) or Parquet, or a hub id `org/name` or `org/name/subset`, behind it `@revision` and
+`:split` (default train). What lies on the disk by that path wins.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ from align.errors import UserError, first_line
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 WHOLE = (".json", ".json.gz")
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.%\[\]:+-]+))?")
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.%\[\]:+-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,13 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: no such file: give a .jsonl, .json or .parquet file, or a hub id org/name")
     import datasets
 
+    subset = [hub["subset"]] if hub["subset"] else []
     try:
-        rows = datasets.load_dataset(hub["name"], split=hub["split"] or "train", revision=hub["revision"])
+        rows = datasets.load_dataset(hub["name"], *subset, split=hub["split"] or "train", revision=hub["revision"])
     except Exception as error:  # whatever the network, the hub and other people's files raise
         raise UserError(
-            f"{path}: no local file, and no data set from the hub ({first_line(error)}): check the name"
+            f"{path}: no local file, and no data set from the hub ({first_line(error)}): check the name, "
+            "org/name/subset@revision:split"
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}:row {number}", row

@@ -1,9 +1,10 @@
-"""`align validate FILE...`: what every stage checks when it starts, for all rows at once, without starting one.
+"""`align validate [--all] FILE...`: what every stage checks when it starts, for all rows at once, without starting one.
 
-Finds each file's kind from its columns, prints a line a bad row (`file:line: what is wrong: how to mend it`), then a
-summary a file. Never prints a row's text. The same prompt in two files of one kind is bad (`in_two_splits`: they are
-taken for splits); in files of different kinds it is only reported, since demonstrations, rankings and prompts may
-share prompts. A file in another public format is named as such: `align convert` reads it.
+Finds each file's kind from its columns, prints a line a bad row (`file:line: what is wrong: how to mend it`; without
+`--all` the first 50 of each file), then a summary a file. Never prints a row's text. The same prompt in two files of
+one kind is bad (`in_two_splits`: they are taken for splits); in files of different kinds it is only reported, since
+demonstrations, rankings and prompts may share prompts. A file in another public format is named as such: `align
+convert` reads it.
 """
 
 import itertools
@@ -23,8 +24,9 @@ from align.rows import Problem, count_kinds, read_rows, split_paths
 from align.splits import prompt_key
 from align.types import Ranking, Text
 
-USAGE = "usage: align validate FILE..."
-SHOWN = 50  # bad rows printed a file
+ALL = "--all"
+USAGE = f"usage: align validate [{ALL}] FILE...   ({ALL}: every bad row, not the first 50 of each file)"
+SHOWN = 50  # bad rows printed a file, without --all
 SAMPLE = 100  # rows that decide a file's kind
 MARKS = {"completions": "ranking", "chosen": "preference", "rejected": "preference", "messages": "demonstration"}
 MARKS |= {"completion": "demonstration", "prompt": "prompt", "text": "text"}  # the first that a row has decides
@@ -43,10 +45,11 @@ class FileCheck:
     notes: Counter[str] = field(default_factory=Counter)
     prompts: dict[str, str] = field(default_factory=dict)  # key -> place of its first row
 
-    def lines(self) -> list[str]:
-        shown = [str(problem) for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            shown.append(f"{self.path}: {len(self.problems) - SHOWN} more bad rows not shown")
+    def lines(self, limit: int | None = SHOWN) -> list[str]:
+        shown = [str(problem) for problem in self.problems[:limit]]
+        if len(shown) < len(self.problems):
+            more = len(self.problems) - len(shown)
+            shown.append(f"{self.path}: {more} more bad rows not shown: `align validate {ALL}` shows them")
         return shown
 
     def summary(self) -> str:
@@ -157,8 +160,8 @@ def ancestry(folders: Iterable[str | None]) -> list[Manifest]:
     return list(found.values())
 
 
-def validate(paths: list[str]) -> tuple[int, str]:
-    """The exit code (1 when anything is bad) and the text to print."""
+def validate(paths: list[str], limit: int | None = SHOWN) -> tuple[int, str]:
+    """The exit code (1 when anything is bad) and the text to print, with at most `limit` bad rows a file."""
     checks: list[FileCheck] = []
     errors: list[str] = []
     for path in split_paths(paths):
@@ -167,17 +170,18 @@ def validate(paths: list[str]) -> tuple[int, str]:
         except UserError as error:
             errors.append(str(error))
     remarks = [line for a, b in itertools.combinations(checks, 2) for line in _compare(a, b)]
-    lines = [line for check in checks for line in check.lines()]
+    lines = [line for check in checks for line in check.lines(limit)]
     lines += errors + [check.summary() for check in checks] + remarks
     bad = bool(errors) or any(check.problems for check in checks)
     return int(bad), "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    if not argv or any(word.startswith("-") for word in argv):
+    paths = [word for word in argv if word != ALL]
+    if not paths or any(word.startswith("-") for word in paths):
         help_wanted = "-h" in argv or "--help" in argv
         print(USAGE, file=sys.stdout if help_wanted else sys.stderr)
         return 0 if help_wanted else 2
-    code, text = validate(argv)
+    code, text = validate(paths, None if len(paths) < len(argv) else SHOWN)
     print(text)
     return code

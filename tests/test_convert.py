@@ -118,6 +118,34 @@ def test_the_same_prompt_is_held_out_whatever_the_file(tmp_path):
     assert 20 <= len(prompts["sft held"]) <= 60  # a fifth of 200, by hash
 
 
+def test_rows_with_a_system_message_or_content_parts_are_split_by_their_question(tmp_path):
+    names = [f"question {i}" for i in range(60)]
+    plain = lines(tmp_path / "plain.jsonl", *({"prompt": name, "completion": "a"} for name in names))
+    system = lines(tmp_path / "s.jsonl", *({"prompt": name, "completion": "a", "system": "be kind"} for name in names))
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    talks = ({"messages": [turn("user", name), turn("assistant", "a")]} for name in names)
+    parts = lines(tmp_path / "parts.jsonl", *talks)
+    held = []
+    for path in (plain, system, parts):
+        outputs = [f"{path}.{side}.jsonl" for side in ("train", "held")]
+        assert main(["convert", path, "--output", outputs[0], "--validation_output", outputs[1]]) == 0
+        held.append([demo.prompt for demo in load_demonstrations(outputs[1])[0]])
+    assert 1 <= len(held[0]) < 60 and held[0] == [prompt[-1]["content"] for prompt in held[1]]
+    assert held[0] == [prompt[0]["content"] for prompt in held[2]]
+    assert all(prompt[0] == {"role": "system", "content": "be kind"} for prompt in held[1])
+
+
+def test_answers_in_no_known_shape_are_not_converted_to_prompts(tmp_path, capsys):
+    path = lines(tmp_path / "a.jsonl", {"prompt": SECRET, "response": SECRET, "helpfulness": 4})
+    assert main(["convert", path, "--output", str(tmp_path / "out.jsonl")]) == 2
+    printed = capsys.readouterr()
+    assert "has answers beside its prompt ('response')" in printed.out and SECRET not in printed.out + printed.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_stats_tell_what_a_file_holds(tmp_path, capsys):
     def row(labeler: str, *ranks: int, prompt: str = "p") -> dict[str, Any]:
         texts = [{"completion": "x" * (i + 1), "rank": rank} for i, rank in enumerate(ranks)]

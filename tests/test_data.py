@@ -106,6 +106,99 @@ def test_prompt_keeps_every_other_column(tmp_path):
     assert got == Prompt("p", {"id": 4, "answer": [1]})
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("load", "row"),
+    [
+        (load_prompts, {"prompt": "hi"}),
+        (load_prompts, {"prompt": [SYSTEM, USER]}),
+        (load_demonstrations, {"prompt": [USER], "completion": "c"}),
+        (load_demonstrations, {"messages": [USER, REPLY]}),
+        (load_rankings, ranked(("a", 1), ("b", 2)) | {"prompt": "hi"}),
+        (load_rankings, {"prompt": "hi", "chosen": "a", "rejected": "b"}),
+        (load_rankings, {"chosen": [USER, REPLY], "rejected": [USER, OTHER]}),
+        (load_rankings, {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}),
+    ],
+)
+def test_a_text_system_is_the_first_message(tmp_path, load, row):
+    (got,), _ = load(lines(tmp_path / "s.jsonl", row | {"system": " be kind\n", "id": 1}))
+    assert got.prompt == (SYSTEM, USER) and got.columns == {"id": 1}
+    (plain,), _ = load(lines(tmp_path / "s.jsonl", row))
+    for other in ("", " ", None, 3, ["x"]):  # no message: a column like any other
+        (got,), _ = load(lines(tmp_path / "s.jsonl", row | {"system": other}))
+        assert got.prompt == plain.prompt and got.columns == {"system": other}
+
+
+def test_two_system_messages_are_refused(tmp_path):
+    problem = only_problem(tmp_path, load_prompts, {"prompt": [SYSTEM, USER], "system": "be brief"})
+    assert problem.kind == "bad_messages" and "'system'" in problem.what
+
+
+def test_margins_and_earlier_answers_are_noted(tmp_path):
+    _, report = load_rankings(lines(tmp_path / "p.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0}))
+    assert report.notes == {"margin_not_used": 1}
+    rows = [{"messages": [USER, OTHER, USER, REPLY]}, {"prompt": [USER, OTHER, USER], "completion": "c"}]
+    rows += [{"messages": [USER, REPLY]}, {"prompt": "p", "completion": "c"}]
+    demonstrations, report = load_demonstrations(lines(tmp_path / "d.jsonl", *rows))
+    assert len(demonstrations) == 4 and report.notes == {"earlier_answers_not_learned": 2}
+
+
+def test_text_parts_of_a_message_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "yes"}]}]}
+    assert load_demonstrations(lines(tmp_path / "d.jsonl", row))[0] == [Demonstration((USER,), (REPLY,))]
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "what"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}], "bad_messages", "an image"),
+        ([{"type": "text", "text": None}], "bad_messages", "not text"),
+        (["a"], "bad_messages", "not text"),
+        ([], "empty_field", "empty message"),
+        (None, "bad_messages", "no message"),
+    ],
+)
+def test_messages_without_text(tmp_path, content, kind, what):
+    problem = only_problem(tmp_path, load_prompts, {"prompt": [{"role": "user", "content": content}]})
+    assert problem.kind == kind and what in problem.what
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, CALL, REPLY]},
+        {"messages": [USER, CALL | {"content": ""}]},
+        {"messages": [USER, CALL | {"content": "I look it up."}]},
+        {"prompt": "p", "completion": [CALL | {"content": "I look it up."}]},
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [CALL | {"content": "I look it up."}]},
+        {"chosen": [USER, REPLY], "rejected": [USER, CALL | {"content": "I look it up."}]},
+    ],
+)
+def test_calls_of_tools_are_refused_by_name(tmp_path, row):
+    load = load_rankings if "chosen" in row else load_demonstrations
+    problem = only_problem(tmp_path, load, row)
+    assert problem.kind == "bad_messages" and "tool call" in problem.what
+
+
+def test_a_call_beside_text_may_stand_in_a_prompt(tmp_path):
+    turns = [USER, CALL | {"content": "I look it up."}, {"role": "tool", "content": "4"}]
+    assert load_prompts(lines(tmp_path / "p.jsonl", {"prompt": turns}))[0][0].prompt == tuple(turns)
+
+
+def test_answers_beside_a_prompt_make_it_no_prompt(tmp_path):
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "safer_response_id": 0}
+    problem = only_problem(tmp_path, load_prompts, row)
+    assert problem.kind == "unread_answers" and "('response_0', 'response_1')" in problem.what
+    (got,), _ = load_prompts(lines(tmp_path / "p.jsonl", row | {"completion": "c"}))  # ours: its prompt was asked for
+    assert got.prompt == "p"
+
+
 def test_texts(tmp_path):
     assert load_texts(lines(tmp_path / "t.jsonl", {"text": " a\nb "}))[0] == [" a\nb "]
 
@@ -161,6 +254,30 @@ def test_hub_ids_go_through_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("a\nb")))
     with pytest.raises(UserError, match=r"^org/name: no local file, and no data set from the hub \(a\)"):
         load_prompts("org/name")
+
+
+def test_subsets_of_hub_data_sets(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*names, split, revision):
+        asked.append((*names, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_prompts("org/name/sub-1.0,org/name/sub:test,org/name/sub@v1,org/name/sub@refs/pr/1:train[:5%]")
+    assert asked == [
+        ("org/name", "sub-1.0", "train", None), ("org/name", "sub", "test", None), ("org/name", "sub", "train", "v1"),
+        ("org/name", "sub", "train[:5%]", "refs/pr/1"),
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    lines(tmp_path / "org" / "name" / "sub.jsonl", {"prompt": "of the disk"})
+    assert load_prompts("org/name/sub.jsonl")[0][0].prompt == "of the disk"
+    with pytest.raises(UserError, match="no such file"):
+        load_prompts("org/name/other")
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -338,6 +455,9 @@ JSON = st.recursive(
                     "chosen",
                     "rejected",
                     "text",
+                    "system",
+                    "answers",
+                    "tool_calls",
                 ]
             ),
             inner,

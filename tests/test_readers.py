@@ -50,9 +50,19 @@ def ranking(prompt: Any, *texts: tuple[str, float], **extra: Any) -> dict[str, A
 
 
 HH = "\n\nHuman: hi\n\nAssistant: well\n\nHuman: so?\n\nAssistant:"
+CAT_POST = "SUBREDDIT: r/cats\n\nTITLE: my cat\n\nPOST: it sat.\n\nTL;DR:"
 TALK = [USER, {"role": "assistant", "content": "well"}, {"role": "user", "content": "so?"}]
 SQUAD = {"context": "the cat sat", "id": "p1", "qas": [{"id": "q1", "question": "who?", "answers": []}]}
 SQUAD["qas"][0]["answers"] = [{"text": t, "answer_start": s} for t, s in (("cat", -1), ("cat", 4), ("the cat", 0))]
+PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}
+
+
+def summaries(first: str, second: str, choice: int, **info: Any) -> dict[str, Any]:
+    post = {"id": "t3", "post": "it sat.", "title": "my cat", "subreddit": "cats", "site": None, "article": None}
+    texts = [{"text": text, "policy": "sup2", "note": None} for text in (first, second)]
+    return {"info": post | info, "summaries": texts, "choice": choice, "worker": "w", "extra": {"confidence": 3}}
+
+
 BBQ = {"context": "a and b met.", "question": "who ran?", "ans0": "a", "ans1": "b", "ans2": "unknown", "label": 2}
 EVAL = {"eval_only": True}
 
@@ -107,6 +117,30 @@ MINIATURES: list[tuple[str, list[Any], str | None, list[dict[str, Any]]]] = [
                   {"prompt": "p", "response_a": "c", "response_b": "b", "winner": "model_b", "judge": "j"},
                   {"prompt": "p", "response_a": "c", "response_b": "a", "winner": "model_b", "judge": "j"}], None,
      [ranking("p", ("a", 0), ("b", 1), ("c", 2), labeler="j")]),
+    ("safe_rlhf", [PKU | {"prompt_source": "x", "safer_response_id": 0, "is_response_0_safe": True}], None,
+     [ranking("p", ("b", 0), ("a", 1), prompt_source="x")]),
+    ("helpsteer", [{"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": -2, "split": "train",
+                    "preference_statement": "a is better"}], None, [ranking("p", ("a", 0), ("b", 1), split="train")]),
+    ("helpsteer", [{"context": [USER], "response1": "a", "response2": "b", "overall_preference": 1, "domain": "code",
+                    "individual_preference": [{"score": 1}]}], None,
+     [ranking("hi", ("b", 0), ("a", 1), domain="code")]),
+    ("helpsteer", [{"context": TALK, "response1": "a", "response2": "b", "overall_preference": -1}], "prompt",
+     [{"prompt": TALK}]),
+    ("helpsteer", [{"prompt": "hi\n<extra_id_1>Assistant\nwell\n<extra_id_1>User\nso?", "response_1": "a",
+                    "response_2": "b", "preference_strength": 3}], None, [ranking(TALK, ("b", 0), ("a", 1))]),
+    ("summarize_from_feedback", [summaries("a", "b", 1), summaries("b", "c", 0)], None,
+     [ranking(CAT_POST, ("b", 0), ("a", 1), labeler="w", id="t3"),
+      ranking(CAT_POST, ("b", 0), ("c", 1), labeler="w", id="t3")]),
+    ("summarize_from_feedback", [summaries("a", "b", 0, title=None, subreddit="", id=None)], None,
+     [ranking("POST: it sat.\n\nTL;DR:", ("a", 0), ("b", 1), labeler="w")]),
+    ("summarize_from_feedback", [summaries("a", "b", 0, post=None, article="it rained.", id=None)], None,
+     [ranking("Article: it rained.\n\nTL;DR:", ("a", 0), ("b", 1), labeler="w")]),
+    ("nectar", [{"prompt": HH + " ", "turns": 2, "num_responses": 3, "source": ["one", "two"], "good_natured": True,
+                 "answers": [{"answer": "a", "model": "m", "rank": 2.0}, {"answer": "b", "model": "n", "rank": 1.0},
+                             {"answer": "c", "model": "o", "rank": 2.0}]}], None,
+     [ranking(TALK, ("a", 2), ("b", 1), ("c", 2), source="one, two", good_natured=True)]),
+    ("nectar", [{"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}], None,
+     [ranking("p", ("a", 1), ("b", 2))]),
     ("mt_bench", [{"question_id": 1, "category": "x", "turns": ["one", "two"]}], None,
      [{"prompt": "one", "turns": ["one", "two"], "question_id": 1, "category": "x"}]),
     ("truthfulqa_mc", [{"question": "q", "mc1_targets": {"a": 1, "b": 0}}], None,
@@ -202,6 +236,117 @@ def test_qa_feedback_context_and_gold(tmp_path):
 def panda(first: str, second: str, *said: object) -> dict[str, Any]:
     judged = {f"annotator{i}": value for i, value in enumerate(said, start=1)}
     return {"instruction": "i", "input": "", "response1": first, "response2": second, **judged}
+
+
+def test_safe_rlhf_pairs_of_one_prompt_are_joined(tmp_path):
+    rows = [PKU, PKU | {"response_0": "b", "response_1": "c", "better_response_id": 0, "response_0_source": "m"}]
+    assert rows_of(one(tmp_path, rows)) == [ranking("p", ("b", 0), ("a", 1)), ranking("p", ("b", 0), ("c", 1))]
+    rows[1] |= {"response_0": "c", "response_1": "b", "better_response_id": 0}
+    assert rows_of(one(tmp_path, rows)) == [ranking("p", ("c", 0), ("b", 1), ("a", 2))]
+
+
+def test_preferences_without_a_known_value_are_named(tmp_path):
+    steer = {"prompt": "p", "response_1": "a", "response_2": "b"}
+    rows = [steer | {"preference_strength": strength} for strength in (2, 0, -100, True, "1", float("nan"))]
+    conversion = one(tmp_path, [{**row, "prompt": f"p{i}"} for i, row in enumerate(rows)])
+    assert faults(conversion) == [*((str(n), "bad_judgement") for n in (3, 4, 5, 6)), ("2", "all_ties")]
+    pairs = [PKU, PKU | {"better_response_id": 2}, PKU | {"better_response_id": True}, PKU | {"response_0": " b"}]
+    assert faults(one(tmp_path, pairs)) == [
+        ("2", "bad_judgement"), ("3", "bad_judgement"), ("4", "duplicate_completions"),
+    ]  # fmt: skip
+    posts = [summaries("a", "b", 0), summaries("a", "b", 2), summaries("a", "b", 0, post=""), summaries("a", "", 0)]
+    posts += [summaries("a", "b", 0) | {"summaries": [{"text": "a"}]}, summaries("a", "b", 0) | {"info": "x"}]
+    assert faults(one(tmp_path, posts)) == [
+        ("2", "bad_judgement"), ("3", "missing_field"), ("4", "empty_field"), ("5", "wrong_type"), ("6", "wrong_shape"),
+    ]  # fmt: skip
+
+
+def test_each_worker_of_a_post_gets_a_ranking(tmp_path):
+    rows = [summaries("a", "b", 0), summaries("b", "c", 0), summaries("a", "b", 1) | {"worker": "v"}]
+    prompt = CAT_POST
+    assert rows_of(one(tmp_path, rows)) == [
+        ranking(prompt, ("a", 0), ("b", 1), ("c", 2), labeler="w", id="t3"),
+        ranking(prompt, ("b", 0), ("a", 1), labeler="v", id="t3"),
+    ]
+
+
+def test_nectar_dialogues_that_wait_for_no_answer(tmp_path):
+    answers = [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]
+    good = {"prompt": "\n\nHuman: hi\n\nHuman: so?\n\nAssistant: ", "answers": answers}
+    rows = [good, good | {"prompt": "\n\nHuman: hi\n\nAssistant: well"}, good | {"prompt": "\n\nHuman:\n\nAssistant:"}]
+    rows += [good | {"answers": [answers[0], {"answer": "b", "rank": "x"}]}, good | {"answers": answers[:1]}]
+    conversion = one(tmp_path, rows)
+    assert rows_of(conversion) == [ranking("hi\n\nso?", ("a", 1), ("b", 2))]
+    assert notes(conversion) == [("1", "merged_turns")]
+    assert faults(conversion) == [
+        ("2", "bad_messages"), ("3", "empty_field"), ("4", "bad_rank"), ("5", "too_few_completions"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [row[1][0] for row in MINIATURES if row[0] in ("safe_rlhf", "helpsteer", "nectar")])
+def test_rankings_in_other_shapes_are_never_validated_as_prompts(tmp_path, row):
+    code, text = validate([lines(tmp_path / "a.jsonl", [row, row])])
+    assert code == 1 and "`align convert" in text and "none bad" not in text
+
+
+def test_answers_that_no_reader_takes_make_no_prompt(tmp_path):
+    unread = [
+        {"response": "a", "helpfulness": 3}, {"response_a": "a", "response_b": "b"}, {"Response 1": "a"},
+        {"answer-1": "a", "answer-2": [NO]}, {"answers": [{"text": "a"}]}, {"responses": [{"text": "a"}]},
+        {"answers": ["a", "b"], "scores": [1, 2]}, {"completion_a": "a"}, {"chosen_response": "a"},
+    ]  # fmt: skip
+    conversion = one(tmp_path, [{"prompt": "p", **answers} for answers in unread])
+    assert conversion.format == "trl" and conversion.rows == []
+    assert faults(conversion) == [(str(n), "unread_answers") for n in range(1, len(unread) + 1)]
+    message = str(conversion.problems[1])
+    assert (
+        "('response_a', 'response_b')" in message and "completions (a ranking)" in message and "formats.md" in message
+    )
+
+
+def test_columns_that_reward_functions_read_stay_with_their_prompt(tmp_path):
+    kept = [
+        {"answer": "4"}, {"answer": ["4", "four"]}, {"answers": ["4", "four"]}, {"answer_info": {"a": 1}},
+        {"answer_start": 3}, {"response_format": "json"}, {"response": ""}, {"response_a": None}, {"solution": "x"},
+        {"responses": []}, {"output": "x"},
+    ]  # fmt: skip
+    rows = [{"prompt": f"p{i}", **columns} for i, columns in enumerate(kept)]
+    conversion = one(tmp_path, rows)
+    assert rows_of(conversion) == rows and conversion.problems == []
+
+
+def test_prompts_of_our_own_rows_leave_other_answers_behind(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "response": "x", "answer": "4"}]
+    assert rows_of(one(tmp_path, rows, "prompt")) == [{"prompt": "p", "answer": "4"}]
+
+
+def test_a_system_column_stands_before_the_prompt(tmp_path):
+    system = {"role": "system", "content": "be kind"}
+    pair = {"prompt": "hi", "chosen": "a", "rejected": "b", "system": " be kind"}
+    assert rows_of(one(tmp_path, [pair])) == [{"prompt": [system, USER], "chosen": "a", "rejected": "b"}]
+    whole = {"chosen": [USER, YES], "rejected": [USER, NO], "system": "be kind"}
+    assert rows_of(one(tmp_path, [whole])) == [{"prompt": [system, USER], "chosen": [YES], "rejected": [NO]}]
+    said = [{"prompt": "hi", "completion": c, "label": c == "a", "system": s} for c in "ab" for s in ("be kind", "")]
+    assert rows_of(one(tmp_path, said)) == [
+        ranking([system, USER], ("a", 0), ("b", 1)), ranking("hi", ("a", 0), ("b", 1)),
+    ]  # fmt: skip
+    assert rows_of(one(tmp_path, [{"messages": [USER, YES], "system": "be kind"}], "prompt")) == [
+        {"prompt": [system, USER]}
+    ]
+
+
+def test_what_is_not_learned_is_noted(tmp_path):
+    conversion = one(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": m} for m in (2, None, 0.5)])
+    assert notes(conversion) == [("1", "margin_not_used"), ("3", "margin_not_used")]
+    assert "2 margin_not_used" in conversion.summary() and "margin" in conversion.notes[0].what
+    turns = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
+    assert notes(one(tmp_path, [{"conversations": turns}])) == [("1", "earlier_answers_not_learned")]
+
+
+def test_content_parts_in_unpaired_rows(tmp_path):
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    rows = [{"prompt": [USER], "completion": c, "label": c == parts} for c in (parts, [NO])]
+    assert rows_of(one(tmp_path, rows)) == [ranking([USER], ("yes", 0), ("no", 1))]
 
 
 def test_pandalm_joins_each_annotator_over_rows(tmp_path):
@@ -694,7 +839,8 @@ FIELDS = re.findall(
     "prompt,completion,completions,chosen,rejected,messages,label,text,instruction,input,output,history,instances,"
     "conversations,message_tree_id,question,gold,passages,preference,response1,response2,annotator1,winner,response_a,"
     "response_b,passage-id,questions,document,metadata,data,paragraphs,annotations,fields,responses,scores,id,options,"
-    "annotation_id,turns,question_id,prediction 1,prediction 2,ans0,answer",
+    "annotation_id,turns,question_id,prediction 1,prediction 2,ans0,answer,answers,response_0,response_1,response_2,"
+    "better_response_id,preference_strength,overall_preference,context,info,summaries,choice,system,margin,response",
 )
 
 

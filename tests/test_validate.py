@@ -62,8 +62,31 @@ def test_one_line_a_bad_row_then_a_summary_and_never_the_text(tmp_path):
 def test_shown_rows_are_capped(tmp_path):
     path = lines(tmp_path / "p.jsonl", *[{"prompt": ""}] * (SHOWN + 7), {"prompt": "p"})
     _, text = validate([path])
-    assert len(text.splitlines()) == SHOWN + 2 and f"{path}: 7 more bad rows not shown" in text
+    assert len(text.splitlines()) == SHOWN + 2
+    assert f"{path}: 7 more bad rows not shown: `align validate --all` shows them" in text
     assert f"{SHOWN + 8} rows, {SHOWN + 7} bad ({SHOWN + 7} empty_field)" in text
+
+
+def test_all_bad_rows_are_shown_when_asked_for(tmp_path, capsys):
+    path = lines(tmp_path / "p.jsonl", *[{"prompt": ""}] * (SHOWN + 7), {"prompt": "p"})
+    for argv in (["--all", path], [path, "--all"]):
+        assert main(argv) == 1
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) == SHOWN + 8 and f"{path}:{SHOWN + 7}: 'prompt' is empty" in shown[-2]
+    assert main(["--all"]) == 2 and main([path, "--none"]) == 2
+
+
+def test_notes_of_what_is_not_learned(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.5}
+    assert validate([lines(tmp_path / "p.jsonl", pair)])[1].endswith("; 1 margin_not_used")
+    assert validate([lines(tmp_path / "m.jsonl", {"messages": turns})])[1].endswith("; 1 earlier_answers_not_learned")
+
+
+def test_answers_in_no_known_shape_are_no_prompts(tmp_path):
+    rows = [{"prompt": "p", "response_a": "a", "response_b": "b"}, {"prompt": "q", "answer": "4"}]
+    code, text = validate([lines(tmp_path / "p.jsonl", *rows)])
+    assert code == 1 and "2 rows, 1 bad (1 unread_answers); 1 distinct prompts" in text and "'response_a'" in text
 
 
 def test_a_prompt_in_two_files_of_one_kind_is_bad(tmp_path):

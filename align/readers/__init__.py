@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data import parse_row
+from align.data import NOTES, answer_columns, parse_row
 from align.errors import UserError
 from align.readers import annotation, benchmarks, chat, pairwise, passages, ranked
-from align.readers.base import Converted, Note, Options, Output, Reader, Record
+from align.readers.base import Converted, Note, Options, Output, Reader, Record, as_json
 from align.readers.files import read_records, suffix
 from align.rows import Problem, count_kinds
 from align.splits import prompt_key
@@ -72,6 +72,11 @@ def _is_ranked_list(row: Any) -> bool:
     return asked and _texts(row, ranked.LISTS)
 
 
+def _is_nectar(row: Any) -> bool:
+    answers = row.get("answers") if _has("prompt", "answers")(row) else None
+    return isinstance(answers, list) and bool(answers) and all(_has("answer", "rank")(one) for one in answers)
+
+
 def _is_argilla(row: Any) -> bool:
     if not isinstance(row, Mapping) or _has("fields", "responses")(row):
         return isinstance(row, Mapping)
@@ -112,6 +117,16 @@ FORMATS: dict[str, Format] = {
         {"ranking": pairwise.qa_pairs, "demonstration": pairwise.qa_demonstrations},
     ),
     "pandalm": Format(_has("instruction", "response1", "response2", "annotator1"), {"ranking": pairwise.pandalm_pairs}),
+    "safe_rlhf": Format(_has("response_0", "response_1", "better_response_id"), {"ranking": pairwise.safe_rlhf_pairs}),
+    "helpsteer": Format(
+        lambda row: (
+            _has("response_1", "response_2", "preference_strength")(row)
+            or _has("response1", "response2", "overall_preference")(row)
+        ),
+        {"ranking": pairwise.helpsteer_pairs},
+    ),
+    "summarize_from_feedback": Format(_has("info", "summaries", "choice"), {"ranking": pairwise.summary_pairs}),
+    "nectar": Format(_is_nectar, {"ranking": ranked.nectar_rankings}),
     "pairwise": Format(
         lambda row: _has("winner")(row) and any(name in row for name in pairwise.ANSWERS),
         {"ranking": pairwise.ab_pairs},
@@ -285,7 +300,7 @@ def _sort(output: Output, conversion: Conversion) -> None:
     if isinstance(record, Problem):
         conversion.problems += _all_places(output, record)
         return
-    conversion.notes += [Note(place, kind, "equal completions of one rank were merged") for kind in mended]
+    conversion.notes += [Note(place, kind, NOTES[kind]) for kind in mended]
     answers = [record.completion] if isinstance(record, Demonstration) else []
     answers = record.completions if isinstance(record, Ranking) else answers
     if any(NAMES_A_MODEL.search(contents(answer)) for answer in answers):
@@ -318,8 +333,9 @@ def prompts_of(kind: str, reader: Reader) -> Reader:
                 continue
             place = seen.setdefault(prompt_key(record.prompt), output.places[0])
             if place == output.places[0]:
-                prompt = record.prompt if isinstance(record.prompt, str) else [dict(turn) for turn in record.prompt]
-                yield Converted({"prompt": prompt, **record.columns}, output.places, output.partners)
+                unread = answer_columns(record.columns)  # prompts were asked for: answers stay behind
+                rest = {name: value for name, value in record.columns.items() if name not in unread}
+                yield Converted({"prompt": as_json(record.prompt), **rest}, output.places, output.partners)
             else:
                 again = Problem(place, "repeated_prompt", f"its prompt is also at {place}", "it is taken once")
                 yield from _all_places(output, again)

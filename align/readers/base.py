@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.rows import BadRow, Problem
+from align.types import Text
 
 Record = tuple[str, Any]  # place, row
 Notes = list[tuple[str, str]]  # kind, what
@@ -161,6 +162,11 @@ def as_prompt(messages: list[dict[str, str]]) -> Any:
     """A conversation of one user message is plain text: they mean the same (`align.text`)."""
     single = len(messages) == 1 and messages[0]["role"] == "user"
     return messages[0]["content"] if single else messages
+
+
+def as_json(text: Text) -> Any:
+    """A record's prompt or completion as a row has it."""
+    return text if isinstance(text, str) else [dict(turn) for turn in text]
 
 
 def merge_turns(messages: list[dict[str, str]], notes: Notes) -> list[dict[str, str]]:

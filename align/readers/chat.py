@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import parse_demonstration, parse_preference
+from align.data import parse_demonstration, parse_preference, system_of
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -16,6 +16,7 @@ from align.readers.base import (
     Output,
     Record,
     Row,
+    as_json,
     as_prompt,
     columns,
     each,
@@ -30,6 +31,7 @@ from align.readers.base import (
 )
 from align.rows import BadRow, Problem
 from align.splits import prompt_key
+from align.types import Demonstration, Text
 
 TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's HH dialogues
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -38,39 +40,40 @@ SHAREGPT_ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", 
 
 
 def trl(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
-    """TRL's formats, standard and conversational. They are ours: only a pair's implicit prompt is made explicit."""
+    """TRL's formats, standard and conversational. They are ours: only a pair's prompt is made explicit."""
     if row.get("completions") is not None or (row.get("chosen") is None and row.get("rejected") is None):
         return dict(row)
     pair = parse_preference(row, Counter())
-    chosen, rejected = ([dict(m) for m in c] if not isinstance(c, str) else c for c in pair.completions)
-    prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(m) for m in pair.prompt]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns(row, "prompt", "chosen", "rejected")}
+    chosen, rejected = map(as_json, pair.completions)
+    used = ("prompt", "chosen", "rejected", *(["system"] if system_of(row) else []))
+    return {"prompt": as_json(pair.prompt), "chosen": chosen, "rejected": rejected, **columns(row, *used)}
 
 
 def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """TRL's unpaired preferences: of each prompt the completions labelled true share rank 0, the others rank 1."""
-    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    groups: dict[str, list[tuple[str, Mapping[str, Any], Demonstration]]] = {}
     for place, row in records:
         try:
             record = parse_demonstration({**row, "label": None}, Counter())
             if not isinstance(row.get("label"), bool):
                 raise BadRow("wrong_type", "'label' is neither true nor false", "write true or false")
-            groups.setdefault(prompt_key(record.prompt), []).append((place, row))
+            groups.setdefault(prompt_key(record.prompt), []).append((place, row, record))
         except BadRow as bad:
             yield problem(place, bad)
         except SHAPE_ERRORS:
             yield problem(place, WRONG_SHAPE)
     for group in groups.values():
-        places = tuple(place for place, _ in group)
-        if len({row["label"] for _, row in group}) < 2:
+        places = tuple(place for place, _, _ in group)
+        if len({row["label"] for _, row, _ in group}) < 2:
             what, remedy = "its prompt has completions of one label only", "nothing is compared; use it for SFT"
             yield from (Problem(place, "one_label", what, remedy) for place in places)
             continue
-        first, notes = group[0][1], []
-        ranked = [(_said(row["completion"]), float(not row["label"])) for _, row in group]
-        rest = columns(first, "prompt", "completion", "label")
+        first, notes = group[0][2], []
+        ranked = [(_said(record.completion), float(not row["label"])) for _, row, record in group]
         try:
-            converted = Converted(ranking_row(first["prompt"], ranked, notes, **rest), places)
+            converted = Converted(
+                ranking_row(as_json(first.prompt), ranked, notes, **columns(first.columns, "label")), places
+            )
         except BadRow as bad:
             yield from (problem(place, bad) for place in places)
             continue
@@ -78,7 +81,7 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
         yield converted
 
 
-def _said(completion: Any) -> str:
+def _said(completion: Text) -> str:
     """A completion's text: the assistant's messages are what a template would put around it."""
     return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
 
@@ -163,6 +166,21 @@ def hh(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
         said = prompt.pop()["content"]
         pair = {name: f"{said}\n\n{reply}" for name, reply in pair.items()}
     return {"prompt": as_prompt(prompt), **pair, **columns(row, "chosen", "rejected")}
+
+
+def waiting_prompt(row: Mapping[str, Any], name: str, notes: Notes) -> Any:
+    """The prompt in an HH dialogue that ends where the assistant is to answer; other text as it stands."""
+    text = field(row, name)
+    if not text.startswith("Human:"):
+        return text
+    turns = _dialogue(row, name)
+    if turns[-1] == message("assistant", ""):
+        turns.pop()
+    if turns[-1]["role"] != "user":
+        raise BadRow("bad_messages", f"{name!r} ends with an answer", "end it with a question and 'Assistant:'")
+    if not all(turn["content"] for turn in turns):
+        raise BadRow("empty_field", f"a turn in {name!r} is empty", "fill it, or take the row out")
+    return as_prompt(merge_turns(turns, notes))
 
 
 def _dialogue(row: Mapping[str, Any], name: str) -> list[dict[str, str]]:

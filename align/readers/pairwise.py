@@ -1,9 +1,11 @@
-"""Pairwise judgements: QA-Feedback (six pairs of four answers), PandaLM (three annotators), and any a/b table.
+"""Pairwise judgements: QA-Feedback (six pairs of four answers), PandaLM (three annotators), PKU-SafeRLHF, HelpSteer,
+OpenAI's comparisons of summaries, and any a/b table.
 
 A unit is one judgement of one annotator. `align.readers.judgements` joins those of one annotator on one prompt.
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,9 +20,12 @@ from align.readers.base import (
     Output,
     Record,
     Row,
+    as_prompt,
     columns,
     each,
     field,
+    items,
+    message,
     problem,
     ranking_row,
     with_context,
@@ -37,7 +42,12 @@ ASKED = ("prompt", "question", "instruction")
 ANSWERS = ("response_a", "answer_a", "response1")
 OTHERS = ("response_b", "answer_b", "response2")
 LABELERS = ("labeler", "judge", "annotator")
-Judged = tuple[str, str, str, dict[str, Any], Row]  # prompt, two answers, labeler -> verdict, other columns
+Judged = tuple[Any, str, str, dict[str, Any], Row]  # prompt, two answers, labeler -> verdict, other columns
+CHOICES = {0: BETTER, 1: WORSE, "0": BETTER, "1": WORSE}  # the number of the better one
+SIGNS = {-1: BETTER, 0: TIE, 1: WORSE}  # below 0 the first is better
+STRENGTHS = ("preference_strength", "overall_preference")
+STRONGEST = 3  # of a strength, either way
+STEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # HelpSteer2's dialogues, which begin with the user
 WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
 WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
 SAME_ANSWERS = ("duplicate_completions", "both answers are the same", "nothing is compared")
@@ -100,18 +110,84 @@ def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     def read(row: Mapping[str, Any]) -> Judged:
         prompt = field(row, *ASKED)
         one, other = field(row, *ANSWERS), field(row, *OTHERS)
-        labeler = next((str(row[n]) for n in LABELERS if row.get(n) is not None), "")
         about = columns(row, *ASKED, *ANSWERS, *OTHERS, *LABELERS, "winner")
-        return prompt, one, other, {labeler: str(row.get("winner"))}, about
+        return prompt, one, other, {_labeler(row): str(row.get("winner"))}, about
 
     yield from _table(records, read, WINNERS)
+
+
+def safe_rlhf_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """PKU-SafeRLHF: two answers and the number of the better (more helpful) one; which is safer is not used."""
+
+    def read(row: Mapping[str, Any]) -> Judged:
+        said = {_labeler(row): row.get("better_response_id")}
+        return field(row, "prompt"), field(row, "response_0"), field(row, "response_1"), said, _of_both(row, "prompt")
+
+    yield from _table(records, read, CHOICES)
+
+
+def helpsteer_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """HelpSteer2's and HelpSteer3's preferences: -3 (the first is much better) to 3; 0 is a tie."""
+
+    def read(row: Mapping[str, Any]) -> Judged:
+        strength = next((row[name] for name in STRENGTHS if row.get(name) is not None), None)
+        known = isinstance(strength, (int, float)) and not isinstance(strength, bool) and abs(strength) <= STRONGEST
+        said = {_labeler(row): (strength > 0) - (strength < 0) if known else None}
+        one, other = field(row, "response_1", "response1"), field(row, "response_2", "response2")
+        return _helpsteer_prompt(row), one, other, said, _of_both(row, "prompt", "context")
+
+    yield from _table(records, read, SIGNS)
+
+
+def _helpsteer_prompt(row: Mapping[str, Any]) -> Any:
+    """HelpSteer3's messages; HelpSteer2's text, whose later turns stand behind marks."""
+    if row.get("context") is not None:
+        return as_prompt([message(field(turn, "role"), field(turn, "content")) for turn in items(row, "context")])
+    first, *parts = STEER_TURN.split(field(row, "prompt"))
+    turns = [message("user", first)]
+    turns += [message(role.lower(), text) for role, text in zip(parts[::2], parts[1::2], strict=True)]
+    return as_prompt(turns)
+
+
+def _of_both(row: Mapping[str, Any], *used: str) -> Row:
+    """The columns that are not about one of the two answers: these mean nothing once the answers are ranked."""
+    rest = columns(row, *used, *LABELERS)
+    return {name: value for name, value in rest.items() if "response" not in name and "preference" not in name}
+
+
+def _labeler(row: Mapping[str, Any]) -> str:
+    return next((str(row[name]) for name in LABELERS if row.get(name) is not None), "")
+
+
+def summary_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
+    """OpenAI's comparisons (Stiennon et al. 2020): a worker's choice between two summaries of a post."""
+
+    def read(row: Mapping[str, Any]) -> Judged:
+        texts = [field(one, "text") for one in items(row, "summaries")]
+        if len(texts) != 2:
+            raise BadRow("wrong_type", "'summaries' does not hold two", "give the comparisons, not the axis ratings")
+        said = {str(row.get("worker") or ""): row.get("choice")}
+        about = columns({"id": row["info"].get("id"), "split": row.get("split")})
+        return _summary_prompt(row["info"]), *texts, said, about
+
+    yield from _table(records, read, CHOICES)
+
+
+def _summary_prompt(info: Mapping[str, Any]) -> str:
+    """The query of Stiennon et al., App. B.1: of a post (or of a news article) what is known."""
+    fields = (("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"))
+    if not field(info, "post", optional=True):
+        fields = (("Article: ", "article"),)
+        field(info, "article")
+    texts = [(lead, field(info, name, optional=True)) for lead, name in fields]
+    return "\n\n".join([*(lead + text for lead, text in texts if text), "TL;DR:"])
 
 
 def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) -> Iterator[Output]:
     """One row a pair -> the judgements of each (prompt, labeler), joined, and the columns that all of them share."""
     groups: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
     shared: dict[tuple[str, str], Row] = {}
-    prompts: dict[str, str] = {}
+    prompts: dict[str, Any] = {}
     for place, row in records:
         try:
             prompt, one, other, said, about = read(row)
@@ -142,7 +218,7 @@ def _verdict(value: Any, verdicts: Mapping[Any, int]) -> int | None:
     return verdicts.get(value) if known else None
 
 
-def rankings(place: str, prompt: str, judgements: list[Judgement], /, **extra: Any) -> Iterator[Output]:
+def rankings(place: str, prompt: Any, judgements: list[Judgement], /, **extra: Any) -> Iterator[Output]:
     """The rankings that the judgements of one labeler on one prompt make, and those that make none."""
     joined, refused, broken = join(judgements)
     if broken:
@@ -157,7 +233,7 @@ def _refusal(refused: Refused) -> Problem:
     return Problem(refused.judgement.place, refused.kind, *REASONS[refused.kind])
 
 
-def _ranking(joined: Joined, prompt: str, extra: Mapping[str, Any]) -> Iterator[Output]:
+def _ranking(joined: Joined, prompt: Any, extra: Mapping[str, Any]) -> Iterator[Output]:
     places = tuple(judgement.place for judgement in joined.judgements)
     if len({rank for _, rank in joined.ranked}) == 1:
         yield from (Problem(p, "all_ties", "prefers nothing", "a ranking needs a preference") for p in places)

@@ -1,4 +1,6 @@
-"""Rankings that a row or a tree holds whole: ranked lists, scored answers, OpenAssistant trees, SQuALITY's reviews."""
+"""Rankings that a row or a tree holds whole: ranked lists, scored answers, Nectar, OpenAssistant trees, SQuALITY's
+reviews.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +28,7 @@ from align.readers.base import (
     ranking_row,
     with_context,
 )
-from align.readers.chat import alpaca_prompt
+from align.readers.chat import alpaca_prompt, waiting_prompt
 from align.rows import BadRow, Problem
 
 LISTS = ("output", "ranked_responses", "responses", "completions")
@@ -69,6 +71,18 @@ def scored(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     ranked = [(text, float(levels.index(score))) for text, score in zip(texts, scores, strict=True)]
     rest = columns(row, name, "prompt", "instruction", "question", "scores", "completions", "responses")
     return ranking_row(prompt, ranked, notes, **rest)
+
+
+def nectar(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """Nectar: a dialogue that waits for an answer, and K answers with their ranks; equal ranks are a tie."""
+    found = items(row, "answers")
+    if not all(_is_number(one.get("rank")) for one in found):
+        raise BadRow("bad_rank", "the rank of an answer is missing or no number", "write a number, lower is better")
+    ranked = [(field(one, "answer"), float(one["rank"])) for one in found]
+    rest = columns(row, "prompt", "answers", "turns", "num_responses")
+    if isinstance(rest.get("source"), (list, tuple)):  # a text, by which rows may be held out
+        rest["source"] = ", ".join(map(str, rest["source"]))
+    return ranking_row(waiting_prompt(row, "prompt", notes), ranked, notes, **rest)
 
 
 def _is_number(value: Any) -> bool:
@@ -220,6 +234,6 @@ def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], optio
             )
 
 
-ranked_lists, scored_rows = each(ranked_list), each(scored)
+ranked_lists, scored_rows, nectar_rankings = each(ranked_list), each(scored), each(nectar)
 oasst_groups, oasst_demonstrations = nested(_groups, _oasst_ranking), nested(_groups, _oasst_best)
 oasst_prompts = each(_oasst_root)
