@@ -1,19 +1,22 @@
 """Is a reward model trained on whole rankings as good as TRL's, trained on the same rankings' untied pairs?
 
     python -m benchmarks.reward_quality --data FOLDER --model MODEL --output runs/reward-quality [--scale 2] [--seeds 3]
+    python -m benchmarks.reward_quality --model MODEL --train_file F --held_out_file F --demonstrations_file F
 
-Same base, head, tokens, schedule, epochs and number of optimiser steps, at one learning rate, tuned for neither side;
-only the batch element differs: a prompt with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each
-run of the two sides is a process of its own; one that is done is not run again, so a stopped benchmark goes on where it
-was, with the same arguments. Writes results.json with held-out accuracy and paired gain, averaged over seeds: overall,
-K > 2, by source, as the mean over sources (`macro`), beside length alone. The 95% intervals draw seeds and prompts anew
-together (few seeds show less than their whole spread), those of length alone prompts.
+Public rankings, or any in our format (docs/formats.md), grouped by a column of theirs. Same base, head,
+tokens, schedule, epochs and number of optimiser steps, at one learning rate, tuned for neither side; only the batch
+element differs: a prompt with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each run of the two
+sides is a process of its own; one that is done is not run again, so a stopped benchmark goes on where it was, with the
+same arguments. Writes results.json with held-out accuracy and paired gain, averaged over seeds: overall, K > 2, by
+group, as the mean over groups (`macro`), beside length alone. The 95% intervals draw seeds and prompts anew together
+(few seeds show less than their whole spread), those of length alone prompts.
 """
 
 import argparse
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -45,32 +48,38 @@ CONFIG = Path(__file__).with_suffix(".yaml")
 # Rankings of each source, times --scale and --held_out_scale; fewer where a source has no more.
 TRAIN = {"en_100_tree": 32, "dev_feedback": 40, "harmless-base-test": 100}
 HELD_OUT = {"en_100_tree": 40, "dev_feedback": 70, "harmless-base-test": 120}
-PROMPTS_A_STEP = 8
-PROMPTS_A_PASS, PAIRS_A_PASS = (8, 32) if torch.cuda.is_available() else (4, 2)  # of one forward and backward
+PROMPTS_A_PASS, PAIRS_A_PASS = (8, 32) if torch.cuda.is_available() else (4, 2)  # what SmolLM2-135M has memory for
 SETTINGS = {"adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
 SIDES = ("ours", "trl")
+FREE = ("output", "seeds", "run", "group_by")  # may change when a benchmark goes on
 RESAMPLES = 2000
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.reward_quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder laid out as docs/benchmarks.md says")
+    parser.add_argument("--data", help="folder laid out as docs/benchmarks.md says")
+    parser.add_argument("--train_file", help="rankings to train on, in place of --data")
+    parser.add_argument("--held_out_file", help="rankings to compare on, in place of --data")
+    parser.add_argument("--demonstrations_file", help="to normalise our reward model on, in place of --data")
+    parser.add_argument("--train_rankings", type=int, help="only the first of --train_file")
+    parser.add_argument("--group_by", default="source", help="column of the held-out rankings")
     parser.add_argument("--model", required=True, help="folder of the base model or of an SFT model")
     parser.add_argument("--output", default="runs/reward-quality")
     parser.add_argument("--scale", type=float, default=1.0, help="of the training prompts")
     parser.add_argument("--held_out_scale", type=float, default=1.0, help="of the held-out prompts")
     parser.add_argument("--learning_rate", type=float, default=1e-5, help="of both sides")
+    parser.add_argument("--prompts_a_step", type=int, default=8, help="of both sides, TRL's as pairs")
+    parser.add_argument("--prompts_a_pass", type=int, default=PROMPTS_A_PASS, help="ours, of one forward and backward")
+    parser.add_argument("--pairs_a_pass", type=int, default=PAIRS_A_PASS, help="TRL's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", nargs=2, metavar=("SIDE", "SEED"), help="one run alone (what each process does)")
     args = parser.parse_args(argv)
     output = Path(args.output)
     if args.run:
-        side, seed = args.run[0], int(args.run[1])
-        return {"ours": train_ours, "trl": train_trl}[side](args.model, output, seed, args.learning_rate)
-    names = ("data", "model", "scale", "held_out_scale", "learning_rate")
-    same_arguments(output, {name: getattr(args, name) for name in names} | SETTINGS)
-    if not (output / "train.jsonl").exists():
-        make_data(args.data, output, args.scale, args.held_out_scale)
+        return {"ours": train_ours, "trl": train_trl}[args.run[0]](args, output, int(args.run[1]))
+    same_arguments(output, {name: getattr(args, name) for name in sorted(vars(args)) if name not in FREE} | SETTINGS)
+    if not (output / "demonstrations.jsonl").exists():  # the last of three
+        bring_data(args, output) if args.data is None else make_data(args.data, output, args.scale, args.held_out_scale)
     for seed, side in itertools.product(range(args.seeds), SIDES):
         if (output / f"{side}-{seed}.json").exists():
             continue
@@ -99,6 +108,19 @@ def make_data(data: str, output: Path, scale: float, held_out_scale: float) -> N
     prepare(["--config", str(CONFIG), "--run", str(output), "--data_dir", data])
     pick("rankings", times(TRAIN, scale), output, "train")
     pick("rankings_validation", times(HELD_OUT, held_out_scale), output, "held_out")
+    shutil.copy(output / "data" / "demonstrations.jsonl", output)
+
+
+def bring_data(args: argparse.Namespace, output: Path) -> None:
+    """The user's own three files, the rankings to train on cut to the first `train_rankings`."""
+    files = {"train": args.train_file, "held_out": args.held_out_file, "demonstrations": args.demonstrations_file}
+    missing = [f"--{name}_file" for name, path in files.items() if path is None]
+    if missing:
+        raise UserError(f"give --data, or {' and '.join(missing)} too")
+    for name, path in files.items():
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = lines[: args.train_rankings] if name == "train" else lines
+        (output / f"{name}.jsonl").write_text("".join(kept), encoding="utf-8")
 
 
 def times(counts: dict[str, int], scale: float) -> dict[str, int]:
@@ -120,15 +142,15 @@ def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
     write_jsonl(output / f"{to}.jsonl", kept)
 
 
-def train_ours(model: str, output: Path, seed: int, learning_rate: float) -> None:
+def train_ours(args: argparse.Namespace, output: Path, seed: int) -> None:
     folder = output / f"model-ours-{seed}"
-    data = output / "data"
     settings = SETTINGS | {
-        "bf16": "auto", "learning_rate": learning_rate,
-        "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": model,
+        "bf16": "auto", "learning_rate": args.learning_rate,
+        "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": args.model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
-        "demonstrations_file": data / "demonstrations.jsonl", "per_device_train_batch_size": PROMPTS_A_PASS,
-        "gradient_accumulation_steps": PROMPTS_A_STEP // PROMPTS_A_PASS,
+        "demonstrations_file": output / "demonstrations.jsonl",
+        "per_device_train_batch_size": args.prompts_a_pass,
+        "gradient_accumulation_steps": args.prompts_a_step // args.prompts_a_pass,
         "per_device_eval_batch_size": 32, "max_length": 2048,
     }  # fmt: skip
     rm.main([f"--{key}={value}" for key, value in settings.items()])
@@ -136,16 +158,17 @@ def train_ours(model: str, output: Path, seed: int, learning_rate: float) -> Non
     finish(output, "ours", seed, str(folder), seconds)
 
 
-def train_trl(model: str, output: Path, seed: int, learning_rate: float) -> None:
+def train_trl(settings: argparse.Namespace, output: Path, seed: int) -> None:
     """TRL's RewardTrainer on every untied pair; the same tokens, first weights and number of steps as ours."""
     from trl import RewardConfig, RewardTrainer
 
     tune_cpu()
+    model = settings.model
     codec, folder = Codec.load(model), output / f"model-trl-{seed}"
     rankings = load_rankings(str(output / "train.jsonl"))[0]
     pairs = [pair_row(element["ranking"]) for element in split_pairs(encode_rankings(rankings, codec))]
-    steps = math.ceil(len(rankings) / PROMPTS_A_STEP)
-    passes = max(1, round(len(pairs) / steps / PAIRS_A_PASS))
+    steps = math.ceil(len(rankings) / settings.prompts_a_step)
+    passes = max(1, round(len(pairs) / steps / settings.pairs_a_pass))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = other_token(tokenizer)  # it would mask the EOS at which a score is read
@@ -153,7 +176,8 @@ def train_trl(model: str, output: Path, seed: int, learning_rate: float) -> None
     start_model = AutoModelForSequenceClassification.from_pretrained(folder / "start", num_labels=1)
     start_model.config.pad_token_id = tokenizer.pad_token_id
     args = RewardConfig(
-        **SETTINGS, learning_rate=learning_rate, bf16=has_bf16(), output_dir=str(folder), seed=seed, num_train_epochs=1,
+        **SETTINGS, learning_rate=settings.learning_rate, bf16=has_bf16(),
+        output_dir=str(folder), seed=seed, num_train_epochs=1,
         per_device_train_batch_size=max(1, round(len(pairs) / steps / passes)), gradient_accumulation_steps=passes,
         max_length=None, weight_decay=0.0,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, save_strategy="no",
@@ -205,7 +229,9 @@ def report(output: Path, args: argparse.Namespace) -> dict:
         side: [json.loads((output / f"{side}-{seed}.json").read_text()) for seed in range(args.seeds)] for side in SIDES
     }
     groups = {"all": rankings, "k_over_2": [r for r in rankings if len(r.ranks) > 2]}
-    groups |= {source: [r for r in rankings if r.columns["source"] == source] for source in HELD_OUT}
+    ranked = [r for r in rankings if len(set(r.ranks)) > 1 and args.group_by in r.columns]
+    names = sorted({str(r.columns[args.group_by]) for r in ranked})
+    groups |= {name: [r for r in rankings if str(r.columns.get(args.group_by)) == name] for name in names}
     return {
         "model": args.model,
         "seeds": args.seeds,
@@ -216,7 +242,7 @@ def report(output: Path, args: argparse.Namespace) -> dict:
         },
         "seconds": {side: [run["seconds"] for run in found] for side, found in runs.items()},
         "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items() if rows}
-        | {"macro": macro(rankings, runs, [groups[source] for source in HELD_OUT if groups[source]])},
+        | ({"macro": macro(rankings, runs, [groups[name] for name in names])} if names else {}),
     }
 
 
@@ -261,10 +287,10 @@ def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ra
     )
 
 
-def macro(rankings: list[Ranking], runs: dict[str, list[dict]], sources: list[list[Ranking]]) -> dict:
-    """The mean over sources of both sides' accuracy, so that the source with the most pairs does not decide."""
-    found = [judge(rankings, runs, source) for source in sources]
-    pairs, prompts = sum(len(one.pairs) for one in found), sum(distinct(source) for source in sources)
+def macro(rankings: list[Ranking], runs: dict[str, list[dict]], groups: list[list[Ranking]]) -> dict:
+    """The mean over groups of both sides' accuracy, so that the group with the most pairs does not decide."""
+    found = [judge(rankings, runs, group) for group in groups]
+    pairs, prompts = sum(len(one.pairs) for one in found), sum(distinct(group) for group in groups)
     return plain({"pairs": pairs, "prompts": prompts, **resampled(found)})
 
 

@@ -20,6 +20,7 @@ from benchmarks.reward_quality import (
     SETTINGS,
     SIDES,
     Right,
+    bring_data,
     pair_row,
     pick,
     report,
@@ -52,6 +53,19 @@ def test_pick_takes_the_first_of_each_source(tmp_path):
     assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 2]
     pick("rankings", {"a": 9, "b": 0}, tmp_path, "train")  # all there are
     assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1, 3]
+
+
+def test_ones_own_rankings_take_the_place_of_public_ones(tmp_path):
+    files = {name: tmp_path / f"my_{name}.jsonl" for name in ("train", "held_out", "demonstrations")}
+    for name, path in files.items():
+        lines(path, [{"of": name, "n": n} for n in range(3)])
+    args = argparse.Namespace(train_file=files["train"], held_out_file=files["held_out"], demonstrations_file=None)
+    with pytest.raises(UserError, match="give --data, or --demonstrations_file too"):
+        bring_data(args, tmp_path)
+    args.demonstrations_file, args.train_rankings = files["demonstrations"], 2
+    bring_data(args, tmp_path)
+    assert [json.loads(line)["n"] for line in (tmp_path / "train.jsonl").open()] == [0, 1]
+    assert (tmp_path / "held_out.jsonl").read_bytes() == files["held_out"].read_bytes()
 
 
 def test_a_benchmark_goes_on_with_its_own_arguments_alone(tmp_path):
@@ -99,7 +113,7 @@ def output(tmp_path):
 
 
 def test_accuracies_by_hand(output):
-    results = report(output, argparse.Namespace(model="m", seeds=2, learning_rate=1e-5))
+    results = report(output, argparse.Namespace(model="m", seeds=2, learning_rate=1e-5, group_by="source"))
     everything, many = results["held_out"]["all"], results["held_out"]["k_over_2"]
     assert everything["by_seed"] == {"ours": [1.0, 0.75], "trl": [0.0, 0.875]}
     assert everything["ours"]["mean"] == 0.875 and everything["trl"]["mean"] == 0.4375
