@@ -10,6 +10,33 @@ import warnings
 
 from align.errors import UserError
 
+COUNTS = (
+    "total_episodes", "rollout_batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
+    "per_device_rollout_batch_size", "per_device_eval_batch_size", "per_device_batch_size",
+    "gradient_accumulation_steps", "microbatch_tokens", "max_length", "max_prompt_length", "max_new_tokens",
+    "kl_horizon", "logging_steps", "max_steps", "labelers_per_prompt", "validation_labelers_per_prompt",
+    "save_total_limit", "selection_prompts",
+)  # fmt: skip
+NONE_OR_MORE = (
+    "save_steps", "save_iterations", "eval_steps", "warmup_steps", "decay_steps", "warmup_iterations",
+    "transcript_iterations", "num_transcripts", "num_mistakes", "num_spread_prompts", "reward_retries",
+)  # fmt: skip
+RATES = (
+    "learning_rate",
+    "value_learning_rate",
+    "muon_learning_rate",
+    "ptx_coef",
+    "ptx_examples_per_episode",
+    "kl_coef",
+)
+BOUNDS: dict[str, tuple[float, float]] = {  # of every stage that has the key, where it is given
+    **dict.fromkeys(COUNTS, (1, 10**9)),
+    **dict.fromkeys(NONE_OR_MORE, (0, 10**9)),
+    **dict.fromkeys((*RATES, "max_grad_norm"), (0, 1e9)),
+    **dict.fromkeys(("gamma", "lam", "ema_decay", "adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
+    "lora_r": (1, 4096),
+}
 VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
 TEMPERATURES = (1e-6, 100.0)  # greedy answers, 0, are all alike and have no log-probability to learn from
 
@@ -21,11 +48,14 @@ class StageConfig:
     output_dir: str
     seed: int = 0
     bf16: bool = False  # autocast to bfloat16, master weights stay float32; "auto": where the hardware multiplies in it
-    attn_implementation: str | None = None  # null: transformers chooses; "eager" is fastest for short rows on a CPU
+    attn_implementation: str | None = None  # null: rows in packs; a name: padded rows and that attention
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
+        for key, bounds in BOUNDS.items():
+            if getattr(self, key, None) is not None:
+                between(key, getattr(self, key), *bounds)
         choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
         if not self.output_dir:
             raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
@@ -43,8 +73,6 @@ class TrainingConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("report_to", self.report_to, ("none", "wandb"))
-        between("save_total_limit", self.save_total_limit, 1, 1_000_000)
-        between("max_grad_norm", self.max_grad_norm, 0, 1e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +106,9 @@ class BaseConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         exact_div(self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads")
+        if self.max_steps < self.warmup_steps + self.decay_steps:
+            rate = f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps}"
+            raise UserError(f"max_steps: {self.max_steps} is under {rate}: the rate would jump; lower one of these")
         for key in ("num_hidden_layers", "num_attention_heads"):
             if getattr(self, key) < 2:
                 raise UserError(f"{key}: {getattr(self, key)}; the starting weights need 2 or more")
@@ -119,8 +150,6 @@ class SFTConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
-        between("lora_r", self.lora_r, 1, 4096)
-        between("selection_prompts", self.selection_prompts, 1, 10**9)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         between("temperature", self.temperature, 0, 100)
@@ -161,7 +190,7 @@ class RMConfig(TrainerConfig):
     train_file: str = ""
     validation_file: str = ""
     held_out_file: str | None = None  # rankings by labelers who ranked nothing in train_file
-    demonstrations_file: str = ""  # they score 0 on average once the bias is set
+    demonstrations_file: str | None = ""  # they score 0 on average once the bias is set; null: no bias
     max_length: int = 2048
     batch_element: str = "ranking"  # or "pair": every pair apart and shuffled, which overfits (paper section 3.5)
     head_init: str = "normal"  # std 1 / sqrt(d + 1) (S App. B.1); "fitted": the best head for the body as it starts
@@ -189,7 +218,6 @@ class RMConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_optimizer(self.optim, self.muon_learning_rate)
-        between("lora_r", self.lora_r, 1, 4096)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
         choose("head_init", self.head_init, ("normal", "fitted"))
         if self.num_train_epochs <= 0 and (self.num_train_epochs < 0 or self.head_init != "fitted"):
@@ -232,17 +260,6 @@ class FunctionTerm:
 
 
 RewardTerm = ModelTerm | EnsembleTerm | FunctionTerm
-
-
-COUNTS = (
-    "total_episodes", "rollout_batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
-    "per_device_rollout_batch_size", "microbatch_tokens", "max_prompt_length", "max_new_tokens", "kl_horizon",
-)  # fmt: skip
-BOUNDS: dict[str, tuple[float, float]] = {  # of PPO, where a key is given
-    **dict.fromkeys(COUNTS, (1, 10**9)),
-    **dict.fromkeys(("gamma", "lam", "ema_decay"), (0, 1)),
-    **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,20 +344,15 @@ class PPOConfig(TrainingConfig):
         choose("lr_decay", self.lr_decay, ("constant", "linear"))
         between("temperature", self.temperature, *TEMPERATURES)
         choose_optimizer(self.optim)
-        between("lora_r", self.lora_r, 1, 4096)
         choose("frozen_quantization", self.frozen_quantization or "int8", ("int8",))
         if not self.reward:
             raise UserError("reward: missing; give [{model: PATH}], or [{function: package.module:name}]")
         for i, term in enumerate(self.reward):
             check_term(f"reward[{i}]", term, [term_name(other) for other in self.reward[:i]])
-        for key, bounds in BOUNDS.items():
-            if getattr(self, key) is not None:
-                between(key, getattr(self, key), *bounds)
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise UserError(f"reward_timeout: {self.reward_timeout} seconds; give more than 0, or null for no limit")
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise UserError(f"kl_stop: {self.kl_stop} nats; give more than 0, or null to never stop")
-        between("reward_retries", self.reward_retries, 0, 100)
         between("ptx_max_length", self.ptx_max_length, 2, 10**9)  # a document's first token is its query
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")

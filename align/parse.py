@@ -2,11 +2,14 @@
 
 import dataclasses
 import difflib
+import inspect
+import json
 import math
 import re
 import types
 import typing
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +23,7 @@ Config = TypeVar("Config")
 
 KEY = re.compile(r"[a-z]+(?:_[a-z]+)+")
 # Names of TRL, OpenRLHF and verl whose nearest spelling here means something else: the key, or what to do in a stage
-# that has the keys it names.
+# that has the keys it names. Of several, the first that fits the stage.
 ELSEWHERE = {
     "reward_model_path": "stage ppo takes a list, reward: [{model: PATH}]",
     "reward_funcs": "stage ppo takes a list, reward: [{function: package.module:name}]",
@@ -40,14 +43,59 @@ ELSEWHERE = {
     "actor_learning_rate": "learning_rate",
     "n_samples_per_prompt": "a prompt is answered once an iteration; rollout_batch_size says how many are",
     "num_generations": "a prompt is answered once an iteration; rollout_batch_size says how many are",
-    "train_batch_size": "an optimiser step takes rollout_batch_size / num_mini_batches episodes",
+    "train_batch_size": (
+        "an optimiser step takes rollout_batch_size / num_mini_batches episodes",
+        "per_device_train_batch_size",
+    ),
     "response_length": "max_new_tokens",
     "generate_max_len": "max_new_tokens",
     "max_completion_length": "max_new_tokens",
     "prompt_max_len": "max_prompt_length",
+    "local_rollout_forward_batch_size": "per_device_rollout_batch_size",
+    "micro_rollout_batch_size": "per_device_rollout_batch_size",
+    "micro_train_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "an optimiser step takes rollout_batch_size / num_mini_batches episodes",
+    "num_epochs": ("num_train_epochs", "num_ppo_epochs"),
+    "max_epochs": ("num_train_epochs", "num_ppo_epochs"),
+    "num_train_epochs": "num_ppo_epochs goes over a rollout again, total_episodes says how long the run is",
+    "ppo_epochs": "num_ppo_epochs",
+    "max_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_steps": ("num_train_epochs", "total_episodes"),
+    "eval_steps": "this stage is evaluated after each epoch, if at all",
+    "eval_strategy": ("eval_steps", "this stage is evaluated after each epoch, if at all"),
+    "save_strategy": ("save_iterations", "save_steps"),
+    "warmup_steps": ("warmup_iterations", "this stage has no warm-up"),
+    "warmup_ratio": ("warmup_iterations", "warmup_steps", "this stage has no warm-up"),
+    "lr_warmup_ratio": ("warmup_iterations", "warmup_steps", "this stage has no warm-up"),
+    "lr_scheduler_type": ("lr_decay", "the rate falls by a cosine to a tenth"),
+    "lr_scheduler": ("lr_decay", "the rate falls by a cosine to a tenth"),
+    "entropy_coef": "there is no entropy bonus; kl_coef holds the policy near its start",
+    "entropy_loss_coef": "there is no entropy bonus; kl_coef holds the policy near its start",
+    "lora_dropout": "adapters have no dropout",
+    "lora_rank": "lora_r",
+    "lora_task_type": "the stage knows its task",
+    "eos_token": "the tokenizer's EOS ends a response",
+    "stop_token": "the tokenizer's EOS ends a response; missing_eos_penalty is for the others",
+    "pad_token": "the tokenizer's own, or EOS",
+    "num_labels": "a reward model has one label",
+    "deepspeed": "launch with configs/accelerate/fsdp2.yaml to shard models",
+    "zero_stage": "launch with configs/accelerate/fsdp2.yaml to shard models",
+    "push_to_hub": "a stage writes a folder with a model card: hf upload ORG/NAME FOLDER",
+    "hub_model_id": "a stage writes a folder with a model card: hf upload ORG/NAME FOLDER",
+    "dataset_train_split": "train_file takes ORG/NAME:SPLIT",
+    "dataset_config": "train_file takes a hub id or files (docs/formats.md)",
+    "run_name": "set WANDB_NAME in the environment",
+    "wandb_project": "set WANDB_PROJECT in the environment",
+    "logging_dir": "metrics.jsonl lies in output_dir",
+    "packing": "rows are packed wherever the model can read packs",
+    "center_rewards_coefficient": "the mean score of demonstrations is subtracted, which centres them",
+    "chat_template_path": "stage sft takes one and saves it with the model",
     "load_in_8bit": "frozen_quantization: int8 rounds the models of stage ppo that only score",
     "load_in_4bit": "models are not loaded in 4 bits; use_peft and gradient_checkpointing save memory",
 }
+
+CLOSE = 0.75  # how like a key of ours a mistyped one must be
 
 TERMS = {"model": ModelTerm, "models": EnsembleTerm, "function": FunctionTerm}
 
@@ -57,14 +105,17 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
 
     `--run DIR` fills the `{run}` of any value, so that a preset can name the files of the run it belongs to.
     """
-    flags = read_flags(argv)
+    if {"-h", "--help"} & set(argv):
+        print(describe(cls))
+        raise SystemExit(0)
+    hints = typing.get_type_hints(cls)
+    flags = read_flags(argv, bare={name for name, hint in hints.items() if hint is bool})
     run = flags.pop("run", None)
     values: dict[str, tuple[Any, str]] = {}
     config_file = flags.pop("config", None)
     if config_file is not None:
         values = {key: (value, f"{config_file}: {key}") for key, value in _read_yaml(Path(config_file)).items()}
     values |= {key: (value, f"--{key}") for key, value in flags.items()}
-    hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key, (_, place) in values.items():
         if key not in names:
@@ -93,14 +144,14 @@ def _required(cls: type) -> list[str]:
 
 def _unknown(key: str, place: str, cls: type) -> UserError:
     known = [f.name for f in dataclasses.fields(cls)]
-    hint = ELSEWHERE.get(key, "")
-    close = [hint] if hint in known else difflib.get_close_matches(key, known, n=1)
-    if " " in hint and set(KEY.findall(hint)) <= set(known):
-        remedy = hint
-    elif close:
-        remedy = f"did you mean {close[0]!r}?"
-    else:
-        remedy = f"{cls.__name__} in {cls.__module__} lists the keys"
+    hints = ELSEWHERE.get(key, ())
+    for hint in [hints] if isinstance(hints, str) else hints:
+        if hint in known:
+            return UserError(f"{place}: unknown key; did you mean {hint!r}?")
+        if " " in hint and set(KEY.findall(hint)) <= set(known):
+            return UserError(f"{place}: unknown key; {hint}")
+    close = difflib.get_close_matches(key, known, n=1, cutoff=CLOSE)
+    remedy = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} in {cls.__module__} lists the keys"
     return UserError(f"{place}: unknown key; {remedy}")
 
 
@@ -126,8 +177,25 @@ def _fill(value: Any, run: str | None, place: str) -> Any:
     return value.replace("{run}", run)
 
 
-def read_flags(argv: list[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` by key."""
+def describe(cls: type) -> str:
+    """Each key of a config with its default and the comment that stands beside it, for `--help`."""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        lines = inspect.getsource(base).splitlines()
+        found = (re.match(r"    (\w+): [^=#]+(?:=[^#]*)?(?:  # (.*))?$", line) for line in lines)
+        comments |= {match[1]: match[2] or "" for match in found if match}
+    rows = []
+    for f in dataclasses.fields(cls):
+        default = "" if f.default in (dataclasses.MISSING, "") else f" {json.dumps(f.default)}"
+        comment = comments.get(f.name)
+        rows.append(f"  --{f.name}{default}" + (f"  # {comment}" if comment else ""))
+    first = inspect.getdoc(cls).split("\n")[0]
+    usage = "--config FILE --run DIR (for {run} in values), then these, each with its default:"
+    return "\n".join([first, usage, *rows])
+
+
+def read_flags(argv: list[str], bare: Collection[str] = ()) -> dict[str, str]:
+    """`--key value` and `--key=value` by key; a key of `bare` may stand alone, which means true."""
     flags, words = {}, list(argv)
     while words:
         word = words.pop(0)
@@ -136,8 +204,11 @@ def read_flags(argv: list[str]) -> dict[str, str]:
         key, equals, value = word[2:].partition("=")
         if not key.isprintable():
             raise UserError(f"{word!r}: not a key; write --key value")
-        if not equals:
-            if not words or words[0].startswith("--"):
+        alone = not equals and (not words or words[0].startswith("--"))
+        if alone and key.replace("-", "_") in bare:
+            value = "true"
+        elif not equals:
+            if alone:
                 raise UserError(f"--{key}: has no value; write --{key} VALUE")
             value = words.pop(0)
         flags[key.replace("-", "_")] = value

@@ -35,6 +35,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # reward functions beside the user's files
+        sys.path.append(str(Path.cwd()))
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
@@ -82,6 +84,9 @@ def run_here(stage, argv: list[str]) -> int:
             record_seconds(argv, stage)
             end_processes()
         return fail(stop, "", stop.status)
+    except BrokenPipeError:  # `align ppo --help | head`
+        sys.stderr.close()
+        return 1
     except Exception as error:
         known = full_disk(error)
         if known is None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from align import config as configs
 from align.config import (
     BaseConfig,
+    CollectConfig,
     EnsembleTerm,
     EvaluateConfig,
     EvaluateRMConfig,
@@ -203,8 +204,8 @@ def test_yaml_values(tmp_path, text, expected):
 @pytest.mark.parametrize(
     ("argv", "key", "expected"),
     [
-        (["--kl_coef", "-1.0"], "kl_coef", -1.0),
-        (["--kl_coef=-1.0"], "kl_coef", -1.0),
+        (["--missing_eos_penalty", "-2.0"], "missing_eos_penalty", -2.0),
+        (["--missing_eos_penalty=-2.0"], "missing_eos_penalty", -2.0),
         (["--learning-rate", "1e-3"], "learning_rate", 1e-3),
         (["--seed", "7"], "seed", 7),
         (["--seed", "9007199254740993"], "seed", 9007199254740993),  # 2^53 + 1: no float on the way
@@ -367,9 +368,12 @@ def test_keys_of_other_libraries_are_not_guessed_by_their_spelling():
 
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_what_is_said_of_foreign_keys_names_keys_that_exist(key):
-    known = {f.name for cls in (PPOConfig, SFTConfig) for f in dataclasses.fields(cls)}
-    named = {ELSEWHERE[key]} if " " not in ELSEWHERE[key] else set(re.findall(r"[a-z]+(?:_[a-z]+)+", ELSEWHERE[key]))
-    assert named <= known and key not in {f.name for f in dataclasses.fields(PPOConfig)}
+    known = {f.name for cls in (PPOConfig, SFTConfig, RMConfig) for f in dataclasses.fields(cls)}
+    hints = [ELSEWHERE[key]] if isinstance(ELSEWHERE[key], str) else ELSEWHERE[key]
+    for hint in hints:
+        named = {hint} if " " not in hint else set(re.findall(r"[a-z]+(?:_[a-z]+)+", hint))
+        assert named <= known and hint != key
+    assert len(hints) == 1 or all(" " not in hint for hint in hints[:-1]) or " " not in hints[-1]
 
 
 def test_unknown_key_like_nothing_else_has_a_remedy_too():
@@ -578,3 +582,44 @@ def test_has_bf16_reads_the_cpus_instructions(monkeypatch, instructions, has):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions)
     assert has_bf16() is has
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(PPOConfig, ["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    keys = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert keys == [f"--{f.name}" for f in dataclasses.fields(PPOConfig)]
+    (line,) = [line for line in lines if line.startswith("  --kl_stop ")]
+    assert line.startswith("  --kl_stop null  # given: the run ends after an iteration")
+    assert '  --old_logprobs "recompute"  # by the training forward' in "\n".join(lines)
+    assert any(line.startswith("  --seed 0") for line in lines), "inherited ones too"
+
+
+def test_a_bare_flag_of_a_yes_or_no_is_yes():
+    assert ppo("--use_peft").use_peft is True
+    config = ppo("--use_peft", "--learning_rate", "0.5", "--gradient_checkpointing")
+    assert (config.use_peft, config.learning_rate, config.gradient_checkpointing) == (True, 0.5, True)
+    assert ppo("--use-peft", "false").use_peft is False
+    assert "has no value" in fails("--learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value"),
+    [
+        (SFTConfig, "gradient_accumulation_steps", "0"), (SFTConfig, "per_device_train_batch_size", "0"),
+        (SFTConfig, "learning_rate", "-1e-5"), (RMConfig, "per_device_eval_batch_size", "0"),
+        (RMConfig, "eval_steps", "-1"), (PPOConfig, "ptx_coef", "-27.8"), (PPOConfig, "kl_coef", "-0.02"),
+        (PPOConfig, "ptx_examples_per_episode", "-8"), (PPOConfig, "save_iterations", "-1"),
+        (CollectConfig, "per_device_batch_size", "0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_meant_are_refused(cls, key, value):
+    assert fails(f"--{key}", value, cls=cls, start=["--output_dir", "x"]).startswith(f"{key}: ")
+
+
+def test_a_base_run_too_short_for_its_schedule_is_refused():
+    """Of a rate that rises for 100 steps and falls for 900, 500 steps would jump from 1 to 0.44 between two."""
+    with pytest.raises(UserError, match="max_steps: 500 is under warmup_steps 100 . decay_steps 900"):
+        BaseConfig(output_dir="x", max_steps=500)
