@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 KINDS = {
     "base": ("Base language model", "trained from scratch on the embedded world's text"),
     "sft": ("Supervised policy", "trained on demonstrations (InstructGPT, section 3.5, stage 1)"),
-    "rm": ("Reward model", "trained on rankings (InstructGPT, Eq. 1); demonstrations score 0 on average"),
+    "rm": ("Reward model", "trained on rankings (InstructGPT, Eq. 1)"),
     "ppo": ("PPO policy", "trained against a reward model (InstructGPT, Eq. 2)"),
 }
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,13 +18,21 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)"""
 LOAD_REWARD = """from glob import glob
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+# of a model on the hub: folder = huggingface_hub.snapshot_download("ORG/NAME")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)  # has no place for the bias
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()  # has no place for the bias
 bias = next(part["score.bias"] for part in map(load_file, glob(f"{folder}/*.safetensors")) if "score.bias" in part)
-# the reward is model(...).logits[:, 0] + bias"""
+
+# It reads the prompt as a policy does, the answer, and EOS: nothing of what a chat template writes after it.
+messages, chat = [{"role": "user", "content": prompt}], tokenizer.chat_template is not None
+query = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) if chat else prompt
+ids = tokenizer(query, add_special_tokens=not chat)["input_ids"]
+ids += tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+reward = model(torch.tensor([ids])).logits[:, 0] + bias"""
 
 
 def model_card(manifest: dict[str, Any]) -> str:
@@ -33,7 +41,12 @@ def model_card(manifest: dict[str, Any]) -> str:
     title, what = KINDS.get(stage, (stage, "made by this stage"))
     reward = stage == "rm"
     task = "text-classification" if reward else "text-generation"
-    front = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["align", "rlhf", stage]).to_yaml()
+    what += "; demonstrations score 0 on average" if "demonstration_mean" in manifest["metrics"] else ""
+    start = [p["path"] for p in manifest["parents"] if p["role"] == "model_name_or_path" and not p["weights_sha256"]]
+    front = ModelCardData(
+        library_name="transformers", pipeline_tag=task, tags=["align", "rlhf", stage],
+        base_model=start[0] if start else None,
+    ).to_yaml()  # fmt: skip
     settings = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).strip()
     parts = [
         f"---\n{front}\n---",

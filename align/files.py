@@ -26,6 +26,20 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hub_file(path: str | Path, name: str) -> Path | None:
+    """A file of a model on the hub, fetched or from the cache; None where it has none, and for a folder."""
+    if os.path.exists(path):
+        return None
+    from transformers.utils import cached_file  # late: seconds, which a folder need not wait for
+
+    quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    try:
+        found = cached_file(str(path), name, **{f"_raise_exceptions_for_{what}": flag for what, flag in quiet.items()})
+    except (OSError, ValueError):  # no such model, or not a name that one could have: whoever loads it says so
+        return None
+    return None if found is None else Path(found)
+
+
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """What goes wrong in writing `path`, as a UserError. Libraries report a full disk each in its own way."""

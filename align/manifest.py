@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 import align
 from align.card import model_card
 from align.errors import UserError
-from align.files import MANIFEST, atomic_file, plain, sha256_file, write_json
+from align.files import MANIFEST, atomic_file, hub_file, plain, sha256_file, write_json
 
 SCHEMA = 1  # of manifest.json
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
@@ -132,8 +132,16 @@ def write_manifest(
 def read_manifest(folder: str | Path) -> Manifest | None:
     """None when the folder has none (a foreign model). Raises UserError when it is torn or of a newer schema."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
+    return _manifest(path) if path.is_file() else None
+
+
+def published_manifest(path: str) -> Manifest | None:
+    """Of a folder or of a model on the hub."""
+    fetched = hub_file(path, MANIFEST)
+    return read_manifest(path) if fetched is None else _manifest(fetched)
+
+
+def _manifest(path: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -24,10 +24,10 @@ from transformers import (
 
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig, RewardTerm, term_name
 from align.errors import UserError, first_line
-from align.manifest import check_parent, read_manifest, tokenizer_sha256
+from align.manifest import check_parent, published_manifest, tokenizer_sha256
 from align.models import ScalarModel
 from align.ranking import Even
-from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
+from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward, import_function
 from align.runtime import Runtime
 from align.text import Codec
 from align.track import announce
@@ -45,7 +45,11 @@ def model_paths(term: RewardTerm, place: str) -> dict[str, str]:
 
 
 def check_reward_models(terms: tuple[RewardTerm, ...]) -> list[dict[str, Any]]:
-    """Manifest entries of the reward models: finished ones of ours, or other people's."""
+    """Manifest entries of the reward models: finished ones of ours, or other people's. Functions are imported, so that
+    a mistyped one stops before any model is loaded."""
+    for i, term in enumerate(terms):
+        if isinstance(term, FunctionTerm):
+            import_function(term.function, f"reward[{i}].function")
     paths = [pair for i, term in enumerate(terms) for pair in model_paths(term, f"reward[{i}]").items()]
     return [check_parent(path, key, ("rm",)) for key, path in paths]
 
@@ -156,7 +160,8 @@ def reads_sampled_tokens(path: str, codec: Codec) -> bool:
     without a tokenizer was trained on the policy's own sequences."""
     if has_no_tokenizer(path):
         return True
-    return shares_tokenizer(path, codec) and closing_tokens(codec, read_manifest(path) is not None) == [codec.eos_id]
+    closing = closing_tokens(codec, published_manifest(path) is not None)
+    return shares_tokenizer(path, codec) and closing == [codec.eos_id]
 
 
 def has_no_tokenizer(path: str) -> bool:
@@ -178,7 +183,7 @@ def reward_codec(path: str) -> Codec:
     """How a reward model reads text, in training and evaluation alike: its own format, responses closed as its makers
     close them."""
     codec = Codec.load(path)
-    return ClosedCodec(codec.tokenizer, closing_tokens(codec, read_manifest(path) is not None))
+    return ClosedCodec(codec.tokenizer, closing_tokens(codec, published_manifest(path) is not None))
 
 
 def closing_tokens(codec: Codec, ours: bool) -> list[int]:
@@ -199,7 +204,7 @@ def describe(path: str, reward: Reward) -> str:
         TextReward: "has a tokenizer or format of its own, so it reads text",
         PairReward: "is no causal language model, so it reads pairs of texts",
     }[type(reward)]
-    if read_manifest(path) is not None:
+    if published_manifest(path) is not None:
         return f"{path} {reads}"
     return f"{path} {reads} (no manifest: its 0 is not the mean of demonstrations, see missing_eos_penalty)"
 

@@ -14,6 +14,7 @@ Each spelled-out one in a prompt is rendered as a mark; the text is then cut at 
 encoded as plain characters, so no token spans a cut.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -62,6 +63,21 @@ class Codec:
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
+    def with_own_pad(self) -> "Codec":
+        """One whose pad is not EOS: transformers' classifiers read the last token that is no pad. A special token,
+        where there is another, so that text is still encoded as before; else any number, which rows need not hold."""
+        if self.pad_id != self.eos_id:
+            return self
+        others = [token for token in self.tokenizer.all_special_tokens if token != self.tokenizer.eos_token]
+        others += [t.content for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i != self.eos_id]
+        codec = Codec(copy.deepcopy(self.tokenizer))
+        if others:
+            codec.tokenizer.pad_token = next((token for token in others if "pad" in token.lower()), others[0])
+            codec.pad_id = codec.tokenizer.pad_token_id
+        else:
+            codec.pad_id = int(self.eos_id == 0)
+        return codec
+
     def prompt(self, prompt: Text) -> list[int]:
         """Token ids of the query, generation prompt included."""
         return self.prompts([prompt])[0]
@@ -71,7 +87,10 @@ class Codec:
             return []
         if self.tokenizer.chat_template is None:
             if not all(isinstance(prompt, str) for prompt in prompts):
-                raise UserError("a prompt is a conversation but the tokenizer has no chat template; use plain text")
+                raise UserError(
+                    "a prompt is a conversation but the tokenizer has no chat template; give stage sft one, "
+                    "chat_template_path: FILE, which it saves with the model, or use plain text"
+                )
             return self.tokenizer(prompts, split_special_tokens=True)["input_ids"]
         return self._encode([self._rendered(prompt) for prompt in prompts])
 
@@ -206,7 +225,7 @@ def _read_template(path: str) -> str:
 
 
 class CausalCollator:
-    """{"input_ids"[, "labels"]} rows -> right-padded batch. No attention mask: nothing looks ahead at padding."""
+    """{"input_ids"[, "labels"]} rows -> right-padded batch. Nothing looks ahead at padding; TRL asks for its mask."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
@@ -215,5 +234,6 @@ class CausalCollator:
         labels = [row.get("labels", row["input_ids"]) for row in rows]
         return {
             "input_ids": pad_rows([row["input_ids"] for row in rows], self.pad_id),
+            "attention_mask": pad_rows([[1] * len(row["input_ids"]) for row in rows], 0),
             "labels": pad_rows(labels, -100),
         }

@@ -24,6 +24,7 @@ def reward_folder(request, tiny_llama, tiny_codec: Codec, tmp_path):
         bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     policy = tiny_llama if request.param == "llama" else GPTNeoXForCausalLM(neox)
+    policy.resize_token_embeddings(len(tiny_codec.tokenizer))
     policy.save_pretrained(tmp_path / "policy")
     folder = tmp_path / "rm"
     folder.mkdir()
@@ -58,13 +59,12 @@ def test_the_card_says_what_the_manifest_says(reward_folder):
 
 def test_the_cards_code_loads_the_scores(reward_folder, tiny_codec):
     code = re.search(r"```python\n(.*?)```", (reward_folder / "README.md").read_text(), re.DOTALL)[1]
-    names = {"folder": str(reward_folder)}
+    names = {"folder": str(reward_folder), "prompt": "The opposite of hot", "answer": "cold, a dog"}
     exec(code, names)
-    ids = torch.tensor([[5, 6, 7, 1]])
-    (ours,) = score_rows(load_scalar_model(str(reward_folder)).eval(), ids.tolist(), tiny_codec.pad_id, 1)
-    with torch.no_grad():
-        theirs = names["model"].eval()(input_ids=ids).logits[0, 0] + names["bias"]
-    assert float(theirs) == pytest.approx(ours, abs=1e-5)
+    row = tiny_codec.prompt(names["prompt"]) + tiny_codec.response(names["answer"])
+    assert names["ids"] == row
+    (ours,) = score_rows(load_scalar_model(str(reward_folder)).eval(), [row], tiny_codec.pad_id, 1)
+    assert float(names["reward"][0].detach()) == pytest.approx(ours, abs=1e-5)
 
 
 def test_an_accuracy_of_no_pairs_is_no_crash(tmp_path):

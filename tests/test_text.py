@@ -1,10 +1,14 @@
 """align/text.py, align/demonstrations.py and the SFT rows as TRL's trainer sees them."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
@@ -221,3 +225,24 @@ def test_causal_collator():
     batch = CausalCollator(9)([{"input_ids": [1, 2, 3]}, {"input_ids": [4], "labels": [5]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[1, 2, 3], [5, -100, -100]]
+
+
+def test_a_pad_of_its_own(tiny_codec):
+    """Classifiers of transformers read the last token that is no pad: of a pad that is EOS, the one before EOS."""
+    assert tiny_codec.with_own_pad() is tiny_codec
+    same = copy.deepcopy(tiny_codec.tokenizer)
+    same.pad_token = same.eos_token
+    shared = Codec(same)
+    assert shared.pad_id == shared.eos_id
+    apart = shared.with_own_pad()
+    assert apart.pad_id == tiny_codec.pad_id == apart.tokenizer.pad_token_id  # <pad> is there, and special
+    assert shared.tokenizer.pad_token_id == shared.eos_id, "the policy's stays"
+    text = "a <pad> b"
+    assert apart.prompt(text) == shared.prompt(text) and apart.response(text) == shared.response(text)
+
+
+def test_a_pad_where_no_other_special_token_is(tmp_path):
+    """GPT-2's: any number but EOS, the tokenizer as it is."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "a": 1}, "a")), eos_token="<eos>")
+    apart = Codec(fast).with_own_pad()
+    assert apart.pad_id == 1 != apart.eos_id and apart.tokenizer.pad_token is None
