@@ -58,7 +58,10 @@ endef
 # $(call stage,TARGET,STAGE,CONFIG,FLAGS). LAUNCH starts it: Python, or e.g. `.venv/bin/accelerate launch --num_processes 8`.
 LAUNCH ?= $(PY)
 stage = $(call timed,$(1),$(LAUNCH) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
-	--overwrite_output_dir true $(4) $(call args,$(1)))
+	--overwrite_output_dir true $(call unfinished,$(1)) $(4) $(call args,$(1)))
+# A run that was stopped goes on from its newest checkpoint, and begins anew where its keys or parents changed.
+unfinished = $(if $(call args,$(1))$(wildcard $(RUN)/$(1)/manifest.json),,$(if \
+	$(wildcard $(RUN)/$(1)/checkpoint-*),--resume_from_checkpoint latest))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
 	test test-slow chaos bench bench-growth bench-reward bench-overfit lint format install clean FORCE

@@ -47,7 +47,10 @@ def is_finished(output_dir: str | Path, resume: str | None) -> bool:
     """Whether "latest" is asked of a run that has ended: there is nothing to do, which is said."""
     finished = resume == "latest" and read_manifest(output_dir) is not None
     if finished and is_main_process():
-        remedy = "to train again set overwrite_output_dir: true, to go on from a checkpoint name its folder"
+        remedy = (
+            "to train again leave resume_from_checkpoint out and set overwrite_output_dir: true, to go on from a "
+            "checkpoint name its folder"
+        )
         print(f"{output_dir}: this run is finished and stays as it is; {remedy}")
     return finished
 
@@ -215,27 +218,25 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(
-    output_dir: str | Path, resume: str | None, check: Callable[[Path], None] | None = None
+    output_dir: str | Path, resume: str | None, fits: Callable[[Path], bool] | None = None
 ) -> Path | None:
     """The checkpoint to resume from, the same in all processes; None when `resume` is None.
 
     "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; with none it
     is None too, which is said: a scheduler starts and restarts a job with one command. A folder is taken when it is
     whole, else UserError; those of `output_dir` that come after it are set aside, or "latest" would go on with them.
-    `check` raises UserError when this run cannot go on from the one that was chosen; then nothing has changed.
+    `fits` says whether this run can go on from the one that was chosen, or raises UserError; then nothing has changed.
     """
     if resume is None:
         return None
-    return broadcast(_choose_checkpoint(Path(output_dir), resume, check) if is_main_process() else None)
+    return broadcast(_choose_checkpoint(Path(output_dir), resume, fits) if is_main_process() else None)
 
 
-def _choose_checkpoint(output_dir: Path, resume: str, check: Callable[[Path], None] | None) -> Path | None:
+def _choose_checkpoint(output_dir: Path, resume: str, fits: Callable[[Path], bool] | None) -> Path | None:
     latest = resume == "latest"
     chosen = _newest_whole(output_dir) if latest else _require_whole(Path(resume))
-    if chosen is None:
+    if chosen is None or (fits is not None and not fits(chosen)):
         return None
-    if check is not None:
-        check(chosen)
     if latest:
         _tell(f"resuming from {chosen}")
     else:

@@ -42,7 +42,7 @@ class _State:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Around a stage, in the main thread: both signals raise `Interrupted`, at once unless `defer` was called."""
+    """Around a stage, in the main thread: both signals raise `Interrupted`, at once but within `deferred`."""
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
         yield
@@ -62,10 +62,15 @@ def _handle(number: int, frame: object) -> None:
     os.write(2, f"\n{name}: ending after this step, its checkpoint saved; a second one ends at once\n".encode())
 
 
-def defer() -> None:
-    """From here to the stage's end the first signal only shows in `arrived`. After the last step nobody asks any
-    more: what is left is the results' writing, and a run that comes so far ends as if there had been no signal."""
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Around the steps: the first signal only shows in `arrived`, which each step asks. One that comes after the last
+    step has asked is forgotten: what is left is the results, and a run that comes so far ends with them."""
     _State.deferred = True
+    try:
+        yield
+    finally:
+        _State.deferred, _State.arrived = False, 0
 
 
 def arrived() -> int:

@@ -16,13 +16,15 @@ from align.errors import UserError
 from align.files import MANIFEST, write_json
 from align.optimise import takes_muon, trainer_optim
 from align.rows import DataReport
-from align.runtime import is_main_process, wait_for_everyone
+from align.runtime import broadcast, is_main_process, wait_for_everyone
+from align.track import announce
 
 RUN = "run.json"
 SCHEMA = 1
 # Keys that make weights, an optimiser's state or an order of rows mean something else.
 SHARED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "seed", "max_length", "max_prompt_length", "pretraining_fraction", "rollout_batch_size", "vocab_size",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "use_peft", "value_use_peft", "batch_element", "ema_decay", "optim", "adam_beta1",
     "adam_beta2", "adam_epsilon",
 )  # fmt: skip
@@ -37,18 +39,31 @@ def start_run(
     """The output folder, locked, and the checkpoint to go on from, if one was asked for and there is one.
 
     `parents` are the models whose weights the run starts from, `reports` what it reads. Raises UserError when the
-    folder holds another run, and when the checkpoint is not whole or its run began with other keys, parents or rows.
+    folder holds another run, and when the checkpoint is not whole or its run began with other keys, parents or rows;
+    for "latest" with `overwrite_output_dir` the run begins anew instead.
     """
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     own = beginning(config, parents, reports)
 
-    def check(checkpoint: Path) -> None:
+    anew = config.overwrite_output_dir and config.resume_from_checkpoint == "latest"
+    refused = []
+
+    def fits(checkpoint: Path) -> bool:
         if checkpoint.resolve().parent != output.resolve() and checkpoints(output):
             remedy = "choose another folder, or one of its own checkpoints"
             raise UserError(f"output_dir: {output}: holds another run than that of {checkpoint}: {remedy}")
-        require_same_beginning(checkpoint, own)
+        try:
+            require_same_beginning(checkpoint, own)
+        except UserError as fault:
+            if not anew:
+                raise
+            refused.append(fault)
+        return not refused
 
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, check)
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, fits)
+    if broadcast(bool(refused)):
+        announce(f"{refused[0] if refused else output}: overwritten, as overwrite_output_dir says")
+        start_output(config.output_dir, overwrite=True)
     if is_main_process():
         if checkpoint is None or checkpoint.resolve().parent != output.resolve():
             write_json(output / RUN, own)

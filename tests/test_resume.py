@@ -137,3 +137,15 @@ def test_a_file_that_is_none_of_ours_is_named(run, text):
     (run / "run.json").write_text(text)
     with pytest.raises(UserError, match="run.json: is none of ours .*take it away to resume without its check"):
         start_run(sft(run, "latest"), PARENTS, REPORTS)
+
+
+def test_latest_with_overwrite_begins_anew_where_the_run_began_otherwise(run, capsys):
+    """What `make` asks of a run that was stopped, whose config may have changed since."""
+    both = {"overwrite_output_dir": True}
+    assert start_run(sft(run, "latest", **both), PARENTS, REPORTS) == (run, run / "checkpoint-2")
+    assert start_run(sft(run, "latest", seed=1, **both), PARENTS, REPORTS) == (run, None)
+    assert (
+        "its seed is 0, not 1; set it as it was: overwritten, as overwrite_output_dir says" in capsys.readouterr().out
+    )
+    assert set(names(run)) == {"run.json", "run.lock"}
+    assert json.loads((run / "run.json").read_text())["config"]["seed"] == 1

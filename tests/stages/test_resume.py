@@ -142,8 +142,7 @@ def test_a_signal_ends_a_stage_that_does_not_train_at_once(mini, tmp_path, monke
 def test_a_second_signal_ends_at_once(monkeypatch):
     from align import interrupt
 
-    with interrupt.handled():
-        interrupt.defer()
+    with interrupt.handled(), interrupt.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # the same request: Ctrl-C under a launcher comes twice
         assert interrupt.arrived() == signal.SIGTERM
@@ -187,3 +186,16 @@ def test_a_resume_that_is_refused_leaves_the_finished_run(mini, tmp_path, capsys
         assert main(["rm", *mini.arguments("rm", mini.run, **changes | wrong)]) == 2
         assert "resume_from_checkpoint: " in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == whole
+
+
+def test_after_the_last_step_a_signal_ends_the_stage_at_once(mini, tmp_path, monkeypatch, capsys):
+    """Scoring demonstrations may take longer than training did; a checkpoint would no longer be saved."""
+
+    def scoring(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal was to end this")
+
+    monkeypatch.setattr("stages.rm.normalise_on", scoring)
+    assert main(["rm", *mini.arguments("rm", mini.run, output_dir=tmp_path / "out")]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "manifest.json").exists()
