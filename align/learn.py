@@ -30,6 +30,7 @@ from align.models import (
     load_packed_policy,
     load_scalar_model,
     require_context,
+    row_limit,
 )
 from align.optimise import make_optimizer, require_whole
 from align.order import Cursor
@@ -59,20 +60,26 @@ class Inputs:
 
     codec: Codec
     queries: list[Query]
-    documents: list[list[int]]  # pretraining text as tokens; empty for plain PPO
+    texts: list[str]  # pretraining documents; empty for plain PPO
+    ptx_limit: int  # their tokens are cut to so many
     parents: list[dict[str, Any]]
     reports: dict[str, DataReport]
     value_start: ValueStart
 
     def next_documents(self, cursor: Cursor) -> PtxSource:
-        return lambda count: [self.documents[i] for i in cursor.take(count)]
+        """Tokens of the documents drawn: all of a large corpus as Python's numbers would fill the memory."""
+
+        def draw(count: int) -> list[list[int]]:
+            return [ids[: self.ptx_limit] for ids in self.codec.documents([self.texts[i] for i in cursor.take(count)])]
+
+        return draw
 
 
 def load_inputs(config: PPOConfig) -> Inputs:
     """Prompts under the cap as tokens, pretraining documents, and the checked parents."""
     if config.value_head_init == "fitted":
         refuse_sharding("value_head_init: fitted", "kept")
-    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft",))]
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "ppo"))]
     if config.value_model_path:
         parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
         require_same_tokenizer(parents)
@@ -87,11 +94,11 @@ def load_inputs(config: PPOConfig) -> Inputs:
     prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
     tokens = codec.prompts([prompt.prompt for prompt in prompts])
     queries = [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]
-    reports, documents = {"train_file": report}, []
+    reports, texts, limit = {"train_file": report}, [], config.ptx_max_length
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
-        documents = [ids[: config.ptx_max_length] for ids in codec.documents(texts)]
-    return Inputs(codec, queries, documents, parents, reports, start)
+        limit = row_limit(config.model_name_or_path, "ptx_max_length", limit)
+    return Inputs(codec, queries, texts, limit, parents, reports, start)
 
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
@@ -124,19 +131,19 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
 
 
-def build_actors(config: PPOConfig, codec: Codec, learner: Learner, runtime: Runtime) -> Actors:
+def build_actors(config: PPOConfig, inputs: Inputs, learner: Learner, runtime: Runtime) -> Actors:
     """The frozen reference and reward beside the trained models, and a sampler over the policy."""
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
     policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
-    start, loaded = value_start(config, codec), []
+    codec, loaded = inputs.codec, []
 
     def only_scores(model: PackedModel) -> PackedModel:
         loaded.append(model)
         return frozen(model, config, runtime)
 
     def load_scalar(path: str) -> ScalarModel | WithoutAdapter:
-        if config.value_use_peft and path == start.path:
+        if config.value_use_peft and path == inputs.value_start.path:
             return WithoutAdapter(value_model)
         return only_scores(load_scalar_model(path, config.attn_implementation, dtype=dtype))
 

@@ -21,15 +21,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from align.attention import Layout, layout_inputs
 from align.checkpoint import copy_weights
 from align.errors import UserError, first_line
+from align.files import hub_file
 from align.maths.logprobs import entropy, linear_logprobs, token_logprobs
 from align.maths.masks import action_positions, length_mask, response_tokens
 from align.packing import Pack, pack_rows, packed_states, padded_states, rows_of, set_packed
 from align.prepack import prepack
+from align.track import announce
 from align.types import pad_rows
 
 
@@ -62,12 +65,24 @@ def refuse_adapter(path: str) -> None:
 
 
 def context_of(path: str) -> int | None:
-    """How many tokens a model can read; None where its config does not say."""
+    """How many tokens a model can read; None where its config does not say. An adapter reads what its base does."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.exists() and not (Path(path) / "config.json").exists():
+        path = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model could be loaded ({first_line(error)}); give a folder or hub id") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def row_limit(path: str, key: str, max_length: int) -> int:
+    """`max_length`, or what the model can read where that is less; said once, as longer rows are dropped or cut."""
+    context = context_of(path)
+    if context is None or context >= max_length:
+        return max_length
+    announce(f"{key}: {max_length}, but {path} reads {context} tokens: that is the limit")
+    return context
 
 
 def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None:
@@ -316,9 +331,9 @@ class ScalarModel(PackedModel):
         """Scalars at the positions `at`, in float32. (M,) -> (M,)"""
         with self.half() as cast:
             hidden = self.states(pack, cast)[at]
-            weight, bias = (cast(p).to(hidden.dtype) for p in (self.head.weight, self.head.bias))
-            scalars = nn.functional.linear(hidden, weight, bias).squeeze(-1)
-            return scalars.to(torch.float32, copy=True)  # fully_shard wants no view
+            # The head too: bfloat16 knows a score of 20 to 1/8 only, and ties what lies closer.
+            scalars = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
+            return scalars.clone()  # fully_shard wants no view
 
 
 def load_packed_policy(path: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32) -> Policy:
@@ -365,8 +380,9 @@ HEAD = ("score.weight", "score.bias")
 
 
 def _stored_head(path: str) -> dict[str, Tensor] | None:
-    """The head's tensors of a local checkpoint; None for a hub id, whose head transformers has loaded."""
-    files = sorted(Path(path).glob("*.safetensors"))
+    """The head's tensors of a checkpoint, a folder's or those that transformers has fetched from the hub; None where
+    there are none to be seen, and only the weight that transformers has loaded is known."""
+    files = sorted(Path(path).glob("*.safetensors")) or fetched_weights(path)
     if not files:
         return None
     head = {}
@@ -376,6 +392,16 @@ def _stored_head(path: str) -> dict[str, Tensor] | None:
     if "score.weight" not in head:
         raise UserError(f"{path}: has no head `score`, so it is no reward model; give the folder `make rm` writes")
     return head
+
+
+def fetched_weights(hub_id: str) -> list[Path]:
+    """The safetensors in the hub's cache of a model that has been loaded."""
+    index = hub_file(hub_id, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        names = [SAFE_WEIGHTS_NAME]
+    else:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for path in (hub_file(hub_id, name) for name in names) if path is not None]
 
 
 def _load(auto: type, path: str, attn_implementation: str | None, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
@@ -393,8 +419,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):  # OPT and others keep the number and call the function
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
 
 
 RESIDUAL_WRITERS = ("o_proj", "down_proj", "c_proj", "dense_4h_to_h", "fc2", "out_proj", "dense")

@@ -15,9 +15,11 @@ from align.maths.losses import ranking_loss
 from align.maths.masks import length_mask
 from align.models import ScalarModel
 from align.packing import Pack, pack_continuations, pack_rows, token_batches
+from align.runtime import gather_list, my_share
 from align.text import Codec
 from align.types import Demonstration, Ranking
 
+SCORED_AGAIN = 1000  # demonstrations, by the normalised model
 Even = Callable[[list[list[int]]], list[list[int]]]  # `Runtime.as_many`
 
 
@@ -43,11 +45,18 @@ def encode_rankings(rankings: list[Ranking], codec: Codec) -> list[dict[str, Ran
     return [
         {
             "ranking": RankedTokens(
-                tuple(query), tuple(tuple(next(responses)) for _ in ranking.completions), ranking.ranks
+                tuple(query), tuple(tuple(next(responses)) for _ in ranking.completions), places(ranking.ranks)
             )
         }
         for query, ranking in zip(queries, rankings, strict=True)
     ]
+
+
+def places(ranks: tuple[float, ...]) -> tuple[float, ...]:
+    """0 for the best rank, 1 for the next, and so on: ranks may be anything, time stamps too, and a batch holds them in
+    float32."""
+    order = {rank: float(place) for place, rank in enumerate(sorted(set(ranks)))}
+    return tuple(order[rank] for rank in ranks)
 
 
 def split_pairs(elements: list[dict[str, RankedTokens]]) -> list[dict[str, RankedTokens]]:
@@ -148,10 +157,26 @@ def score_rankings(
 def score_demonstrations(
     model: ScalarModel, demonstrations: list[Demonstration], codec: Codec, batch_size: int
 ) -> list[float]:
-    queries = codec.prompts([d.prompt for d in demonstrations])
-    responses = codec.responses([d.completion for d in demonstrations])
+    """Each process scores its share; all have all scores."""
+    mine = [demonstrations[i] for i in my_share(len(demonstrations))]
+    queries = codec.prompts([d.prompt for d in mine])
+    responses = codec.responses([d.completion for d in mine])
     rows = [query + response for query, response in zip(queries, responses, strict=True)]
-    return score_rows(model, rows, codec.pad_id, batch_size)
+    return gather_list(score_rows(model, rows, codec.pad_id, batch_size))
+
+
+def normalise_on(
+    model: ScalarModel, demonstrations: list[Demonstration], codec: Codec, batch_size: int
+) -> dict[str, float]:
+    """Demonstrations score 0 on average from here on. Their mean before and after, nothing without demonstrations."""
+    if not demonstrations:
+        return {}
+    before = score_demonstrations(model, demonstrations, codec, batch_size)
+    mean = normalise(model, before)
+    # Scored again: all of them would be a second pass for one constant.
+    after = score_demonstrations(model, demonstrations[:SCORED_AGAIN], codec, batch_size)
+    moved = (sum(after) - sum(before[: len(after)])) / len(after)
+    return {"demonstration_mean_before": mean, "demonstration_mean": mean + moved}
 
 
 @torch.no_grad()

@@ -162,6 +162,16 @@ def token_weights(tensors: dict[str, Tensor], mask: Tensor, config: PPOConfig) -
     return importance_weights(tensors["logprobs"], tensors["sampler_logprobs"], mask, cap, band, level)
 
 
+def warn_of_rewarded_cuts(rollout: Rollout, config: PPOConfig) -> None:
+    """Where answers that end score less than those that do not get, the policy learns never to end."""
+    penalty, ended = config.missing_eos_penalty, rollout.raw_scores[rollout.finished]
+    if config.missing_eos_mode == "replace" and penalty is not None and len(ended) and float(ended.mean()) < penalty:
+        announce(
+            f"warning: answers that end score {float(ended.mean()):.2f} on average, and one that does not scores "
+            f"missing_eos_penalty {penalty:g}: never to end is what pays; lower it, or set missing_eos_mode: subtract"
+        )
+
+
 def apply_eos_rule(scores: Tensor, finished: Tensor, penalty: float | None, mode: str) -> Tensor:
     """What a response without EOS earns: `penalty` instead of its score, or its score minus |penalty|. (B,) -> (B,)"""
     if penalty is None:
@@ -184,6 +194,7 @@ def check_step_zero(
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
     warn_of_engine(rollout, config, runtime.half)
+    warn_of_rewarded_cuts(rollout, config)
     head = rollout.index(torch.arange(min(len(rollout), config.per_device_train_batch_size), device=runtime.device))
     with runtime.autocast():
         rows = head.input_ids, head.query_lengths, head.response_lengths

@@ -1,5 +1,6 @@
 """Which epoch of a fine-tuning run is the policy (paper section 3.5: validation reward predicts preference best)."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,9 +13,9 @@ from align.config import SFTConfig
 from align.data import demonstration_length, drop_long, load_demonstrations
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
-from align.models import ScalarModel, load_packed_policy, load_scalar_model
+from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
-from align.runtime import gather_list, my_share
+from align.runtime import broadcast, gather_list, is_main_process, my_share
 from align.text import Codec
 from align.track import announce
 from align.types import Prompt
@@ -49,7 +50,7 @@ def choose_epoch(
 
 def whole(checkpoint: Path) -> bool:
     """Says so where it is there and not whole: a torn epoch is not chosen."""
-    fault = checkpoint_fault(checkpoint)
+    fault = broadcast(checkpoint_fault(checkpoint) if is_main_process() else None)
     if fault and checkpoint.is_dir():
         announce(f"warning: {checkpoint}: {fault}: not chosen from")
     return fault is None
@@ -70,10 +71,15 @@ def mean_reward(
 ) -> float:
     """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers.
 
-    Every process answers its share of the prompts, on its device; all return the same.
+    Every process answers its share of the prompts, on its device; all return the same. An answer has room in the
+    model's context.
     """
     demonstrations, report = load_demonstrations(config.validation_file, config.on_bad_rows)
-    demonstrations, _ = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
+    context = context_of(checkpoint) or sys.maxsize
+    demonstrations, report = drop_long(
+        demonstrations, codec, min(context, config.max_length), report, demonstration_length
+    )
+    demonstrations, _ = drop_long(demonstrations, codec, context - config.max_new_tokens, report)
     prompts = [d.prompt for d in demonstrations[: config.selection_prompts]]
     mine = list(my_share(len(prompts)))
     uniforms = uniform_numbers(len(prompts), config.max_new_tokens, config.seed, 0)[mine]

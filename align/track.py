@@ -61,6 +61,11 @@ class Metrics:
             self.tracker.log(step, rest)
 
 
+def run_name(folder: Path) -> str:
+    """WANDB_NAME, else the folder with its parent's name: tiny/ppo, and not ppo in every run."""
+    return os.environ.get("WANDB_NAME") or "/".join(folder.resolve().parts[-2:])
+
+
 class Tracker:
     """wandb, as a guest: what it does wrong is told on stderr and never ends the run; its start and end have a minute.
 
@@ -73,7 +78,7 @@ class Tracker:
         known = read_jsonl(self.path) if config.resume_from_checkpoint else []
         self.sent = known[0] if known else {"id": secrets.token_hex(4), "rows": 0}
         about = {
-            "project": os.environ.get("WANDB_PROJECT", "align"), "name": folder.name, "id": self.sent["id"],
+            "project": os.environ.get("WANDB_PROJECT", "align"), "name": run_name(folder), "id": self.sent["id"],
             "resume": "allow", "dir": str(folder), "config": redact(plain(config)),
         }  # fmt: skip
         if not self.tried(lambda: self.start(about, None)):

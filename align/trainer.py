@@ -19,7 +19,7 @@ from align.checkpoint import checkpoint_folder, load_training_state, rotate
 from align.config import RMConfig, SFTConfig, TrainerConfig
 from align.errors import UserError
 from align.files import write_json
-from align.interrupt import Interrupted, arrived, defer
+from align.interrupt import Interrupted, arrived, deferred
 from align.lora import adapter_config, require_same_adapter
 from align.maths.logprobs import token_logprobs
 from align.optimise import trainer_optimizer
@@ -188,9 +188,9 @@ class ResumesExactly:
     resumed: Path | None = None  # the checkpoint whose sums are still to be loaded
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
-        defer()
         self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        with deferred():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.load_sums()

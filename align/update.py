@@ -54,13 +54,16 @@ class BatchAlgebra:
             config.rollout_batch_size, config.num_mini_batches, "rollout_batch_size / num_mini_batches"
         )
         share = exact_div(minibatch, processes, "minibatch episodes / processes")
-        ptx = config.ptx_examples_per_episode * minibatch if config.ptx_coef > 0 else 0
-        if ptx != int(ptx):
-            raise UserError(f"ptx_examples_per_episode: {minibatch} episodes times it is {ptx}; choose a whole product")
-        exact_div(int(ptx), processes, "pretraining documents a minibatch / processes")
+        asked = config.ptx_examples_per_episode * minibatch if config.ptx_coef > 0 else 0
+        ptx = round(asked)
+        if abs(ptx - asked) > 1e-9 * max(1, ptx):  # 0.07 x 100 is 7.000000000000001
+            raise UserError(
+                f"ptx_examples_per_episode: {minibatch} episodes times it is {asked}; choose a whole product"
+            )
+        exact_div(ptx, processes, "pretraining documents a minibatch / processes")
         iterations = exact_div(config.total_episodes, config.rollout_batch_size, "total_episodes / rollout_batch_size")
         micro = min(config.per_device_train_batch_size, share)
-        return BatchAlgebra(config.rollout_batch_size, minibatch, micro, int(ptx), iterations, processes)
+        return BatchAlgebra(config.rollout_batch_size, minibatch, micro, ptx, iterations, processes)
 
     def __str__(self) -> str:
         return (

@@ -52,10 +52,14 @@ def fit_value_head(
         unseen, values = read_values(rollout, model, weights, biases, config, runtime)
 
     known = targets[rollout.response_mask]
-    spread = known.var(correction=0).clamp_min(1e-8)
-    before = (known - rollout.values[rollout.response_mask]).square().mean()
-    numbers = {"value_head/before": float(1 - before / spread), "value_head/fitted": float(1 - error / spread)}
-    announce("value head: explained variance {:.2f} as it came, {:.2f} fitted".format(*numbers.values()))
+    spread = float(known.var(correction=0))
+    before = float((known - rollout.values[rollout.response_mask]).square().mean())
+    if spread < 1e-8:
+        announce("value head: all returns of the first rollout are alike, and it says that one number")
+        numbers = {}
+    else:
+        numbers = {"value_head/before": 1 - before / spread, "value_head/fitted": 1 - error / spread}
+        announce("value head: explained variance {:.2f} as it came, {:.2f} fitted".format(*numbers.values()))
     advantages, returns = advantages_and_returns(rollout.rewards, unseen, rollout.response_mask, config)
     return replace(rollout, values=values, advantages=advantages, returns=returns), numbers
 

@@ -15,12 +15,12 @@ ptx_coef 0 is plain PPO. What the paper leaves open, and the choice here:
 
 import sys
 
-from tqdm import trange
+from tqdm import tqdm
 
 from align.checkpoint import is_finished
 from align.config import PPOConfig
 from align.evaluate.report import plot_overoptimisation
-from align.interrupt import Interrupted, arrived, defer
+from align.interrupt import Interrupted, arrived, deferred
 from align.learn import (
     build_actors,
     build_learner,
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, codec, learner, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
     prompts = Cursor(len(inputs.queries), config.seed)
-    documents = Cursor(max(len(inputs.documents), 1), config.seed + 1)
+    documents = Cursor(max(len(inputs.texts), 1), config.seed + 1)
     first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
     if checkpoint:
         first, adapted, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
@@ -73,31 +73,31 @@ def main(argv: list[str]) -> None:
     judge = GoldJudge(config.judge, codec)
 
     # 4. Iterate: rollout, update, log.
-    defer()
-    for iteration in trange(first, first if stopped else algebra.iterations, desc="ppo", disable=not runtime.is_main):
-        set_learning_rates(learner, config, iteration, algebra.iterations)
-        queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
-        rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
-        if iteration == 0:
-            step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
-            rollout, value_head = fit_value_head(rollout, learner.value_model, config, runtime)
-            step_zero |= value_head
-        stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
-        row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
-        if config.kl_target is not None:
+    with deferred():
+        iterations = range(first, first if stopped else algebra.iterations)
+        for iteration in tqdm(iterations, desc="ppo", disable=not runtime.is_main):
+            set_learning_rates(learner, config, iteration, algebra.iterations)
+            queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
+            rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
+            if iteration == 0:
+                step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
+                rollout, value_head = fit_value_head(rollout, learner.value_model, config, runtime)
+                step_zero |= value_head
+            stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
+            row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
             kl_coef = adapt_kl_coef(kl_coef, row["objective/kl"], config.kl_target, algebra.rollout, config.kl_horizon)
-        done = iteration + 1
-        row |= judge.score([query.prompt for query in queries], rollout)
-        metrics.log(done, {"episode": done * algebra.rollout, **row})
-        if config.transcript_iterations and iteration % config.transcript_iterations == 0:
-            transcripts.write(iteration, rollout, codec)
-        stopped, signal = kl_stop_reason(row["objective/kl"], config, done), arrived()
-        if stopped or signal or (config.save_iterations and done % config.save_iterations == 0):
-            save_state(output, done, learner, prompts, documents, kl_coef, step_zero, row, config, codec, runtime)
-        if signal:
-            raise Interrupted(signal, output / f"checkpoint-{done}")
-        if stopped:
-            break
+            done = iteration + 1
+            row |= judge.score([query.prompt for query in queries], rollout)
+            metrics.log(done, {"episode": done * algebra.rollout, **row})
+            if config.transcript_iterations and iteration % config.transcript_iterations == 0:
+                transcripts.write(iteration, rollout, codec)
+            stopped, signal = kl_stop_reason(row["objective/kl"], config, done), arrived()
+            if stopped or signal or (config.save_iterations and done % config.save_iterations == 0):
+                save_state(output, done, learner, prompts, documents, kl_coef, step_zero, row, config, codec, runtime)
+            if signal:
+                raise Interrupted(signal, output / f"checkpoint-{done}")
+            if stopped:
+                break
 
     # 5. Save the averaged policy, the manifest last.
     if config.judge and runtime.is_main:

@@ -30,10 +30,10 @@ from align.files import atomic_contents, plain, write_json
 from align.head import fit_head
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import ScalarModel, disable_dropout, load_scalar_model, save_scalar_model
+from align.models import ScalarModel, disable_dropout, load_scalar_model, row_limit, save_scalar_model
 from align.optimise import trainer_optim
 from align.parse import parse
-from align.ranking import RankingCollator, encode_rankings, normalise, score_demonstrations, score_rankings, split_pairs
+from align.ranking import RankingCollator, encode_rankings, normalise_on, score_rankings, split_pairs
 from align.resume import start_run
 from align.runtime import is_main_process, refuse_sharding, tune_cpu
 from align.splits import keep_apart, refuse_eval_only
@@ -49,8 +49,6 @@ from align.trainer import (
 )
 from stages.__main__ import run
 
-SCORED_AGAIN = 1000  # demonstrations, by the normalised model: all of them would be a second pass for one constant
-
 
 def main(argv: list[str]) -> None:
     # 1. Config, parent, data, folder.
@@ -58,31 +56,32 @@ def main(argv: list[str]) -> None:
     if is_finished(config.output_dir, config.resume_from_checkpoint):
         return
     tune_cpu()
-    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base"))]
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base", "ppo"))]
     codec = Codec.load(config.model_name_or_path)
-    rankings, held, reports = load_all(config, codec)
+    limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
+    rankings, held, reports = load_all(config, codec, limit)
     if config.folds_by:
         return cross_validate(config, codec, rankings, held, parents, reports)
-    demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
-    short = drop_long(demonstrations, codec, config.max_length, report, demonstration_length)
-    demonstrations, reports["demonstrations_file"] = short
+    demonstrations = []
+    if config.demonstrations_file is not None:
+        demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
+        short = drop_long(demonstrations, codec, limit, report, demonstration_length)
+        demonstrations, reports["demonstrations_file"] = short
     output, checkpoint = start_run(config, parents, reports)
 
     # 2. Train: each prompt once an epoch, its pairs never apart.
     model = train(config, codec, rankings, held["validation"], output, checkpoint)
 
     # 3. Normalise, in float32: demonstrations score 0 on average.
-    before = score_demonstrations(model, demonstrations, codec, config.per_device_eval_batch_size)
-    mean = normalise(model, before)
+    means = normalise_on(model, demonstrations, codec, config.per_device_eval_batch_size)
 
     # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
     if is_main_process():
-        metrics = accuracies(model, held, codec, config) | {"demonstration_mean_before": mean}
-        after = score_demonstrations(model, demonstrations[:SCORED_AGAIN], codec, config.per_device_eval_batch_size)
-        metrics["demonstration_mean"] = mean + (sum(after) - sum(before[: len(after)])) / len(after)
+        metrics = accuracies(model, held, codec, config) | means
+        apart = codec.with_own_pad()  # for who loads it with transformers alone
         with atomic_contents(output) as folder:
-            save_scalar_model(model, folder, codec.pad_id)
-            codec.save(folder)
+            save_scalar_model(model, folder, apart.pad_id)
+            apart.save(folder)
             validation = metrics["validation"]
             write_json(folder / "report.json", validation | {k: v for k, v in metrics.items() if k != "validation"})
             write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
@@ -142,7 +141,7 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
     announce(f"accuracy in and out of group in {output / 'folds.json'}")
 
 
-def load_all(config: RMConfig, codec: Codec) -> tuple[list, dict[str, list], dict]:
+def load_all(config: RMConfig, codec: Codec, limit: int) -> tuple[list, dict[str, list], dict]:
     """Training rankings, held-out rankings by name, and what was read and dropped."""
     if config.head_init == "fitted":
         refuse_sharding("head_init: fitted", "normal")
@@ -150,12 +149,12 @@ def load_all(config: RMConfig, codec: Codec) -> tuple[list, dict[str, list], dic
     for name, path in (("validation", config.validation_file), ("held_out_labelers", config.held_out_file)):
         if path:
             held[name], report = load_rankings(path, config.on_bad_rows)
-            held[name], reports[name] = drop_long(held[name], codec, config.max_length, report, ranking_length)
+            held[name], reports[name] = drop_long(held[name], codec, limit, report, ranking_length)
     rankings, report = load_rankings(config.train_file, config.on_bad_rows)
     refuse_eval_only(rankings, report)
     for others in held.values():
         rankings, report = keep_apart(rankings, report, others, config.on_bad_rows)
-    rankings, reports["train_file"] = drop_long(rankings, codec, config.max_length, report, ranking_length)
+    rankings, reports["train_file"] = drop_long(rankings, codec, limit, report, ranking_length)
     return rankings, held, reports
 
 

@@ -24,7 +24,7 @@ from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import add_residual_dropout, load_policy, refuse_adapter, save_chosen
+from align.models import add_residual_dropout, load_policy, refuse_adapter, row_limit, save_chosen
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.resume import start_run
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     if is_finished(config.output_dir, config.resume_from_checkpoint):
         return
     tune_cpu()
-    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base",))]
+    parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base", "sft"))]
     if config.use_peft:
         refuse_adapter(config.model_name_or_path)
     codec = Codec.load(config.model_name_or_path, config.chat_template_path)
@@ -104,12 +104,13 @@ def load_rows(config: SFTConfig, codec: Codec) -> tuple[list[dict], list[dict], 
     demonstrations, report = load_demonstrations(config.train_file, config.on_bad_rows)
     refuse_eval_only(demonstrations, report)
     demonstrations, report = keep_apart(demonstrations, report, held_out, config.on_bad_rows)
-    train, report = demonstration_rows(demonstrations, codec, config.max_length, report)
-    validation, held_out_report = demonstration_rows(held_out, codec, config.max_length, held_out_report)
+    limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
+    train, report = demonstration_rows(demonstrations, codec, limit, report)
+    validation, held_out_report = demonstration_rows(held_out, codec, limit, held_out_report)
     reports = {"train_file": report, "validation_file": held_out_report}
     if config.pretraining_fraction > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
-        train = mix_pretraining(train, texts, config.pretraining_fraction, codec, config.max_length, config.seed)
+        train = mix_pretraining(train, texts, config.pretraining_fraction, codec, limit, config.seed)
     return train, validation, reports
 
 

@@ -13,11 +13,14 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from align.attention import PACKED
 from align.errors import UserError
 from align.lora import with_lora
+from align.manifest import published_manifest, write_manifest
 from align.models import (
     EMA,
     Policy,
@@ -31,6 +34,7 @@ from align.models import (
     refuse_adapter,
     response_logprobs,
     response_values,
+    row_limit,
     save_scalar_model,
 )
 from align.packing import pack_rows
@@ -451,3 +455,49 @@ def test_P15_the_average_is_a_copy(tiny_llama):
     with torch.no_grad():
         tiny_llama.lm_head.weight.add_(1.0)
     assert torch.equal(ema.shadow[name], before)
+
+
+def test_disable_dropout_of_a_model_that_keeps_a_number_and_calls_the_function():
+    """OPT's layers have no dropout modules."""
+    sizes = dict(vocab_size=64, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_attention_heads=2)
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, max_position_embeddings=32, dropout=0.5, **sizes))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    plain = logits(model.eval(), ids)
+    assert not torch.equal(logits(model.train(), ids), plain)
+    disable_dropout(model)
+    assert torch.equal(logits(model.train(), ids), plain)
+
+
+def test_scores_in_half_precision_are_not_rounded_to_it(scalar):
+    """20 is followed by 20.125 in bfloat16: scores that differ by less would be ties."""
+    with torch.no_grad():
+        scalar.head.bias.fill_(20.0)
+    exact = one_by_one(scalar, ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = score_rows(scalar, ROWS, PAD, len(ROWS))
+    assert half == pytest.approx(exact, abs=0.03) and len(set(half)) == len(set(exact))
+    assert any(score != float(torch.tensor(score).bfloat16()) for score in half)
+
+
+def test_a_limit_over_what_the_model_reads_is_lowered_and_said(policy_folder, capsys):
+    assert row_limit(policy_folder, "max_length", 2048) == 128
+    assert capsys.readouterr().out == f"max_length: 2048, but {policy_folder} reads 128 tokens: that is the limit\n"
+    assert row_limit(policy_folder, "max_length", 12) == 12
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reward_model_of_the_hub_keeps_its_bias(scalar, tmp_path, monkeypatch):
+    """transformers' class has no place for it, so that it loads without a word, and 0.7 lower."""
+    snapshot = tmp_path / "hub" / "models--me--rm" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    save_scalar_model(scalar, snapshot, PAD)
+    write_manifest(snapshot, "rm", {}, 0)
+    refs = tmp_path / "hub" / "models--me--rm" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    expected = one_by_one(scalar, ROWS)
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.constants.HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(name, str(tmp_path / "hub"))
+    loaded = load_scalar_model("me/rm", "eager").eval()
+    assert float(loaded.head.bias) == pytest.approx(0.7) and one_by_one(loaded, ROWS) == pytest.approx(expected)
+    assert published_manifest("me/rm").stage == "rm" and published_manifest("me/none") is None

@@ -21,6 +21,7 @@ from align.ranking import (
     by_prompt,
     encode_rankings,
     held_out_loss,
+    places,
     score_demonstrations,
     score_rankings,
     split_pairs,
@@ -402,3 +403,9 @@ def test_batches_hold_like_lengths_in_mixed_order_and_every_row_once():
     falls = sum(one > two for one, two in zip(longest, longest[1:], strict=False))
     assert 0.35 < falls / len(longest) < 0.65  # neighbours are not sorted
     assert order != list(LengthGroups(lengths, 10, seed=4))
+
+
+def test_ranks_may_be_any_numbers():
+    """Two time stamps a second apart are one number in float32."""
+    assert places((1732700002.0, 1732700001.0, 1732700002.0)) == (1.0, 0.0, 1.0)
+    assert places((3.0, -1.0, 7.5)) == (1.0, 0.0, 2.0)

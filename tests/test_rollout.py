@@ -25,6 +25,7 @@ from align.rollout import (
     collect_rollout,
     shape_rewards,
     step_zero_limits,
+    warn_of_rewarded_cuts,
 )
 from align.runtime import Runtime
 from align.types import Prompt
@@ -454,3 +455,15 @@ def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors
         collect_rollout(make_queries(16), changed, config_of(importance_weight_cap=2.0), runtime, BETA, 0)
     with pytest.raises(UserError, match="old_logprobs: sampler, but this sampler gives none"):
         collect_rollout(make_queries(16), changed, config_of(old_logprobs="sampler"), runtime, BETA, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "penalty", "warned"), [("replace", -1.0, True), ("replace", -3.0, False), ("subtract", -1.0, False)]
+)
+def test_a_penalty_that_pays_for_not_ending_is_warned_of(rollout, capsys, mode, penalty, warned):
+    finished = torch.arange(len(rollout)) > 0
+    scores = torch.full((len(rollout),), -2.0)
+    found = dataclasses.replace(rollout, finished=finished, raw_scores=scores)
+    warn_of_rewarded_cuts(found, config_of(missing_eos_mode=mode, missing_eos_penalty=penalty))
+    said = capsys.readouterr().out
+    assert ("answers that end score -2.00 on average" in said) == warned and bool(said) == warned

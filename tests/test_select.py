@@ -1,5 +1,6 @@
 """align/select.py, the learning rate of SFT, and the pretraining share of its rows."""
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -205,3 +206,22 @@ def test_S6_documents_repeat_only_when_they_run_out(tiny_codec):
     assert len({tuple(row["input_ids"]) for row in few}) == 3
     many = Counter(tuple(row["input_ids"]) for row in mix_pretraining(rows, texts, 0.5, tiny_codec, 9, 0)[10:])
     assert many.total() == 10 and len(many) == 4
+
+
+def test_S5_prompts_without_room_for_an_answer_are_not_sampled_from(tiny_codec, tmp_path, monkeypatch):
+    """A context of 8: of the two prompts, one has room for an answer of 3 tokens."""
+    rows = [{"prompt": "hot", "completion": "x"}, {"prompt": "a cow and a dog and a bird", "completion": "x"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lengths = [len(tiny_codec.prompt(row["prompt"])) for row in rows]
+    settings = config_of(
+        tmp_path, reward_model_path="rm", validation_file=str(tmp_path / "rows.jsonl"), max_new_tokens=3
+    )
+    asked = []
+    monkeypatch.setattr(align.select, "context_of", lambda path: lengths[0] + 3)
+    monkeypatch.setattr(align.select, "load_packed_policy", lambda *how: torch.nn.Identity())
+    monkeypatch.setattr(align.select, "make_sampler", lambda *how: lambda queries, *rest: asked.extend(queries))
+    monkeypatch.setattr(
+        align.select, "load_reward", lambda *how, **more: lambda prompts, episodes: [0.5] * len(prompts)
+    )
+    assert mean_reward("policy", settings, tiny_codec) == 0.5
+    assert asked == [tiny_codec.prompt("hot")] and lengths[1] > lengths[0]

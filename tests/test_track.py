@@ -6,12 +6,13 @@ import json
 import math
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from align.config import SFTConfig
-from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl, save_log_sizes
+from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl, run_name, save_log_sizes
 from align.types import Rollout, UpdateStats
 
 
@@ -235,3 +236,10 @@ def test_a_tracker_that_breaks_ends_no_run_and_holds_none_up(tmp_path, wandb, mo
     metrics.tracker.finish()
     said = capsys.readouterr().err
     assert "BrokenPipeError" in said and "`wandb sync` does it later" in said
+
+
+def test_a_wandb_run_is_called_after_its_folders(monkeypatch):
+    monkeypatch.delenv("WANDB_NAME", raising=False)
+    assert run_name(Path("runs/tiny/ppo")) == "tiny/ppo"
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    assert run_name(Path("runs/tiny/ppo")) == "mine"

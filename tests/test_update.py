@@ -488,8 +488,9 @@ def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
         model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),),
     )  # fmt: skip
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
-    learner = build_learner(config, value_start(config, codec), runtime)
-    actors = build_actors(config, codec, learner, runtime)
+    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
+    learner = build_learner(config, inputs.value_start, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
     reward = actors.reward.terms[0].members[0]
     assert (reward.batch_size, reward.max_tokens) == (16, 40)
     names = {"reference": actors.ref_policy, "reward": reward.model}
@@ -663,3 +664,14 @@ def test_an_overflow_under_float16_is_left_to_the_loss_scaler(runtime, monkeypat
     assert math.isinf(step(*arguments))
     with pytest.raises(UserError, match="policy_loss is nan"):
         step(*arguments[:3], {"policy_loss": float("nan")}, *arguments[4:])
+
+
+def test_pretraining_documents_a_minibatch_are_whole_up_to_rounding():
+    """0.07 x 100 is 7.000000000000001 in floats."""
+    config = PPOConfig(
+        output_dir="x", model_name_or_path="m", reward=(ModelTerm("r"),), pretraining_file="t", total_episodes=100,
+        rollout_batch_size=100, num_mini_batches=1, ptx_examples_per_episode=0.07,
+    )  # fmt: skip
+    assert BatchAlgebra.of(config, 1).ptx == 7
+    with pytest.raises(UserError, match="choose a whole product"):
+        BatchAlgebra.of(dataclasses.replace(config, ptx_examples_per_episode=0.075), 1)

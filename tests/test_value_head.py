@@ -224,3 +224,13 @@ def test_a_head_that_lies_in_parts_is_refused(monkeypatch):
     monkeypatch.setattr(align.runtime, "sharding", lambda: True)
     with pytest.raises(UserError, match="value_head_init: fitted.*use kept"):
         load_inputs(config_of())
+
+
+def test_returns_that_are_all_alike_have_no_variance_to_explain(value_model, runtime, capsys):
+    rollout = episodes(10)
+    rewards = torch.zeros(rollout.rewards.shape)
+    rewards[torch.arange(10), rollout.response_lengths - 1] = -1.0  # no answer ended
+    flat = dataclasses.replace(rollout, rewards=rewards)
+    fitted, numbers = fit_value_head(flat, value_model, config_of(gamma=1.0), runtime)
+    assert numbers == {} and "all returns of the first rollout are alike" in capsys.readouterr().out
+    assert torch.allclose(fitted.values[fitted.response_mask], torch.tensor(-1.0), atol=1e-4)

@@ -22,10 +22,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
     raise ValueError(f"estimator must be one of {ESTIMATORS}, not {estimator!r}")
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float | None, episodes: int, horizon: int) -> float:
     """Ziegler et al. 2019, section 2.2: proportional control in log space, error clipped to +-0.2.
 
-    `kl` is the mean KL of an episode in nats, `episodes` the number just seen, `horizon` in episodes.
+    `kl` is the mean KL of an episode in nats, `episodes` the number just seen, `horizon` in episodes. Without a target
+    the coefficient stays.
     """
+    if target is None:
+        return kl_coef
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)

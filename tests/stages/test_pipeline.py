@@ -358,3 +358,33 @@ def test_a_ppo_run_with_8_bit_reference_and_reward(mini, tmp_path):
     mini.stage("ppo", mini.run, output_dir=tmp_path, frozen_quantization="int8")
     numbers = manifest(mini, tmp_path)["metrics"]["step_zero"]
     assert 0 < numbers["kl"] < 0.5 and 0 < numbers["value_minus_score"] < 0.5 and numbers["ratio_max_deviation"] < 1e-3
+
+
+def test_fine_tuning_on_padded_rows_where_another_attention_is_named(mini, tmp_path):
+    """As for a model that cannot read packs, with a sliding window say: TRL asks for the rows' mask."""
+    mini.stage("sft", mini.run, output_dir=tmp_path / "packed")
+    mini.stage("sft", mini.run, output_dir=tmp_path / "padded", attn_implementation="eager")
+    packed, padded = (rows(tmp_path / name / "metrics.jsonl") for name in ("packed", "padded"))
+    losses = [[row["eval_loss"] for row in log if "eval_loss" in row] for log in (packed, padded)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3) and len(losses[0]) == 2
+
+
+def test_a_reward_model_without_demonstrations_has_no_bias(mini, tmp_path):
+    mini.stage("rm", mini.run, output_dir=tmp_path / "rm", demonstrations_file="null")
+    assert float(load_file(tmp_path / "rm" / "model.safetensors")["score.bias"]) == 0.0
+    written = json.loads((tmp_path / "rm" / "manifest.json").read_text())
+    assert not any("demonstration" in name for name in written["metrics"])
+    assert "demonstrations score 0" not in (tmp_path / "rm" / "README.md").read_text()
+    assert "demonstrations score 0" in (mini.run / "rm" / "README.md").read_text()
+
+
+def test_a_second_round_starts_from_what_the_first_left(mini, tmp_path):
+    """Fine-tuning goes on from a policy, and rankings of a PPO policy's answers train the next reward model."""
+    mini.stage("sft", mini.run, output_dir=tmp_path / "sft", model_name_or_path=mini.run / "sft")
+    mini.stage("rm", mini.run, output_dir=tmp_path / "rm", model_name_or_path=mini.run / "ppo")
+    reward = f"[{{model: {tmp_path / 'rm'}}}]"
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "ppo", model_name_or_path=mini.run / "ppo", reward=reward)
+    assert [p["stage"] for p in json.loads((tmp_path / "ppo" / "manifest.json").read_text())["parents"]] == [
+        "ppo",
+        "rm",
+    ]
