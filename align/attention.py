@@ -51,20 +51,20 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Ten
     (J, B, G, S, D), (J, B, L, D) x 2, (J, P, D) x 2 -> (J, B, G, S, D)
     """
     j, b, g, s, d = query.shape
-    length = key.shape[2]
+    length, size = key.shape[2], value.shape[-1]  # multi-head latent attention has values of a size of their own
     flat = query.reshape(j, b, g * s, d)
     scores = (flat @ key.transpose(-1, -2)).view(j, b, g, s, length)
     scores = scores.add_(scores.new_full((s, length), float("-inf")).triu(length - s + 1))  # masked_fill_ takes longer
     if prefix is None:
         weights = scores.softmax(-1).view(j, b, g * s, length)
-        return (weights @ value).view(j, b, g, s, d)
+        return (weights @ value).view(j, b, g, s, size)
     prefix_key, prefix_value = prefix
     seen = prefix_key.shape[1]
     before = (flat.reshape(j, b * g * s, d) @ prefix_key.transpose(-1, -2)).view(j, b, g, s, seen)
     weights = torch.cat([before, scores], -1).softmax(-1)
     own = weights[..., seen:].reshape(j, b, g * s, length) @ value
     shared = weights[..., :seen].reshape(j, b * g * s, seen) @ prefix_value
-    return own.view(j, b, g, s, d) + shared.view(j, b, g, s, d)
+    return own.view(j, b, g, s, size) + shared.view(j, b, g, s, size)
 
 
 def fused_attention(
@@ -104,7 +104,8 @@ def ragged_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     size = query.shape[-1]
-    fits = size % 8 == 0 and size <= 256 and {x.dtype for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
+    fits = size % 8 == 0 and size <= 256 and value.shape[-1] == size
+    fits = fits and {x.dtype for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
     return (query, key, value) if fits else None
 
 
@@ -144,7 +145,7 @@ def layout_attention(module: nn.Module, query, key, value, attention_mask, layou
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    return layout.attend(module.layer_idx, query, key, value, scaling)[None], None
+    return layout.attend(module.layer_idx, query, key, value, scaling)[None].contiguous(), None
 
 
 AttentionInterface.register(PACKED, layout_attention)

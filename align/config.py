@@ -5,6 +5,7 @@ Names follow TRL and TrainingArguments where they mean the same. Defaults are th
 """
 
 import dataclasses
+import math
 import re
 import warnings
 
@@ -32,7 +33,7 @@ RATES = (
 BOUNDS: dict[str, tuple[float, float]] = {  # of every stage that has the key, where it is given
     **dict.fromkeys(COUNTS, (1, 10**9)),
     **dict.fromkeys(NONE_OR_MORE, (0, 10**9)),
-    **dict.fromkeys((*RATES, "max_grad_norm"), (0, 1e9)),
+    **dict.fromkeys((*RATES, "max_grad_norm"), (0, math.inf)),
     **dict.fromkeys(("gamma", "lam", "ema_decay", "adam_beta1", "adam_beta2"), (0, 1)),
     **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
     "lora_r": (1, 4096),

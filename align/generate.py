@@ -158,14 +158,18 @@ class Slots:
         self.replay.forget()
 
     def read(self, picked: list[int], slots: Tensor) -> None:
-        """Queries into slots: one forward pass over all their tokens, then the first token of each response."""
-        pack = pack_rows([self.queries[i] for i in picked], self.sampler.pad_id).to(slots.device)
-        lengths = torch.tensor([len(self.queries[i]) for i in picked], device=slots.device)
-        layout = Reading(self.cache, pack, slots[token_rows(pack)])
-        self.widen(max(len(self.queries[i]) for i in picked))
+        """Queries into slots: one forward pass over all their tokens, those of equal queries once, then the first token
+        of each response."""
+        place = {query: i for i, query in enumerate(dict.fromkeys(tuple(self.queries[i]) for i in picked))}
+        which = torch.tensor([place[tuple(self.queries[i])] for i in picked], device=slots.device)
+        pack = pack_rows(list(place), self.sampler.pad_id).to(slots.device)
+        lengths = torch.tensor([len(query) for query in place], device=slots.device)
+        layout = Reading(self.cache, pack, *holders(pack, which, slots))
+        self.widen(max(map(len, place)))
         self.query[slots] = torch.tensor(picked, device=slots.device)
-        self.length[slots], self.count[slots] = lengths, 0
-        self.append(slots, self.decode(pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1))
+        self.length[slots], self.count[slots] = lengths[which], 0
+        logits = self.decode(pack.input_ids, pack.position_ids, layout, pack.starts + lengths - 1)
+        self.append(slots, logits if len(place) == len(picked) else logits[which])
 
     def step(self) -> None:
         """One token more in every slot."""
@@ -251,16 +255,29 @@ def token_rows(pack: Pack) -> Tensor:
     return order.repeat_interleave(sizes)
 
 
+def holders(pack: Pack, which: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Slot p holds the pack's row `which[p]`: the slots that keep a token, and which token that is, (M,) each; None
+    where it is each token once, in order."""
+    rows = token_rows(pack)
+    if len(pack.starts) == len(which):
+        return slots[rows], None
+    tokens = [(rows == row).nonzero().squeeze(1) for row in range(len(pack.starts))]
+    kept = [tokens[row] for row in which.tolist()]
+    return slots.repeat_interleave(torch.tensor([len(part) for part in kept], device=slots.device)), torch.cat(kept)
+
+
 @dataclass(frozen=True)
 class Reading:
     """Queries: tokens attend as their pack says, and are kept."""
 
     cache: KeyValues
     pack: Pack
-    slots: Tensor  # (N,) of each token
+    slots: Tensor  # (M,)
+    tokens: Tensor | None  # (M,) kept there; None: all, in order
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.cache.write(layer, self.slots, self.pack.position_ids, key, value)
+        kept = slice(None) if self.tokens is None else self.tokens
+        self.cache.write(layer, self.slots, self.pack.position_ids[kept], key[kept], value[kept])
         return self.pack.attend(layer, query, key, value, scaling)
 
 

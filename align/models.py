@@ -6,6 +6,7 @@ class without a bias, so the bias that normalises the reward (paper section 3.5)
 which `load_scalar_model` and `AutoModelForTokenClassification` read.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         self.packed = packed and set_packed(model)
+        self.train(model.training)
         self.casts: dict[int, Tensor] | None = None  # held casts, by the id of their parameter
 
     @property
@@ -259,7 +261,7 @@ class Policy(PackedModel):
         """Logits as the model itself makes them, for heads that do more than multiply. (M,) -> (M, V)"""
         model = self.recast(self.inner, cast)
         if self.packed:
-            return model(**layout_inputs(pack.input_ids, pack.position_ids, pack)).logits[0][at]
+            return kept_logits(model, type(self.inner), layout_inputs(pack.input_ids, pack.position_ids, pack), at)
         ids, places = rows_of(pack)  # (B, T)
         logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B x T, V)
         real = (places.flatten() >= 0).nonzero().squeeze(1)
@@ -291,10 +293,18 @@ class Decoder:
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, layout: Layout, at: Tensor) -> Tensor:
         """Logits behind the states `at` of N tokens. (N,), (N,), (S,) -> (S, V)"""
-        out = self.model(**layout_inputs(input_ids, position_ids, layout))
+        inputs = layout_inputs(input_ids, position_ids, layout)
         if self.head is None:
-            return out.logits[0][at]
+            return kept_logits(self.model, type(self.model), inputs, at)
+        out = self.model(**inputs)
         return nn.functional.linear(out.last_hidden_state[0][at], self.head, self.bias)
+
+
+def kept_logits(model: Callable, cls: type, inputs: dict, at: Tensor) -> Tensor:
+    """A model's own logits at some positions, and no others where its class can make so few. (M,) -> (M, V)"""
+    if "logits_to_keep" in inspect.signature(cls.forward).parameters:
+        return model(**inputs, logits_to_keep=at).logits[0]
+    return model(**inputs).logits[0][at]
 
 
 HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -303,7 +313,8 @@ HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
     """The logits are the last hidden states times the head's weights, nothing before, between or after."""
-    if any(getattr(model.config, name, None) not in (None, 1) for name in HEAD_SCALES):
+    scaled = any(getattr(model.config, name, None) not in (None, 1) for name in HEAD_SCALES)
+    if scaled or model.base_model is model:
         return False
     if model.device.type == "meta":
         return True
@@ -313,7 +324,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     hidden, head = model.base_model(ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
     logits = model(ids, use_cache=False).logits
     model.train(was_training)
-    return torch.allclose(nn.functional.linear(hidden, head.weight, head.bias), logits, rtol=1e-4, atol=1e-5)
+    product = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    return torch.allclose(product.float(), logits.float(), rtol=1e-4, atol=1e-5)
 
 
 class ScalarModel(PackedModel):
@@ -411,7 +423,14 @@ def _load(auto: type, path: str, attn_implementation: str | None, dtype: torch.d
         return auto.from_pretrained(path, dtype=dtype, **options, **kwargs)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         what = f"no model could be loaded ({first_line(error)})"
+        if auto is AutoModelForSequenceClassification and "Unrecognized configuration class" in what:
+            what = f"transformers has no sequence classifier of this kind ({model_type(path)})"
+            raise UserError(f"{path}: {what}; start the reward or value model from another architecture") from None
         raise UserError(f"{path}: {what}; give a checkpoint folder or hub id") from None
+
+
+def model_type(path: str) -> str:
+    return AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -420,16 +439,18 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):  # OPT and others keep the number and call the function
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "jitter")):
                 setattr(module, name, 0.0)
 
 
-RESIDUAL_WRITERS = ("o_proj", "down_proj", "c_proj", "dense_4h_to_h", "fc2", "out_proj", "dense")
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out_proj", "dense", "w2")
 
 
 def add_residual_dropout(model: nn.Module, p: float) -> int:
     """Dropout on what each block adds to the residual stream (App. C.1), in training mode only. Returns the count."""
     names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in RESIDUAL_WRITERS]
+    if any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules()):
+        raise UserError("residual_dropout: experts write the residual stream in ways that are not known; set it to 0")
     if not names:
         raise UserError("residual_dropout: no layer of this model is known to write the residual stream; set it to 0")
 

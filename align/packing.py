@@ -21,16 +21,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from align.attention import (
     PACKED,
+    Layout,
     causal_attention,
     layout_inputs,
     masked_attention,
     ragged_attention,
     ragged_inputs,
 )
+from align.track import announce
 
 MAX_PADDING = 0.04  # of a group's tokens
 LOOSE_PADDING = 0.08  # where rows are short and alike: a second group would cost more than the padding
@@ -293,24 +295,39 @@ def set_packed(model: PreTrainedModel) -> bool:
     Sliding windows are refused by name; whatever else an architecture does to attention (soft caps, sinks, biases,
     positions of its own) shows when a small pack and its rows do not give the same.
     """
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    if not getattr(model, "_supports_attention_backend", False) or set(kinds) != {"full_attention"}:
-        return False
-    before = model.config._attn_implementation
-    model.set_attn_implementation(PACKED)
-    if reads_packs(model.base_model):
-        return True
-    model.set_attn_implementation(before)
+    if getattr(model, "_supports_attention_backend", False) and attends_fully(model.config.get_text_config()):
+        before = model.config._attn_implementation
+        model.set_attn_implementation(PACKED)
+        kind = type(model.base_model), model.base_model.config.to_json_string()
+        if kind not in _reads_packs and model.device.type != "meta":
+            _reads_packs[kind] = reads_packs(model.base_model)
+        if _reads_packs.get(kind, True):
+            return True
+        model.set_attn_implementation(before)
+    say_padded(type(model).__name__)
     return False
+
+
+_reads_packs: dict[tuple[type, str], bool] = {}  # the probe takes a float32 copy of the weights
+
+
+@functools.cache
+def say_padded(name: str) -> None:
+    announce(f"{name} cannot read packs here (a sliding window, or attention of its own): rows are padded")
+
+
+def attends_fully(config: PreTrainedConfig) -> bool:
+    """No layer has a window that a row could be longer than."""
+    window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    reached = window is None or context is None or window < context
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return set(kinds) <= {"full_attention"} | (set() if reached else {"sliding_attention"})
 
 
 @torch.no_grad()
 def reads_packs(backbone: PreTrainedModel) -> bool:
     """A pack with a prefix gives what its rows give, one by one: in float32, since what half precision rounds off in a
     deep model is as much as an attention that differs would change."""
-    if backbone.device.type == "meta":
-        return True
     was_training = backbone.training
     backbone.eval()
     packing = Packing(0)
@@ -324,7 +341,7 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
         return torch.func.functional_call(backbone, weights, kwargs=inputs)
 
     try:
-        packed, padded = packed_states(exact, pack), padded_states(exact, pack)
+        packed, padded = packed_states(exact, pack, Once(pack)), padded_states(exact, pack)
     except (TypeError, ValueError, RuntimeError, KeyError):
         return False
     finally:
@@ -333,9 +350,23 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
     return torch.allclose(packed[own], padded[own], rtol=0.05, atol=0.05 * float(padded.std()))
 
 
-def packed_states(backbone: Callable, pack: Pack) -> Tensor:
+class Once:
+    """A pack that a layer may ask once a pass. A sampler's cache has one place a layer: of two calls, the second would
+    read the first one's keys (differential attention, layers that are run several times)."""
+
+    def __init__(self, pack: Pack):
+        self.pack, self.asked = pack, set()
+
+    def attend(self, layer: int, *inputs: Tensor | float) -> Tensor:
+        if layer in self.asked:
+            raise ValueError(f"layer {layer} attends twice in one pass")
+        self.asked.add(layer)
+        return self.pack.attend(layer, *inputs)
+
+
+def packed_states(backbone: Callable, pack: Pack, layout: Layout | None = None) -> Tensor:
     """Last hidden states of a pack in one pass. (N, d)"""
-    return backbone(**layout_inputs(pack.input_ids, pack.position_ids, pack)).last_hidden_state[0]
+    return backbone(**layout_inputs(pack.input_ids, pack.position_ids, layout or pack)).last_hidden_state[0]
 
 
 def padded_states(backbone: Callable, pack: Pack) -> Tensor:

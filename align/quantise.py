@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
 def quantise(model: PreTrainedModel) -> int:
     """Round every linear layer but the heads in place. Returns the number of weights that became bytes."""
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in heads]
+    layers = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and id(m) not in heads]
     if not layers:
         raise UserError(f"frozen_quantization: {type(model).__name__} has no linear layers to round; set it to null")
     for name, linear in layers:

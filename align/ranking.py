@@ -170,6 +170,8 @@ def normalise_on(
 ) -> dict[str, float]:
     """Demonstrations score 0 on average from here on. Their mean before and after, nothing without demonstrations."""
     if not demonstrations:
+        with torch.no_grad():
+            model.head.bias.zero_()  # no pair tells it anything, but Adam steps on what rounding leaves of its gradient
         return {}
     before = score_demonstrations(model, demonstrations, codec, batch_size)
     mean = normalise(model, before)

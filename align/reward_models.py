@@ -138,13 +138,14 @@ def has_linear_score(config: PreTrainedConfig) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
-def shares_tokenizer(path: str, codec: Codec) -> bool:
-    """Whether a model reads the policy's tokens as they are: it knows each of them under the same number, ends with the
-    same, and makes the same of a prompt and a response (template, BOS, merges). So does a folder without tokenizer."""
+def reads_sampled_tokens(path: str, codec: Codec) -> bool:
+    """Whether a model reads the policy's tokens as they were sampled: it knows each of them under the same number, and
+    makes the same of a prompt and a response (template, BOS, merges, what closes it). One that came without a tokenizer
+    was trained on the policy's own sequences."""
     if has_no_tokenizer(path):
         return True
     try:
-        own = Codec.load(path)
+        own = reward_codec(path)
     except UserError:  # no EOS, as BERT's has none
         return False
     if not codec.tokenizer.get_vocab().items() <= own.tokenizer.get_vocab().items():
@@ -155,46 +156,41 @@ def shares_tokenizer(path: str, codec: Codec) -> bool:
     return own.prompts(probes) == codec.prompts(probes) and own.responses(probes) == codec.responses(probes)
 
 
-def reads_sampled_tokens(path: str, codec: Codec) -> bool:
-    """Whether a model shares the policy's tokenizer and reads a response at EOS, as sampling ends it. One that came
-    without a tokenizer was trained on the policy's own sequences."""
-    if has_no_tokenizer(path):
-        return True
-    closing = closing_tokens(codec, published_manifest(path) is not None)
-    return shares_tokenizer(path, codec) and closing == [codec.eos_id]
-
-
 def has_no_tokenizer(path: str) -> bool:
     return Path(path).is_dir() and tokenizer_sha256(path) is None
 
 
-class ClosedCodec(Codec):
-    """Responses closed by given tokens: those that another's reward model learned to be read at."""
+ANSWER = "\ufdd2"  # a noncharacter that stands for the answer in a template's text
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, closing: list[int]):
+
+class ClosedCodec(Codec):
+    """A conversation as another's reward model learned it: what its template writes before an answer, which may be more
+    than a prompt for one (an empty <think></think>), and after it, where the model is read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer)
-        self.closing = closing
+        self.closing = [self.eos_id]
+        if tokenizer.chat_template is not None:
+            _, answered, after = self._whole([{"role": "user", "content": "question"}]).partition(ANSWER)
+            ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answered else []
+            self.closing = ids or self.closing
+
+    def _whole(self, messages: list[dict]) -> str:
+        return self._template([*messages, {"role": "assistant", "content": ANSWER}])
+
+    def _apply(self, messages: list[dict]) -> str:
+        before, answered, _ = self._whole(messages).partition(ANSWER)
+        return before if answered else super()._apply(messages)
 
     def responses(self, completions: list[Text]) -> list[list[int]]:
         return [[*row[:-1], *self.closing] for row in super().responses(completions)]
 
 
 def reward_codec(path: str) -> Codec:
-    """How a reward model reads text, in training and evaluation alike: its own format, responses closed as its makers
-    close them."""
+    """How a reward model reads text, in training and evaluation alike: those of this pipeline a prompt, an answer and
+    EOS, others as their makers' template writes a conversation."""
     codec = Codec.load(path)
-    return ClosedCodec(codec.tokenizer, closing_tokens(codec, published_manifest(path) is not None))
-
-
-def closing_tokens(codec: Codec, ours: bool) -> list[int]:
-    """What follows a response that ended. Reward models of this pipeline learned EOS; others what their chat template
-    writes after an answer, which may be more (a newline after <|im_end|>), or EOS where there is no template."""
-    if ours or codec.tokenizer.chat_template is None:
-        return [codec.eos_id]
-    mark = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    text = codec.tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
-    return codec.tokenizer(text, add_special_tokens=False)["input_ids"] or [codec.eos_id]
+    return codec if published_manifest(path) is not None else ClosedCodec(codec.tokenizer)
 
 
 def describe(path: str, reward: Reward) -> str:

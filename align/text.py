@@ -26,6 +26,7 @@ from align.errors import UserError, first_line
 from align.types import Text, pad_rows
 
 SYSTEM_ROLES = ("system", "developer")
+SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"  # else a run that is resumed reads another
 MARK, MARK_END = "\ufdd0", "\ufdd1"  # noncharacters; a text that holds them is marked too
 
 
@@ -91,7 +92,7 @@ class Codec:
                     "a prompt is a conversation but the tokenizer has no chat template; give stage sft one, "
                     "chat_template_path: FILE, which it saves with the model, or use plain text"
                 )
-            return self.tokenizer(prompts, split_special_tokens=True)["input_ids"]
+            return self._plain(prompts)
         return self._encode([self._rendered(prompt) for prompt in prompts])
 
     def render(self, prompt: Text) -> str:
@@ -135,7 +136,27 @@ class Codec:
         return self._kept[key]
 
     def _apply(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self._template(messages, add_generation_prompt=True)
+
+    def _template(self, messages: list[dict], **options: bool) -> str:
+        """The template's text, of a day that stays, and with no thinking left open for an answer to lie in."""
+        template = self.tokenizer.chat_template
+        if isinstance(template, str) and "strftime_now" in template:
+            options["chat_template"] = SAME_DAY + template
+        if self._opens_thought(str(template)):
+            options["enable_thinking"] = False
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _opens_thought(self, template: str) -> bool:
+        """Whether a prompt ends within <think>: data without reasoning are not to be learned as reasoning."""
+        if "enable_thinking" not in template:
+            return False
+        key = template, "<think>"
+        if key not in self._kept:
+            question = [{"role": "user", "content": "question"}]
+            text = self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+            self._kept[key] = text.rstrip().endswith("<think>")
+        return self._kept[key]
 
     def _mark(self, text: str) -> str:
         return self._spelled.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK_END}", text)
@@ -156,6 +177,12 @@ class Codec:
             ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
         return ids
 
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as they stand, with what the tokenizer puts around one, but for EOS: nothing ends here."""
+        rows = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
+        ends = self.tokenizer("")["input_ids"][-1:] == [self.eos_id]
+        return [row[:-1] for row in rows] if ends else rows
+
     def response(self, completion: Text) -> list[int]:
         """Token ids of the completion, closed by EOS."""
         return self.responses([completion])[0]
@@ -172,7 +199,7 @@ class Codec:
         """Token ids of pretraining documents, each closed by EOS."""
         if not texts:
             return []
-        return [[*ids, self.eos_id] for ids in self.tokenizer(texts, split_special_tokens=True)["input_ids"]]
+        return [[*ids, self.eos_id] for ids in self._plain(texts)]
 
     def decode(self, response: list[int] | tuple[int, ...]) -> str:
         """The text of a response, up to EOS."""
@@ -194,7 +221,7 @@ class Codec:
         texts = [self._rendered(prompt) for prompt in prompts]
         texts = [opener * text.startswith(opener) + shown + text.removeprefix(opener) for text in texts]
         if self.tokenizer.chat_template is None:  # a tokenizer's own BOS stands before the whole
-            return self.tokenizer([self._unmark(text) for text in texts], split_special_tokens=True)["input_ids"]
+            return self._plain([self._unmark(text) for text in texts])
         return self._encode(texts)
 
     def _opener(self) -> str:

@@ -28,7 +28,7 @@ from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
 from align.runtime import Shards, is_main_process, load_optimizer_state, on_cpu, sharding, whole_state
 from align.text import CausalCollator
-from align.track import Metrics, MetricsCallback, save_log_sizes
+from align.track import Metrics, MetricsCallback, announce, save_log_sizes
 
 
 def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
@@ -61,8 +61,12 @@ def metrics_callback(config: TrainerConfig, output: Path, checkpoint: Path | Non
 
 def causal_collator(model: torch.nn.Module, attn_implementation: str | None, pad_id: int) -> Callable:
     """Packs, which `model` is set to read; padded rows where it cannot, or another attention is named."""
-    packed = attn_implementation is None and set_packed(model)
-    return PackCollator(pad_id) if packed else CausalCollator(pad_id)
+    if attn_implementation is not None or not set_packed(model):
+        return CausalCollator(pad_id)
+    rates = [getattr(model.config, name, None) for name in ("attention_dropout", "attn_pdrop")]
+    if any(rates):
+        announce("attention dropout is off: packs have none; name an attn_implementation to train with it")
+    return PackCollator(pad_id)
 
 
 def resume_argument(checkpoint: Path | None) -> str | None:

@@ -391,3 +391,21 @@ def test_sampling_in_half_precision_sees_new_weights_each_time(policy):
     assert all(x == pytest.approx(-4.158883, abs=1e-5) for e in after for x in e.logprobs)  # - ln 64
     assert tokens_of(before) != tokens_of(after)
     assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_equal_queries_are_read_once(policy):
+    """K samples of a prompt, as rankings are collected: its tokens pass the model once, and every draw is as before."""
+    repeated = [query for query in QUERIES for _ in range(4)]
+    uniforms, read, call = restless(len(repeated), 12), [], Decoder.__call__
+
+    def spy(self, input_ids, *rest):
+        read.append(len(input_ids))
+        return call(self, input_ids, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "__call__", spy)
+        together = sample(policy, repeated, uniforms, len(repeated))
+    assert read[0] < 1.3 * sum(map(len, QUERIES)), "with a little padding"
+    one_by_one = [sample(policy, [query], uniforms[i : i + 1], 1)[0] for i, query in enumerate(repeated)]
+    assert same(together, one_by_one) and len({e.response for e in together}) > 20
+    assert same(sample(policy, repeated, uniforms, 5), one_by_one), "with slots that free one by one"

@@ -49,6 +49,11 @@ CODEC = SimpleNamespace(eos_id=EOS, pad_id=PAD)
 ROWS = [[5, 6, 7, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 1], [8, 60, 1], [44, 45, 46, 47, 48, 1]]
 
 
+def inputs_of(config: PPOConfig) -> SimpleNamespace:
+    """What `build_actors` takes of stage 3's inputs."""
+    return SimpleNamespace(codec=CODEC, value_start=value_start(config, CODEC))
+
+
 @pytest.fixture(scope="module")
 def runtime():
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -186,7 +191,7 @@ def test_two_trunks_serve_four_models(folder, runtime):
     def counted(**changes) -> tuple[int, Learner]:
         config = config_of(folder, **changes)
         learner = build_learner(config, value_start(config, CODEC), runtime)
-        actors = build_actors(config, CODEC, learner, runtime)
+        actors = build_actors(config, inputs_of(config), learner, runtime)
         models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.terms[0].members[0].model
         return bytes_stored(*models), learner
 
@@ -334,7 +339,7 @@ def test_int8_needs_a_model_that_only_scores(folder, runtime):
         config = config_of(folder, **(both | changes))
         learner = build_learner(config, value_start(config, CODEC), runtime)
         with nullcontext() if left else pytest.raises(UserError, match="frozen_quantization: .*no model is left"):
-            build_actors(config, CODEC, learner, runtime)
+            build_actors(config, inputs_of(config), learner, runtime)
 
 
 def test_a_value_adapter_on_the_policy_with_a_fresh_head(folder, runtime, tmp_path):
@@ -355,7 +360,7 @@ def test_P2_P3_P4_step_zero_and_training_under_lora(folder, runtime, value_use_p
     """Ratio 1, KL 0 and value = score at the start; then adapters and head move, and no frozen weight does."""
     config = config_of(folder, value_use_peft=value_use_peft, gradient_checkpointing=checkpointing)
     learner = build_learner(config, value_start(config, CODEC), runtime)
-    actors = build_actors(config, CODEC, learner, runtime)
+    actors = build_actors(config, inputs_of(config), learner, runtime)
     before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
     value_before = {name: p.detach().clone() for name, p in learner.value_model.named_parameters()}
     rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
@@ -387,7 +392,7 @@ def test_P17_toy_bandit_with_adapters(tiny_llama, folder, runtime):
     )  # fmt: skip
     learner = build_learner(config, value_start(config, CODEC), runtime)
     reward = RewardSum([Term("low", 1.0, [share_of_low_tokens])])
-    actors = dataclasses.replace(build_actors(config, CODEC, learner, runtime), reward=reward)
+    actors = dataclasses.replace(build_actors(config, inputs_of(config), learner, runtime), reward=reward)
     shares, kls = [], []
     for iteration in range(12):
         rollout = collect_rollout(make_queries(64), actors, config, runtime, 0.0, iteration)

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -27,6 +31,7 @@ from align.models import (
     add_residual_dropout,
     disable_dropout,
     document_nll,
+    has_plain_head,
     load_packed_policy,
     load_policy,
     load_scalar_model,
@@ -501,3 +506,45 @@ def test_a_reward_model_of_the_hub_keeps_its_bias(scalar, tmp_path, monkeypatch)
     loaded = load_scalar_model("me/rm", "eager").eval()
     assert float(loaded.head.bias) == pytest.approx(0.7) and one_by_one(loaded, ROWS) == pytest.approx(expected)
     assert published_manifest("me/rm").stage == "rm" and published_manifest("me/none") is None
+
+
+def test_a_scaled_heads_logits_are_made_where_they_are_asked_for():
+    """Granite's own head, which divides: 2 of 9 positions, and not a (T, V) table of which most is thrown away."""
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    model = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0)).eval()
+    table = logits(model, torch.tensor([[5, 6, 7, 8, 9, 3, 4, 2, 1]]))[0]
+    policy, read = Policy(copy.deepcopy(model)), []
+    policy.inner.lm_head.register_forward_hook(lambda module, inputs, _: read.append(inputs[0].shape[1]))
+    pack, at = pack_rows([[5, 6, 7, 8, 9, 3, 4, 2, 1]]), torch.tensor([3, 7])
+    logprobs, _ = policy(pack, at, torch.tensor([9, 1]), 1.0)
+    expected = table.double().log_softmax(-1)[at, torch.tensor([9, 1])]
+    assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-5) and read == [2]
+    with torch.no_grad(), policy.decoding() as decode:
+        found = decode(pack.input_ids, pack.position_ids, pack, at)
+    assert torch.allclose(found, table[at], atol=1e-5) and read == [2, 2]
+
+
+def test_a_model_that_is_its_own_base_has_no_plain_head(tiny_llama):
+    class Whole(type(tiny_llama)):  # Llama 4's is
+        base_model = property(lambda self: self)
+
+    tiny_llama.__class__ = Whole
+    assert not has_plain_head(tiny_llama)
+
+
+def test_S4_a_mixture_of_experts_is_refused():
+    """Its experts are one module with weights of three dimensions: a hook on down_proj would reach attention alone."""
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    with pytest.raises(UserError, match="residual_dropout: experts"):
+        add_residual_dropout(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)), 0.2)
+
+
+def test_an_architecture_without_a_classifier_is_named(tmp_path):
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    GraniteForCausalLM(GraniteConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no sequence classifier of this kind .granite.; start the reward"):
+        load_scalar_model(str(tmp_path), fresh_head=True)
+
+
+def test_a_wrapped_model_is_in_the_mode_it_was_in(tiny_llama):
+    assert not Policy(tiny_llama.eval()).training and Policy(tiny_llama.train()).training

@@ -46,6 +46,17 @@ PACKABLE = {
     "gpt2": hf.GPT2Config(**IDS, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_DROPOUT),
     "gpt_neox": hf.GPTNeoXConfig(**SIZES, intermediate_size=64, rotary_pct=0.5),
     "mistral": hf.MistralConfig(**LLAMA, sliding_window=None),
+    "a window that no row reaches": hf.MistralConfig(**LLAMA, sliding_window=128),
+    "values of another size": hf.DeepseekV3Config(
+        **(LLAMA | {"num_key_value_heads": 4}),
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        rope_interleave=False,
+    ),
     "opt": hf.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, activation_dropout=0.0),
 }
 REFUSED = {
@@ -57,6 +68,7 @@ REFUSED = {
     "positions as a bias": hf.BloomConfig(
         **IDS, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
     ),
+    "attention twice a layer": hf.DiffLlamaConfig(**LLAMA),
     "sinks": hf.GptOssConfig(
         **(LLAMA | {"intermediate_size": 16}), head_dim=8, num_local_experts=2, num_experts_per_tok=1,
         layer_types=["full_attention"] * 2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -621,3 +633,12 @@ def test_held_casts_are_used_again_and_given_up(half_case):
         policy.inner.get_output_embeddings().weight.zero_()
     assert float((read()[0, :4] + 4.158883).abs().max()) < 1e-5  # - ln 64
     assert read().requires_grad
+
+
+def test_what_cannot_be_packed_is_said_once_and_never_probed_again(capsys, monkeypatch):
+    packing.say_padded.cache_clear()
+    assert not set_packed(build(REFUSED["a window"])) and not set_packed(build(REFUSED["a window"]))
+    assert capsys.readouterr().out.count("MistralForCausalLM cannot read packs here") == 1
+    assert set_packed(build(PACKABLE["llama"]))
+    monkeypatch.setattr(packing, "reads_packs", lambda backbone: pytest.fail("the probe copies all weights"))
+    assert set_packed(build(PACKABLE["llama"]))

@@ -109,8 +109,9 @@ def test_stage_3_scores_with_rounded_models_and_trains_the_others(tmp_path):
     )  # fmt: skip
     runtime = Runtime(seed=0)
     codec = SimpleNamespace(eos_id=1, pad_id=0)
-    learner = build_learner(config, value_start(config, codec), runtime)
-    actors = build_actors(config, codec, learner, runtime)
+    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
+    learner = build_learner(config, inputs.value_start, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
     for model in (actors.ref_policy, actors.reward.terms[0].members[0].model):
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14
     assert not any(isinstance(m, Int8Linear) for m in [*learner.policy.modules(), *learner.value_model.modules()])

@@ -25,13 +25,13 @@ from align.evaluate.scorer import load_scorer
 from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
 from align.reward_models import (
+    ClosedCodec,
     ValueStart,
     build_reward,
     check_reward_models,
-    closing_tokens,
     load_reward,
+    reads_sampled_tokens,
     reward_config,
-    shares_tokenizer,
     value_start,
 )
 from align.rewards import ModelReward, PairReward, TextReward
@@ -154,7 +154,7 @@ def changed(codec: Codec, folder: Path, change) -> str:
 
 def test_who_shares_the_policys_tokenizer(tmp_path, tiny_codec, chatml):
     def shares(name: str, change) -> bool:
-        return shares_tokenizer(changed(tiny_codec, tmp_path / name, change), tiny_codec)
+        return reads_sampled_tokens(changed(tiny_codec, tmp_path / name, change), tiny_codec)
 
     def template(tokenizer):
         tokenizer.chat_template = CHATML
@@ -172,8 +172,8 @@ def test_who_shares_the_policys_tokenizer(tmp_path, tiny_codec, chatml):
     assert not shares("template", template)
     assert not shares("tools", tools), "though single messages look the same"
     assert not shares("eos", eos)
-    assert not shares_tokenizer(str(tmp_path / "other"), tiny_codec)
-    assert shares_tokenizer(str(tmp_path / "bare"), tiny_codec), "no tokenizer: it was trained on the policy's tokens"
+    assert not reads_sampled_tokens(str(tmp_path / "other"), tiny_codec)
+    assert reads_sampled_tokens(str(tmp_path / "bare"), tiny_codec), "no tokenizer: trained on the policy's tokens"
 
 
 def test_bos_in_front_makes_another_tokenizer(tmp_path, tiny_codec):
@@ -188,8 +188,8 @@ def test_bos_in_front_makes_another_tokenizer(tmp_path, tiny_codec):
         tokenizer.backend_tokenizer.post_processor = post
 
     policy = Codec.load(changed(tiny_codec, tmp_path / "plain", plain))
-    assert shares_tokenizer(str(tmp_path / "plain"), policy)
-    assert not shares_tokenizer(changed(tiny_codec, tmp_path / "bos", bos), policy)
+    assert reads_sampled_tokens(str(tmp_path / "plain"), policy)
+    assert not reads_sampled_tokens(changed(tiny_codec, tmp_path / "bos", bos), policy)
 
 
 # What each reads, and how it scores
@@ -223,11 +223,35 @@ def test_an_answer_cannot_end_itself_in_the_other_format(world, tiny_codec, chat
     assert row.count(chatml.eos_id) == 2, "of the question and of the answer"
 
 
-def test_ours_close_with_eos_and_others_as_their_template_does(chatml, tiny_codec):
+def test_what_closes_an_answer_is_what_its_makers_template_writes(chatml, tiny_codec):
     newline = chatml.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert closing_tokens(chatml, ours=True) == [chatml.eos_id]
-    assert closing_tokens(chatml, ours=False) == [chatml.eos_id, *newline]
-    assert closing_tokens(tiny_codec, ours=False) == [tiny_codec.eos_id]
+    assert ClosedCodec(chatml.tokenizer).closing == [chatml.eos_id, *newline]
+    assert ClosedCodec(tiny_codec.tokenizer).closing == [tiny_codec.eos_id]
+    silent = copy.deepcopy(chatml.tokenizer)
+    silent.chat_template = "{{ messages[0].content }}"  # leaves answers out
+    assert ClosedCodec(silent).closing == [chatml.eos_id]
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_what_opens_an_answer_is_too(chatml):
+    """Qwen3's template writes an empty thought before each last answer, which a prompt for one does not have."""
+    tokenizer = copy.deepcopy(chatml.tokenizer)
+    tokenizer.chat_template = THINKING
+    codec = ClosedCodec(tokenizer)
+    for prompt in ("hot", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "the cow"})):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        makers = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "the dog"}], tokenize=False)
+        ours = codec.prompt(prompt) + codec.response("the dog")
+        assert tokenizer.decode(ours) == makers and "<think>\n\n</think>\n\nthe dog" in makers
 
 
 def test_the_same_tokenizer_reads_the_sampled_tokens(world, tiny_codec, episodes):

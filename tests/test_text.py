@@ -246,3 +246,43 @@ def test_a_pad_where_no_other_special_token_is(tmp_path):
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "a": 1}, "a")), eos_token="<eos>")
     apart = Codec(fast).with_own_pad()
     assert apart.pad_id == 1 != apart.eos_id and apart.tokenizer.pad_token is None
+
+
+def with_template(codec: Codec, template: str) -> Codec:
+    tokenizer = copy.deepcopy(codec.tokenizer)
+    tokenizer.chat_template = template
+    return Codec(tokenizer)
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_each_day(tiny_codec):
+    """Llama 3.2's does: a run resumed the day after would read other tokens."""
+    template = "Today: {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    dated = with_template(tiny_codec, template)
+    assert dated.render("hot") == "Today: 26 Jul 2024\nhot\n"
+    assert dated.tokenizer.chat_template == template, "what is saved stays as it was"
+
+
+def test_an_answer_does_not_lie_in_an_open_thought(tiny_codec):
+    """As in Qwen 3.5's: a prompt leaves <think> open unless thinking is off."""
+    template = (
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<think>\n"
+        "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}"
+    )
+    assert with_template(tiny_codec, template).render("hot") == "hot\n<think>\n</think>\n\n"
+    closed = template.replace("<think>\n{% if", "{% if")
+    assert with_template(tiny_codec, closed).render("hot") == "hot\n", "nothing is open, so nothing is closed"
+
+
+def test_a_tokenizer_that_appends_EOS_ends_no_prompt(tiny_codec):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_codec.tokenizer)
+    tokenizer.chat_template = None
+    plain = Codec(copy.deepcopy(tokenizer))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tiny_codec.eos_id)]
+    )
+    ending = Codec(tokenizer)
+    assert ending.tokenizer("hot")["input_ids"][-1] == ending.eos_id
+    assert ending.prompts(["hot", ""]) == plain.prompts(["hot", ""])
+    assert ending.documents(["hot"]) == plain.documents(["hot"])

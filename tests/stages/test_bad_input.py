@@ -65,7 +65,7 @@ def test_missing_checkpoint(refused, tmp_path, stage, key):
     "stage, key, given",
     [
         ("sft", "model_name_or_path", "rm"),
-        ("rm", "model_name_or_path", "ppo"),
+        ("rm", "model_name_or_path", "rm"),
         ("ppo", "model_name_or_path", "base"),
         ("ppo", "value_model_path", "sft"),
         ("evaluate", "reward_model_path", "sft"),
