@@ -53,6 +53,10 @@ class StageConfig:
     on_bad_rows: str = "stop"  # or "drop": count them in the manifest and go on
     overwrite_output_dir: bool = False
 
+    def not_needed(self) -> tuple[str, ...]:
+        """Paths that the stage can do without, as it is asked here."""
+        return ()
+
     def __post_init__(self) -> None:
         for key, bounds in BOUNDS.items():
             if getattr(self, key, None) is not None:
@@ -230,6 +234,9 @@ class RMConfig(TrainerConfig):
         if self.folds_by is not None and self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("resume_from_checkpoint: one checkpoint is of one fold; with folds_by give latest")
 
+    def not_needed(self) -> tuple[str, ...]:
+        return ("demonstrations_file",) if self.folds_by else ()
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelTerm:
@@ -384,7 +391,8 @@ class EvaluateConfig(StageConfig):
     sft_path: str = ""
     ppo_path: str | None = None
     ppo_ptx_path: str | None = None
-    reward_model_path: str = ""
+    reward_model_path: str | None = ""
+    reward_function: str | None = None  # import path of a function of `reward`, in place of a reward model
     judge: str | None = None  # import path, e.g. data.world.judge:judge; null: the reward model compares instead
     prompts_file: str = ""
     few_shot_file: str | None = None
@@ -399,8 +407,13 @@ class EvaluateConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between("temperature", self.temperature, *TEMPERATURES)
+        if self.reward_function and self.reward_model_path:
+            raise UserError("reward_function: given beside reward_model_path; one scores all answers, drop one of them")
         if self.num_prompts == 1 or self.num_prompts < 0:
             raise UserError(f"num_prompts: {self.num_prompts}; an interval needs 2 or more, 0 is all of them")
+
+    def not_needed(self) -> tuple[str, ...]:
+        return ("reward_model_path",) if self.reward_function else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ def parse(cls: type[Config], argv: list[str]) -> Config:
     filled = {key: (_fill(value, run, place), place) for key, (value, place) in values.items()}
     config = cls(**{key: _convert(value, hints[key], place) for key, (value, place) in filled.items()})
     for f in dataclasses.fields(cls):  # a path that a stage cannot do without
-        if f.default == "" == getattr(config, f.name) and not (f.name == "demonstrations_file" and config.folds_by):
+        if f.default == "" == getattr(config, f.name) and f.name not in config.not_needed():
             raise _missing(f.name)
     return config
 

@@ -206,6 +206,11 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
+def is_distributed() -> bool:
+    """Whether a launcher started this process, as one of several or alone."""
+    return state().num_processes > 1 or "LOCAL_RANK" in os.environ
+
+
 def sharding() -> bool:
     """Whether the launcher asks for FSDP2, and there is something to shard over."""
     return asked_to_shard() and state().num_processes > 1

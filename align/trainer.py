@@ -26,13 +26,21 @@ from align.optimise import trainer_optimizer
 from align.packing import PackCollator, set_packed
 from align.postmortem import StopsAtNaN
 from align.ranking import batch_ranking_loss, held_out_loss
-from align.runtime import Shards, is_main_process, load_optimizer_state, on_cpu, sharding, whole_state
+from align.runtime import Shards, is_distributed, is_main_process, load_optimizer_state, on_cpu, sharding, whole_state
 from align.text import CausalCollator
 from align.track import Metrics, MetricsCallback, announce, save_log_sizes
 
 
 def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config.
+
+    Raises UserError where one process sees several GPUs: a Trainer would copy the model to each (DataParallel), which
+    neither packs nor losses are made for.
+    """
+    gpus = 0 if on_cpu() else torch.cuda.device_count()
+    if gpus > 1 and not is_distributed():
+        how = f"start one a GPU, `accelerate launch --num_processes {gpus} -m stages...`, or set CUDA_VISIBLE_DEVICES=0"
+        raise UserError(f"launcher: one process sees {gpus} GPUs; {how}")
     return {
         "output_dir": str(output),
         "seed": config.seed,
@@ -277,7 +285,8 @@ class Sharded:
         if is_deepspeed_zero3_enabled():
             raise UserError("launcher: a stage needs its model whole at the end, which ZeRO-3 does not give; use fsdp2")
         if sharding():
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the launcher's word counts too
+            dtype = half.get(self.accelerator.mixed_precision, torch.float32)
             self.shards = Shards(self.model, self.args.device, dtype)
             self.is_distributed_loading_by_transformers = True
 

@@ -28,17 +28,16 @@ from align.data import (
     ranking_length,
 )
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, few_shot_examples, perplexity, scored
+from align.evaluate.policies import Setting, answer, few_shot_examples, load_proxy, perplexity, scored
 from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model
 from align.evaluate.win_rate import agreement
 from align.files import plain, write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
-from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
+from align.models import context_of, load_packed_policy
 from align.parse import parse
-from align.reward_models import load_reward
-from align.rewards import Reward, import_function
+from align.rewards import import_function
 from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
@@ -53,7 +52,8 @@ def main(argv: list[str]) -> None:
     config = parse(EvaluateConfig, argv)
     tune_cpu()
     paths = policy_paths(config)
-    check_parent(config.reward_model_path, "reward_model_path", ("rm",))
+    if not config.reward_function:
+        check_parent(config.reward_model_path, "reward_model_path", ("rm",))
     if not config.rankings_file:
         raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     codec = Codec.load(config.sft_path)
@@ -62,13 +62,13 @@ def main(argv: list[str]) -> None:
     prompts = evenly(prompts, config.num_prompts)
     rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
     shown = [row.prompt for row in (*prompts, *rankings)]
-    for leak in training_leaks([*paths.values(), config.reward_model_path], shown):
+    for leak in training_leaks([*paths.values(), config.reward_model_path or None], shown):
         announce(leak)
     documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     sft = load(config.sft_path, config, runtime)
-    reward = load_reward_model(config, codec, runtime)
+    reward = load_proxy(config, codec, runtime)
     judge = import_function(config.judge, "judge") if config.judge else None
     sizes = (config.max_new_tokens, config.per_device_batch_size)
     setting = Setting(codec, prompts, sft, reward, judge, *sizes, config.seed, context=room)
@@ -142,14 +142,6 @@ def load(path: str, config: EvaluateConfig, runtime: Runtime):
     return load_packed_policy(path, config.attn_implementation, runtime.compute_dtype).to(runtime.device).eval()
 
 
-def load_reward_model(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
-    def load_scalar(path: str) -> ScalarModel:
-        return load_scalar_model(path, config.attn_implementation).to(runtime.device)  # float32: rounding makes ties
-
-    size, device = config.per_device_batch_size, runtime.device
-    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
-
-
 def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
     rows = [(name, path, []) for name, path in paths.items() if path]
     if config.few_shot_file and paths["base"]:
@@ -161,7 +153,7 @@ def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
 def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
     pairs = scored(rankings, setting)
     gold = [gold_scores(ranking, setting) for ranking in rankings] if setting.judge else None
-    manifest = read_manifest(config.reward_model_path)
+    manifest = read_manifest(config.reward_model_path) if config.reward_model_path else None
     report = ranking_accuracy(pairs, config.seed)
     report["gold_accuracy"] = gold_accuracy(pairs, gold, config.seed) if gold else None
     report["demonstration_mean"] = manifest.metrics.get("demonstration_mean") if manifest else None

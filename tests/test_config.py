@@ -79,7 +79,7 @@ FIELDS = {
         save_iterations transcript_iterations judge
     """,
     "EvaluateConfig": """
-        preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path judge prompts_file
+        preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path reward_function judge prompts_file
         few_shot_file text_file rankings_file num_prompts max_new_tokens temperature
         per_device_batch_size num_transcripts
     """,

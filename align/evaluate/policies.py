@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.config import EvaluateConfig
 from align.errors import UserError
 from align.evaluate.rm_report import require_scores
 from align.generate import make_sampler, uniform_numbers
 from align.maths.masks import length_mask
 from align.maths.reduce import masked_row_sum
 from align.maths.repetition import repeated_ngrams
-from align.models import Policy, document_nll, response_logprobs
+from align.models import Policy, ScalarModel, document_nll, load_scalar_model, response_logprobs
 from align.packing import token_batches
 from align.ranking import score_rankings
-from align.rewards import ModelReward, Reward
+from align.reward_models import load_reward
+from align.rewards import FunctionReward, ModelReward, Reward
 from align.runtime import Runtime
 from align.text import Codec
 from align.types import Demonstration, Episode, Prompt, Ranking, pad_rows
@@ -38,6 +40,18 @@ class Setting:
     batch_size: int
     seed: int
     context: int | None = None  # tokens that every model here can read
+
+
+def load_proxy(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
+    """What scores every answer: the reward model, or a function in its place."""
+    if config.reward_function:
+        return FunctionReward(config.reward_function, codec, "reward_function")
+
+    def load_scalar(path: str) -> ScalarModel:
+        return load_scalar_model(path, config.attn_implementation).to(runtime.device)  # float32: rounding makes ties
+
+    size, device = config.per_device_batch_size, runtime.device
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
 
 
 def answer(
@@ -99,7 +113,7 @@ def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, lis
     reward, codec = setting.reward, setting.codec
     if isinstance(reward, ModelReward):
         return score_rankings(reward.model, rankings, codec, setting.batch_size)
-    prompts = [Prompt(ranking.prompt) for ranking in rankings for _ in ranking.completions]
+    prompts = [Prompt(ranking.prompt, ranking.columns) for ranking in rankings for _ in ranking.completions]
     answers = codec.responses([completion for ranking in rankings for completion in ranking.completions])
     scores = iter(reward(prompts, [Episode((), tuple(answer), True) for answer in answers]))
     return [(ranking, [next(scores) for _ in ranking.completions]) for ranking in rankings]

@@ -357,3 +357,11 @@ def test_the_random_state_of_torch_is_no_input(mini, tmp_path):
     torch.manual_seed(54321)
     mini.stage("collect", mini.run, output_dir=tmp_path / "b")
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "rm"])
+def test_one_process_that_sees_several_gpus_is_told_to_start_more(refused, mini, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("align.trainer.on_cpu", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    message = refused(stage, output_dir=tmp_path / "out")
+    assert "one process sees 8 GPUs; start one a GPU, `accelerate launch --num_processes 8" in message

@@ -93,3 +93,19 @@ def test_a_policy_trained_elsewhere_is_evaluated(mini, evaluated, tmp_path):
     mini.stage("evaluate", mini.run, rankings_file=evaluated / "contrast.jsonl", **options, **paths)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["step_zero"] is None and summary["policies"]["ppo"]["kl"] is not None
+
+
+def test_a_function_in_place_of_a_reward_model(mini, tmp_path, monkeypatch):
+    """PPO against a function alone is evaluated by that function: here by an answer's length, negative."""
+    (tmp_path / "brevity.py").write_text(
+        "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"judge": "null", "reward_model_path": "null", "reward_function": "brevity:short"}
+    rankings = mini.run / "rankings" / "validation.jsonl"
+    mini.stage("evaluate", mini.run, rankings_file=rankings, output_dir=tmp_path / "report", run_dir=tmp_path, **options)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    answers = evaluation["policies"]["sft"]["greedy"]
+    decoded = [answer["proxy"] for answer in answers]
+    assert all(score <= -len(answer["response"]) for score, answer in zip(decoded, answers, strict=True))
+    assert len(set(decoded)) > 1 and evaluation["rm"]["demonstration_mean"] is None
