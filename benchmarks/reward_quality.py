@@ -8,8 +8,8 @@ tokens, schedule, epochs and number of optimiser steps, at one learning rate, tu
 element differs: a prompt with its K completions (stage `rm`) against pairs (`trl.RewardTrainer`). Each run of the two
 sides is a process of its own; one that is done is not run again, so a stopped benchmark goes on where it was, with the
 same arguments. Writes results.json with held-out accuracy and paired gain, averaged over seeds: overall, K > 2, by
-group, as the mean over groups (`macro`), beside length alone. The 95% intervals draw seeds and prompts anew together
-(few seeds show less than their whole spread), those of length alone prompts.
+group, as the mean over groups (`macro`), by prompt, beside length alone. The 95% intervals draw seeds and prompts anew
+together (few seeds show less than their whole spread), those of length alone prompts.
 """
 
 import argparse
@@ -242,6 +242,7 @@ def report(output: Path, args: argparse.Namespace) -> dict:
         },
         "seconds": {side: [run["seconds"] for run in found] for side, found in runs.items()},
         "held_out": {name: compare(rankings, runs, rows) for name, rows in groups.items() if rows}
+        | {"by_prompt": by_prompt(rankings, runs)}
         | ({"macro": macro(rankings, runs, [groups[name] for name in names])} if names else {}),
     }
 
@@ -285,6 +286,19 @@ def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ra
             "gain_over_length": accuracy_gain(found.by_seed["ours"].mean(axis=0), longer, found.prompts, 0),
         }
     )
+
+
+def by_prompt(rankings: list[Ranking], runs: dict[str, list[dict]]) -> dict:
+    """Each prompt alike, as in the loss over whole rankings; over pairs, as in the other rows and in TRL's loss, one with
+    9 answers counts 36 times one with 2."""
+    found = judge(rankings, runs, rankings)
+    trials = np.bincount(found.prompts)
+    shares = {
+        side: np.array([np.bincount(found.prompts, weights=one) / trials for one in seeds])
+        for side, seeds in found.by_seed.items()
+    }
+    one_each = Right([], shares, np.arange(len(trials)))
+    return plain({"pairs": len(found.pairs), "prompts": len(trials), **resampled([one_each])})
 
 
 def macro(rankings: list[Ranking], runs: dict[str, list[dict]], groups: list[list[Ranking]]) -> dict:

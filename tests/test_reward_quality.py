@@ -124,6 +124,9 @@ def test_accuracies_by_hand(output):
     # The mean over sources: ours (5/6 + 1) / 2; TRL 0 and (1/2 + 1 + 1) / 3 of dev_feedback, 0 and 1 of the other.
     assert results["held_out"]["macro"]["ours"]["mean"] == pytest.approx((5 / 6 + 1) / 2)
     assert results["held_out"]["macro"]["trl"]["mean"] == pytest.approx((2.5 / 6 + 0.5) / 2)
+    # By prompt: p is right in 3 of 3 and 2 of 3 (ours), 0 and 2.5 of 3 (TRL), q in 1 and 1, 0 and 1.
+    assert results["held_out"]["by_prompt"]["ours"]["mean"] == pytest.approx((1 + 2 / 3 + 1 + 1) / 4)
+    assert results["held_out"]["by_prompt"]["trl"]["mean"] == pytest.approx((0 + 2.5 / 3 + 0 + 1) / 4)
     assert results["held_out"]["macro"]["prompts"] == everything["prompts"] == 2
     assert results["settings"]["learning_rate"] == 1e-5
     assert results["held_out"]["harmless-base-test"]["trl"]["mean"] == 0.5

@@ -103,7 +103,8 @@ def test_a_function_in_place_of_a_reward_model(mini, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     options = {"judge": "null", "reward_model_path": "null", "reward_function": "brevity:short"}
     rankings = mini.run / "rankings" / "validation.jsonl"
-    mini.stage("evaluate", mini.run, rankings_file=rankings, output_dir=tmp_path / "report", run_dir=tmp_path, **options)
+    options |= {"rankings_file": rankings, "run_dir": tmp_path, "output_dir": tmp_path / "report"}
+    mini.stage("evaluate", mini.run, **options)
     evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     answers = evaluation["policies"]["sft"]["greedy"]
     decoded = [answer["proxy"] for answer in answers]
