@@ -289,8 +289,8 @@ def compare(rankings: list[Ranking], runs: dict[str, list[dict]], group: list[Ra
 
 
 def by_prompt(rankings: list[Ranking], runs: dict[str, list[dict]]) -> dict:
-    """Each prompt alike, as in the loss over whole rankings; over pairs, as in the other rows and in TRL's loss, one with
-    9 answers counts 36 times one with 2."""
+    """Each prompt alike, as in the loss over whole rankings; over pairs, as in the other rows and in TRL's loss, one
+    with 9 answers counts 36 times one with 2."""
     found = judge(rankings, runs, rankings)
     trials = np.bincount(found.prompts)
     shares = {
