@@ -13,7 +13,8 @@ from typing import Any
 from align.checkpoint import checkpoints, latest_checkpoint, start_output
 from align.config import TrainerConfig, TrainingConfig
 from align.errors import UserError
-from align.files import MANIFEST, write_json
+from align.files import MANIFEST, plain, write_json
+from align.manifest import redact
 from align.optimise import takes_muon, trainer_optim
 from align.rows import DataReport
 from align.runtime import broadcast, is_main_process, wait_for_everyone
@@ -31,6 +32,10 @@ SHARED = (
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
 RATES = ("learning_rate", "muon_learning_rate")  # a Trainer's schedule brings back its own; PPO's follows the config
 DATA = ("train_file", "pretraining_file")
+HOW = (  # where a run lies, and what it says and keeps on its way
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+    "save_iterations", "save_total_limit", "transcript_iterations",
+)  # fmt: skip
 
 
 def start_run(
@@ -40,7 +45,7 @@ def start_run(
 
     `parents` are the models whose weights the run starts from, `reports` what it reads. Raises UserError when the
     folder holds another run, and when the checkpoint is not whole or its run began with other keys, parents or rows;
-    for "latest" with `overwrite_output_dir` the run begins anew instead.
+    for "latest" with `overwrite_output_dir`, as `make` has it, the run begins anew instead, whatever key has changed.
     """
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     own = beginning(config, parents, reports)
@@ -53,7 +58,7 @@ def start_run(
             remedy = "choose another folder, or one of its own checkpoints"
             raise UserError(f"output_dir: {output}: holds another run than that of {checkpoint}: {remedy}")
         try:
-            require_same_beginning(checkpoint, own)
+            require_same_beginning(checkpoint, own, ("config", "settings") if anew else ("config",))
         except UserError as fault:
             if not anew:
                 raise
@@ -86,26 +91,30 @@ def beginning(
         keys["lora_target_modules"] = sorted(keys["lora_target_modules"])
     weights = {parent["role"]: parent["weights_sha256"] or parent["path"] for parent in parents}
     data = {name: sorted(reports[name].sha256.values()) for name in DATA if name in reports}
-    return {"schema": SCHEMA, "config": keys, "parents": weights, "data": data}
+    settings = {name: value for name, value in redact(plain(config)).items() if name not in HOW}
+    return {"schema": SCHEMA, "config": keys, "settings": settings, "parents": weights, "data": data}
 
 
-def require_same_beginning(checkpoint: Path, own: dict[str, Any]) -> None:
-    """Raises UserError where the checkpoint's run began otherwise. One without a `run.json` beside it is taken."""
+def require_same_beginning(checkpoint: Path, own: dict[str, Any], parts: Sequence[str]) -> None:
+    """Raises UserError where the checkpoint's run began otherwise, `parts` of its keys compared. One without a
+    `run.json` beside it is taken."""
     path, place = checkpoint.resolve().parent / RUN, f"resume_from_checkpoint: {checkpoint}"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["schema"] != SCHEMA:
             raise ValueError(f"its schema is {before['schema']!r}")
-        keys, parents, data = (dict(before[part]) for part in ("config", "parents", "data"))
+        _, parents, data = (dict(before[part]) for part in ("config", "parents", "data"))
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "take it away to resume without its check"
         raise UserError(f"{path}: is none of ours ({type(error).__name__}: {error}): {remedy}") from None
-    for key in sorted(keys.keys() | own["config"].keys()):
-        was, now = json.dumps(keys.get(key)), json.dumps(own["config"].get(key))
-        if was != now:
-            raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")
+    for part in parts:
+        keys = before.get(part, {})
+        for key in sorted(keys.keys() | own[part].keys()):
+            was, now = json.dumps(keys.get(key)), json.dumps(own[part].get(key))
+            if was != now:
+                raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")
     for what, then, now in (("weights", parents, own["parents"]), ("rows", data, own["data"])):
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):

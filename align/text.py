@@ -69,11 +69,12 @@ class Codec:
         where there is another, so that text is still encoded as before; else any number, which rows need not hold."""
         if self.pad_id != self.eos_id:
             return self
-        others = [token for token in self.tokenizer.all_special_tokens if token != self.tokenizer.eos_token]
-        others += [t.content for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i != self.eos_id]
+        added = self.tokenizer.added_tokens_decoder.items()
+        others = [token.content for i, token in added if token.special and i != self.eos_id]
         codec = Codec(copy.deepcopy(self.tokenizer))
         if others:
-            codec.tokenizer.pad_token = next((token for token in others if "pad" in token.lower()), others[0])
+            named = [token for token in others if "pad" in token.lower() or token == self.tokenizer.unk_token]
+            codec.tokenizer.pad_token = (named or others)[0]
             codec.pad_id = codec.tokenizer.pad_token_id
         else:
             codec.pad_id = int(self.eos_id == 0)

@@ -142,10 +142,19 @@ def test_a_file_that_is_none_of_ours_is_named(run, text):
 def test_latest_with_overwrite_begins_anew_where_the_run_began_otherwise(run, capsys):
     """What `make` asks of a run that was stopped, whose config may have changed since."""
     both = {"overwrite_output_dir": True}
-    assert start_run(sft(run, "latest", **both), PARENTS, REPORTS) == (run, run / "checkpoint-2")
+    told = {"save_steps": 7, "report_to": "wandb"}
+    assert start_run(sft(run, "latest", **both, **told), PARENTS, REPORTS) == (run, run / "checkpoint-2")
+    assert start_run(sft(run, "latest", num_train_epochs=9), PARENTS, REPORTS) == (run, run / "checkpoint-2")
     assert start_run(sft(run, "latest", seed=1, **both), PARENTS, REPORTS) == (run, None)
     assert (
         "its seed is 0, not 1; set it as it was: overwritten, as overwrite_output_dir says" in capsys.readouterr().out
     )
     assert set(names(run)) == {"run.json", "run.lock"}
     assert json.loads((run / "run.json").read_text())["config"]["seed"] == 1
+
+
+def test_make_does_not_go_on_with_any_other_settings(run, capsys):
+    """By hand more epochs may be asked of a run that was stopped; `make` redoes what changed."""
+    changed = sft(run, "latest", num_train_epochs=9, overwrite_output_dir=True)
+    assert start_run(changed, PARENTS, REPORTS) == (run, None)
+    assert "its num_train_epochs is 2.0, not 9.0; set it as it was: overwritten" in capsys.readouterr().out
