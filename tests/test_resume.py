@@ -1,12 +1,11 @@
 """align/resume.py: what a run must share with the checkpoint that it goes on from."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from align.checkpoint import is_finished, release_output
-from align.config import PPOConfig, SFTConfig
+from align.config import FunctionTerm, PPOConfig, SFTConfig
 from align.errors import UserError
 from align.resume import start_run
 from align.rows import DataReport
@@ -109,7 +108,7 @@ def test_a_run_of_before_there_was_a_file_goes_on_without_one(run):
 
 def test_what_is_a_matter_of_the_config_may_change(tmp_path):
     """PPO takes its rates from the config, in every iteration."""
-    reward = (SimpleNamespace(name="r", function="a:b", model=None),)
+    reward = (FunctionTerm("a:b"),)
 
     def ppo(**changes) -> PPOConfig:
         return PPOConfig(output_dir=str(tmp_path), reward=reward, ptx_coef=0, **changes)
@@ -155,6 +154,6 @@ def test_latest_with_overwrite_begins_anew_where_the_run_began_otherwise(run, ca
 
 def test_make_does_not_go_on_with_any_other_settings(run, capsys):
     """By hand more epochs may be asked of a run that was stopped; `make` redoes what changed."""
-    changed = sft(run, "latest", num_train_epochs=9, overwrite_output_dir=True)
+    changed = sft(run, "latest", num_train_epochs=9.0, overwrite_output_dir=True)
     assert start_run(changed, PARENTS, REPORTS) == (run, None)
     assert "its num_train_epochs is 2.0, not 9.0; set it as it was: overwritten" in capsys.readouterr().out
