@@ -137,15 +137,25 @@ def _holds_start(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() or bool(checkpoints(folder))
 
 
-def _empty(folder: Path) -> None:
-    """Remove everything but the lock. Never the working directory, the home folder, or what contains them."""
+def begin_anew(folder: Path) -> None:
+    """Empty a folder that this process has locked, its checkpoints set aside. Only the main process acts."""
+    if is_main_process():
+        for path in checkpoints(folder):
+            _set_aside(path)
+        _empty(folder, keep="abandoned-")
+    wait_for_everyone()
+
+
+def _empty(folder: Path, keep: str = LOCK) -> None:
+    """Remove everything but the lock and what begins with `keep`. Never the working directory, the home folder, or what
+    contains them."""
     real = folder.resolve()
     for precious in (Path.cwd().resolve(), Path.home().resolve()):
         if precious.is_relative_to(real):
             raise UserError(f"output_dir: {folder}: holds {precious}, and is not overwritten: choose another folder")
     with write_errors(folder):
         for path in folder.iterdir():
-            if path.name == LOCK:
+            if path.name == LOCK or path.name.startswith(keep):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -255,10 +265,14 @@ def _set_later_aside(output_dir: Path, chosen: Path) -> None:
     found = checkpoints(output_dir)
     place = next((i for i, path in enumerate(found) if path.resolve() == chosen.resolve()), len(found))
     for later in found[place + 1 :]:
-        aside = later.with_name(f"abandoned-{later.name}")
-        remove_folders(aside)
-        os.rename(later, aside)
-        _tell(f"{later}: comes after {chosen}: now {aside.name}")
+        _tell(f"{later}: comes after {chosen}: now {_set_aside(later).name}")
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    aside = checkpoint.with_name(f"abandoned-{checkpoint.name}")
+    remove_folders(aside)
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def _newest_whole(output_dir: Path) -> Path | None:

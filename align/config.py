@@ -34,7 +34,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # of every stage that has the key, w
     **dict.fromkeys(COUNTS, (1, 10**9)),
     **dict.fromkeys(NONE_OR_MORE, (0, 10**9)),
     **dict.fromkeys((*RATES, "max_grad_norm"), (0, math.inf)),
-    **dict.fromkeys(("gamma", "lam", "ema_decay", "adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("gamma", "lam", "ema_decay"), (0, 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
     **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
     "lora_r": (1, 4096),
 }

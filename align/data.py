@@ -44,6 +44,7 @@ ONE_OF_SEVERAL = re.compile(  # response_0, answer-b, Response 1
 NO_CALLS = "calls of tools are not learned: take the row out, or write it as text"
 NOTES = {
     "merged_duplicates": "equal completions of one rank were merged",
+    "system_used": "has a column `system`, which opens the prompt as its system message",
     "margin_not_used": "has a margin, which the loss does not use: it stays a column",
     "earlier_answers_not_learned": "the assistant's earlier answers are prompt: the last one alone is learned",
 }
@@ -339,7 +340,10 @@ def parse_row(kind: str, place: str, row: Any, notes: Counter[str]) -> Any:
     if not isinstance(row, Mapping):
         return Problem(place, "not_a_dict", "is not a JSON object", 'write {"field": ...}')
     try:
-        return PARSERS[kind](row, notes)
+        record = PARSERS[kind](row, notes)
+        if kind != "text" and system_of(row):
+            notes["system_used"] += 1
+        return record
     except BadRow as bad:
         return Problem(place, bad.kind, bad.what, bad.remedy)
 

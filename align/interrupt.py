@@ -36,6 +36,7 @@ class Interrupted(KeyboardInterrupt):
 
 class _State:
     deferred = False  # until the next step
+    first = ""
     arrived = 0  # the signal's number, once it came
     when = 0.0
 
@@ -59,14 +60,15 @@ def _handle(number: int, frame: object) -> None:
         return
     _State.arrived, _State.when = number, time.monotonic()
     name = signal.Signals(number).name  # os.write: a handler may have interrupted a print
-    os.write(2, f"\n{name}: ending after this step, its checkpoint saved; a second one ends at once\n".encode())
+    os.write(2, f"\n{name}: {_State.first}; a second one ends at once\n".encode())
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
+def deferred(first: str = "ending after this step, its checkpoint saved") -> Iterator[None]:
     """Around the steps: the first signal only shows in `arrived`, which each step asks. One that comes after the last
-    step has asked is forgotten: what is left is the results, and a run that comes so far ends with them."""
-    _State.deferred = True
+    step has asked is forgotten, and so is one around the writing of the results: a run that comes so far ends with
+    them. `first` is what is done before the end."""
+    _State.deferred, _State.first = True, first
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from align.data import drop_long, load_prompts, load_texts
 from align.errors import UserError
 from align.files import atomic_contents, atomic_folder
 from align.generate import make_sampler
+from align.interrupt import deferred
 from align.lora import (
     WithoutAdapter,
     add_adapter,
@@ -250,7 +251,7 @@ def save_policy(
     with runtime.for_saving(learner.policy) as policy, runtime.for_saving(learner.value_model) as value_model:
         if not is_main_process():
             return
-        with atomic_contents(output) as folder:
+        with deferred("the results are written first"), atomic_contents(output) as folder:
             save_policy_folder(policy, folder, codec.pad_id)
             codec.save(folder)
             base = inputs.value_start.path, inputs.value_start.fresh_head

@@ -136,9 +136,13 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 
 def published_manifest(path: str) -> Manifest | None:
-    """Of a folder or of a model on the hub."""
+    """Of a folder or of a model on the hub, where a file of that name may be anything."""
     fetched = hub_file(path, MANIFEST)
-    return read_manifest(path) if fetched is None else _manifest(fetched)
+    if fetched is None:
+        return read_manifest(path)
+    with contextlib.suppress(UserError):
+        return _manifest(fetched)
+    return None
 
 
 def _manifest(path: Path) -> Manifest:

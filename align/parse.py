@@ -62,14 +62,14 @@ ELSEWHERE = {
     "max_len": "max_length",
     "max_seq_length": "max_length",
     "max_steps": ("num_train_epochs", "total_episodes"),
-    "eval_steps": "this stage is evaluated after each epoch, if at all",
-    "eval_strategy": ("eval_steps", "this stage is evaluated after each epoch, if at all"),
+    "eval_steps": "evaluation comes after each of num_train_epochs",
+    "eval_strategy": ("eval_steps", "evaluation comes after each of num_train_epochs"),
     "save_strategy": ("save_iterations", "save_steps"),
     "warmup_steps": ("warmup_iterations", "this stage has no warm-up"),
     "warmup_ratio": ("warmup_iterations", "warmup_steps", "this stage has no warm-up"),
     "lr_warmup_ratio": ("warmup_iterations", "warmup_steps", "this stage has no warm-up"),
-    "lr_scheduler_type": ("lr_decay", "the rate falls by a cosine to a tenth"),
-    "lr_scheduler": ("lr_decay", "the rate falls by a cosine to a tenth"),
+    "lr_scheduler_type": ("lr_decay", "the rate falls by a cosine to a tenth over num_train_epochs"),
+    "lr_scheduler": ("lr_decay", "the rate falls by a cosine to a tenth over num_train_epochs"),
     "entropy_coef": "there is no entropy bonus; kl_coef holds the policy near its start",
     "entropy_loss_coef": "there is no entropy bonus; kl_coef holds the policy near its start",
     "lora_dropout": "adapters have no dropout",
@@ -88,7 +88,7 @@ ELSEWHERE = {
     "run_name": "set WANDB_NAME in the environment",
     "wandb_project": "set WANDB_PROJECT in the environment",
     "logging_dir": "metrics.jsonl lies in output_dir",
-    "packing": "rows are packed wherever the model can read packs",
+    "packing": "rows of train_file are packed wherever the model can read packs",
     "center_rewards_coefficient": "the mean score of demonstrations is subtracted, which centres them",
     "chat_template_path": "stage sft takes one and saves it with the model",
     "load_in_8bit": "frozen_quantization: int8 rounds the models of stage ppo that only score",
@@ -194,8 +194,8 @@ def describe(cls: type) -> str:
     return "\n".join([first, usage, *rows])
 
 
-def read_flags(argv: list[str], bare: Collection[str] = ()) -> dict[str, str]:
-    """`--key value` and `--key=value` by key; a key of `bare` may stand alone, which means true."""
+def read_flags(argv: list[str], bare: Collection[str] | None = ()) -> dict[str, str]:
+    """`--key value` and `--key=value` by key; a key of `bare` (None: any) may stand alone, which means true."""
     flags, words = {}, list(argv)
     while words:
         word = words.pop(0)
@@ -205,7 +205,7 @@ def read_flags(argv: list[str], bare: Collection[str] = ()) -> dict[str, str]:
         if not key.isprintable():
             raise UserError(f"{word!r}: not a key; write --key value")
         alone = not equals and (not words or words[0].startswith("--"))
-        if alone and key.replace("-", "_") in bare:
+        if alone and (bare is None or key.replace("-", "_") in bare):
             value = "true"
         elif not equals:
             if alone:

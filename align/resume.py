@@ -2,7 +2,7 @@
 
 A checkpoint brings back weights, optimiser and schedule. A key that was changed meanwhile would be taken in part, in
 silence, or end in a traceback, so what a run began with lies in its folder (`run.json`) and is compared. Until that
-agrees nothing in the folder changes: a finished run stays finished.
+agrees nothing in the folder changes, or, where the user asked to overwrite, its checkpoints are set aside.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import checkpoints, latest_checkpoint, start_output
+from align.checkpoint import begin_anew, checkpoints, latest_checkpoint, start_output
 from align.config import TrainerConfig, TrainingConfig
 from align.errors import UserError
 from align.files import MANIFEST, plain, write_json
@@ -32,10 +32,12 @@ SHARED = (
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
 RATES = ("learning_rate", "muon_learning_rate")  # a Trainer's schedule brings back its own; PPO's follows the config
 DATA = ("train_file", "pretraining_file")
-HOW = (  # where a run lies, and what it says and keeps on its way
+HOW = (  # where a run lies, what it says and keeps on its way, when it stops
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
-    "save_iterations", "save_total_limit", "transcript_iterations",
+    "save_iterations", "save_total_limit", "transcript_iterations", "reward_timeout", "reward_retries", "kl_stop",
+    "gradient_checkpointing", "microbatch_tokens", "per_device_rollout_batch_size", "per_device_eval_batch_size",
 )  # fmt: skip
+PPO_HOW = ("per_device_train_batch_size",)  # a Trainer's is part of its step
 
 
 def start_run(
@@ -67,10 +69,12 @@ def start_run(
 
     checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, fits)
     if broadcast(bool(refused)):
-        announce(f"{refused[0] if refused else output}: overwritten, as overwrite_output_dir says")
-        start_output(config.output_dir, overwrite=True)
+        announce(f"{refused[0] if refused else output}: begun anew, as overwrite_output_dir says; the old checkpoints")
+        announce(f"stay in {output} as abandoned-checkpoint-N")
+        begin_anew(output)
+    known = checkpoint is None or checkpoint.resolve().parent != output.resolve() or (output / RUN).exists()
     if is_main_process():
-        if checkpoint is None or checkpoint.resolve().parent != output.resolve():
+        if known:
             write_json(output / RUN, own)
         (output / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
     wait_for_everyone()
@@ -91,7 +95,8 @@ def beginning(
         keys["lora_target_modules"] = sorted(keys["lora_target_modules"])
     weights = {parent["role"]: parent["weights_sha256"] or parent["path"] for parent in parents}
     data = {name: sorted(reports[name].sha256.values()) for name in DATA if name in reports}
-    settings = {name: value for name, value in redact(plain(config)).items() if name not in HOW}
+    free = HOW if isinstance(config, TrainerConfig) else HOW + PPO_HOW
+    settings = {name: value for name, value in redact(plain(config)).items() if name not in free}
     return {"schema": SCHEMA, "config": keys, "settings": settings, "parents": weights, "data": data}
 
 
@@ -111,7 +116,7 @@ def require_same_beginning(checkpoint: Path, own: dict[str, Any], parts: Sequenc
         raise UserError(f"{path}: is none of ours ({type(error).__name__}: {error}): {remedy}") from None
     for part in parts:
         keys = before.get(part, {})
-        for key in sorted(keys.keys() | own[part].keys()):
+        for key in sorted(keys):
             was, now = json.dumps(keys.get(key)), json.dumps(own[part].get(key))
             if was != now:
                 raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")

@@ -207,7 +207,7 @@ class Runtime:
 
 
 def is_distributed() -> bool:
-    """Whether a launcher started this process, as one of several or alone."""
+    """Whether this process is one of several, or the only one that a launcher of several started (torchrun)."""
     return state().num_processes > 1 or "LOCAL_RANK" in os.environ
 
 

@@ -1,5 +1,6 @@
 """Which epoch of a fine-tuning run is the policy (paper section 3.5: validation reward predicts preference best)."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ import torch
 
 from align.checkpoint import checkpoint_fault
 from align.config import SFTConfig
-from align.data import demonstration_length, drop_long, load_demonstrations
+from align.data import demonstration_length, load_demonstrations, prompt_length
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
@@ -18,7 +19,7 @@ from align.reward_models import load_reward
 from align.runtime import broadcast, gather_list, is_main_process, my_share
 from align.text import Codec
 from align.track import announce
-from align.types import Prompt
+from align.types import Prompt, Text
 
 Autocast = Callable[[], AbstractContextManager]
 Device = torch.device | str
@@ -65,22 +66,29 @@ def pick(table: list[dict[str, Any]]) -> dict[str, Any]:
     return {"criterion": criterion, "checkpoint": best["checkpoint"], "table": table}
 
 
+def selection_prompts(model: str, config: SFTConfig, codec: Codec) -> list[Text]:
+    """The first validation prompts that leave room for an answer in the model's context. Raises UserError where none
+    does."""
+    context = context_of(model) or sys.maxsize
+    rows, _ = load_demonstrations(config.validation_file, config.on_bad_rows)
+    longest, room = min(context, config.max_length), context - config.max_new_tokens
+    fit = (r for r in rows if demonstration_length(r, codec) <= longest and prompt_length(r, codec) <= room)
+    prompts = [row.prompt for row in itertools.islice(fit, config.selection_prompts)]
+    if not prompts:
+        remedy = "lower max_new_tokens, or leave reward_model_path out"
+        raise UserError(f"max_new_tokens: no validation prompt leaves room for {config.max_new_tokens}: {remedy}")
+    return prompts
+
+
 @torch.no_grad()
 def mean_reward(
     checkpoint: str, config: SFTConfig, codec: Codec, device: Device = "cpu", autocast: Autocast = nullcontext
 ) -> float:
     """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers.
 
-    Every process answers its share of the prompts, on its device; all return the same. An answer has room in the
-    model's context.
+    Every process answers its share of the prompts, on its device; all return the same.
     """
-    demonstrations, report = load_demonstrations(config.validation_file, config.on_bad_rows)
-    context = context_of(checkpoint) or sys.maxsize
-    demonstrations, report = drop_long(
-        demonstrations, codec, min(context, config.max_length), report, demonstration_length
-    )
-    demonstrations, _ = drop_long(demonstrations, codec, context - config.max_new_tokens, report)
-    prompts = [d.prompt for d in demonstrations[: config.selection_prompts]]
+    prompts = selection_prompts(checkpoint, config, codec)
     mine = list(my_share(len(prompts)))
     uniforms = uniform_numbers(len(prompts), config.max_new_tokens, config.seed, 0)[mine]
     prompts = [prompts[i] for i in mine]

@@ -26,7 +26,11 @@ from align.errors import UserError, first_line
 from align.types import Text, pad_rows
 
 SYSTEM_ROLES = ("system", "developer")
-SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"  # else a run that is resumed reads another
+# A template that writes today's date writes this one: else a run that is resumed tomorrow reads other tokens.
+SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%Y', '2024') | replace('%m', '07') | replace('%d', '26')"
+    " | replace('%B', 'July') | replace('%b', 'Jul') }}{%- endmacro -%}{{ '' }}"
+)
 MARK, MARK_END = "\ufdd0", "\ufdd1"  # noncharacters; a text that holds them is marked too
 
 
@@ -66,7 +70,8 @@ class Codec:
 
     def with_own_pad(self) -> "Codec":
         """One whose pad is not EOS: transformers' classifiers read the last token that is no pad. A special token,
-        where there is another, so that text is still encoded as before; else any number, which rows need not hold."""
+        where there is another, so that text is still encoded as before; else any number for the model's config alone,
+        which reads rows without padding."""
         if self.pad_id != self.eos_id:
             return self
         added = self.tokenizer.added_tokens_decoder.items()
@@ -77,7 +82,7 @@ class Codec:
             codec.tokenizer.pad_token = (named or others)[0]
             codec.pad_id = codec.tokenizer.pad_token_id
         else:
-            codec.pad_id = int(self.eos_id == 0)
+            codec.tokenizer.pad_token, codec.pad_id = None, int(self.eos_id == 0)  # who pads must say with what
         return codec
 
     def prompt(self, prompt: Text) -> list[int]:
@@ -181,7 +186,7 @@ class Codec:
     def _plain(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts as they stand, with what the tokenizer puts around one, but for EOS: nothing ends here."""
         rows = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
-        ends = self.tokenizer("")["input_ids"][-1:] == [self.eos_id]
+        ends = self.tokenizer("a")["input_ids"][-1] == self.eos_id
         return [row[:-1] for row in rows] if ends else rows
 
     def response(self, completion: Text) -> list[int]:

@@ -32,15 +32,7 @@ from align.track import Metrics, MetricsCallback, announce, save_log_sizes
 
 
 def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config.
-
-    Raises UserError where one process sees several GPUs: a Trainer would copy the model to each (DataParallel), which
-    neither packs nor losses are made for.
-    """
-    gpus = 0 if on_cpu() else torch.cuda.device_count()
-    if gpus > 1 and not is_distributed():
-        how = f"start one a GPU, `accelerate launch --num_processes {gpus} -m stages...`, or set CUDA_VISIBLE_DEVICES=0"
-        raise UserError(f"launcher: one process sees {gpus} GPUs; {how}")
+    """Keyword arguments of TrainingArguments (or TRL's SFTConfig) that follow from any of their stages' config."""
     return {
         "output_dir": str(output),
         "seed": config.seed,
@@ -56,6 +48,15 @@ def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
         "weight_decay": 0.0,
         "disable_tqdm": None,
     }
+
+
+def refuse_several_gpus() -> None:
+    """Raises UserError where one process sees several: a Trainer would copy the model to each (DataParallel), which
+    neither packs nor losses are made for."""
+    gpus = 0 if on_cpu() else torch.cuda.device_count()
+    if gpus > 1 and not is_distributed():
+        how = f"start one a GPU, `accelerate launch --num_processes {gpus} -m stages...`, or set CUDA_VISIBLE_DEVICES=0"
+        raise UserError(f"launcher: one process sees {gpus} GPUs; {how}")
 
 
 def cosine_to_tenth() -> dict[str, Any]:

@@ -84,10 +84,10 @@ def run_here(stage, argv: list[str]) -> int:
             record_seconds(argv, stage)
             end_processes()
         return fail(stop, "", stop.status)
-    except BrokenPipeError:  # `align ppo --help | head`
-        sys.stderr.close()
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and {"-h", "--help"} & set(argv):  # `align ppo --help | head`
+            sys.stderr.close()
+            return 1
         known = full_disk(error)
         if known is None:
             raise
@@ -124,7 +124,7 @@ def record_seconds(argv: list[str], stage) -> None:
     from align.parse import read_flags
     from align.runtime import is_main_process
 
-    flags, name = read_flags(argv), Path(sys.modules[stage.__module__].__file__).stem
+    flags, name = read_flags(argv, bare=None), Path(sys.modules[stage.__module__].__file__).stem
     if "output_dir" in flags and name != "evaluate_rm":  # whose output may lie in the model's
         name = Path(flags["output_dir"]).name
     if "run" in flags and is_main_process():

@@ -20,6 +20,7 @@ from align.config import BaseConfig
 from align.data import load_texts
 from align.files import atomic_contents
 from align.initialise import embedding_std, start_with_circuits
+from align.interrupt import deferred
 from align.manifest import write_manifest
 from align.optimise import MuonAdamW
 from align.parse import parse
@@ -32,6 +33,7 @@ from align.trainer import (
     causal_collator,
     common_arguments,
     metrics_callback,
+    refuse_several_gpus,
     resume_argument,
 )
 from stages.__main__ import run
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> None:
     if is_finished(config.output_dir, config.resume_from_checkpoint):
         return
     tune_cpu()
+    refuse_several_gpus()
     texts, text_report = load_texts(config.train_file, config.on_bad_rows)
     held_out, held_out_report = load_texts(config.validation_file, config.on_bad_rows)
     output, checkpoint = start_run(config, [], {"train_file": text_report})
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> None:
     # 4. Save: a HuggingFace folder, its manifest last.
     if is_main_process():
         data = {"train_file": text_report, "validation_file": held_out_report}
-        with atomic_contents(output) as folder:
+        with deferred("the results are written first"), atomic_contents(output) as folder:
             trainer.model.save_pretrained(folder)
             codec.save(folder)
             write_manifest(folder, "base", config, config.seed, data=data, metrics={"validation_loss": loss})

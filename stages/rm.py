@@ -28,6 +28,7 @@ from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.files import atomic_contents, plain, write_json
 from align.head import fit_head
+from align.interrupt import deferred
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
 from align.models import ScalarModel, disable_dropout, load_scalar_model, row_limit, save_scalar_model
@@ -45,6 +46,7 @@ from align.trainer import (
     common_arguments,
     cosine_to_tenth,
     metrics_callback,
+    refuse_several_gpus,
     resume_argument,
 )
 from stages.__main__ import run
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> None:
     if is_finished(config.output_dir, config.resume_from_checkpoint):
         return
     tune_cpu()
+    refuse_several_gpus()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base", "ppo"))]
     codec = Codec.load(config.model_name_or_path)
     limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> None:
     if is_main_process():
         metrics = accuracies(model, held, codec, config) | means
         apart = codec.with_own_pad()  # for who loads it with transformers alone
-        with atomic_contents(output) as folder:
+        with deferred("the results are written first"), atomic_contents(output) as folder:
             save_scalar_model(model, folder, apart.pad_id)
             apart.save(folder)
             validation = metrics["validation"]

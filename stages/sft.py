@@ -22,6 +22,7 @@ from align.config import SFTConfig
 from align.data import load_demonstrations, load_texts
 from align.demonstrations import demonstration_rows, mix_pretraining
 from align.files import atomic_contents
+from align.interrupt import deferred
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
 from align.models import add_residual_dropout, load_policy, refuse_adapter, row_limit, save_chosen
@@ -30,7 +31,7 @@ from align.parse import parse
 from align.resume import start_run
 from align.reward_models import reward_config
 from align.runtime import is_main_process, tune_cpu
-from align.select import choose_epoch
+from align.select import choose_epoch, selection_prompts
 from align.splits import keep_apart, refuse_eval_only
 from align.text import Codec
 from align.track import announce
@@ -41,6 +42,7 @@ from align.trainer import (
     common_arguments,
     cosine_to_tenth,
     metrics_callback,
+    refuse_several_gpus,
     resume_argument,
 )
 from stages.__main__ import run
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> None:
     if is_finished(config.output_dir, config.resume_from_checkpoint):
         return
     tune_cpu()
+    refuse_several_gpus()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("base", "sft"))]
     if config.use_peft:
         refuse_adapter(config.model_name_or_path)
@@ -60,6 +63,7 @@ def main(argv: list[str]) -> None:
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
         reward_config(config.reward_model_path, "reward_model_path")
+        selection_prompts(config.model_name_or_path, config, codec)  # before hours of training
     output, checkpoint = start_run(config, parents[:1], reports)  # a reward model only chooses the epoch
     set_seed(config.seed)
 
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> None:
 
     # 5. Save: a HuggingFace folder (LoRA merged, its adapter beside it), the manifest last.
     if is_main_process():
-        with atomic_contents(output) as folder:
+        with deferred("the results are written first"), atomic_contents(output) as folder:
             save_chosen(output / choice["checkpoint"], folder)
             codec.save(folder)
             write_manifest(folder, "sft", config, config.seed, parents, reports, {"selection": choice})

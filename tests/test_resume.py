@@ -45,7 +45,7 @@ def test_a_checkpoint_further_back_sets_the_later_ones_aside(run):
 REFUSED = {
     "resume_from_checkpoint: none: is no folder": {"resume": "none"},
     "its learning_rate is 9.65e-06, not 0.5; set it as it was": {"learning_rate": 0.5},
-    "its lora_alpha is null, not 32": {"use_peft": True},
+    "its use_peft is false, not true": {"use_peft": True},
     "its adam_beta2 is 0.95, not 0.5": {"adam_beta2": 0.5},
     'its optim is "adamw_torch_fused", not "muon"': {"optim": "muon"},
 }
@@ -141,14 +141,13 @@ def test_a_file_that_is_none_of_ours_is_named(run, text):
 def test_latest_with_overwrite_begins_anew_where_the_run_began_otherwise(run, capsys):
     """What `make` asks of a run that was stopped, whose config may have changed since."""
     both = {"overwrite_output_dir": True}
-    told = {"save_steps": 7, "report_to": "wandb"}
+    told = {"save_steps": 7, "report_to": "wandb", "gradient_checkpointing": True}
     assert start_run(sft(run, "latest", **both, **told), PARENTS, REPORTS) == (run, run / "checkpoint-2")
-    assert start_run(sft(run, "latest", num_train_epochs=9), PARENTS, REPORTS) == (run, run / "checkpoint-2")
     assert start_run(sft(run, "latest", seed=1, **both), PARENTS, REPORTS) == (run, None)
-    assert (
-        "its seed is 0, not 1; set it as it was: overwritten, as overwrite_output_dir says" in capsys.readouterr().out
-    )
-    assert set(names(run)) == {"run.json", "run.lock"}
+    assert "its seed is 0, not 1; set it as it was: begun anew, as overwrite_output_dir says" in capsys.readouterr().out
+    assert {"run.json", "run.lock"} < set(names(run)) and "metrics.jsonl" not in names(run)
+    kept = {name for name in names(run) if "checkpoint" in name}
+    assert kept == {"abandoned-checkpoint-1", "abandoned-checkpoint-2"}, "the old run's work is not lost"
     assert json.loads((run / "run.json").read_text())["config"]["seed"] == 1
 
 
@@ -156,4 +155,18 @@ def test_make_does_not_go_on_with_any_other_settings(run, capsys):
     """By hand more epochs may be asked of a run that was stopped; `make` redoes what changed."""
     changed = sft(run, "latest", num_train_epochs=9.0, overwrite_output_dir=True)
     assert start_run(changed, PARENTS, REPORTS) == (run, None)
-    assert "its num_train_epochs is 2.0, not 9.0; set it as it was: overwritten" in capsys.readouterr().out
+    assert "its num_train_epochs is 2.0, not 9.0; set it as it was: begun anew" in capsys.readouterr().out
+
+
+def test_make_goes_by_the_settings_that_the_run_was_last_continued_with(run):
+    assert start_run(sft(run, "latest", num_train_epochs=9.0), PARENTS, REPORTS) == (run, run / "checkpoint-2")
+    again = sft(run, "latest", num_train_epochs=9.0, overwrite_output_dir=True)
+    assert start_run(again, PARENTS, REPORTS) == (run, run / "checkpoint-2")
+
+
+def test_a_run_of_an_older_version_is_compared_by_what_it_knows(run):
+    """Its run.json lacks keys that are compared since."""
+    known = json.loads((run / "run.json").read_text())
+    del known["settings"], known["config"]["seed"]
+    (run / "run.json").write_text(json.dumps(known))
+    assert start_run(sft(run, "latest", seed=3), PARENTS, REPORTS) == (run, run / "checkpoint-2")

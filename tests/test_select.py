@@ -16,7 +16,7 @@ from align.checkpoint import mark_complete
 from align.config import RMConfig, SFTConfig
 from align.demonstrations import mix_pretraining
 from align.errors import UserError
-from align.select import choose_epoch, mean_reward, pick
+from align.select import choose_epoch, mean_reward, pick, selection_prompts
 
 LOG = [
     {"step": 5, "epoch": 1.0, "loss": 3.0},
@@ -225,3 +225,6 @@ def test_S5_prompts_without_room_for_an_answer_are_not_sampled_from(tiny_codec, 
     )
     assert mean_reward("policy", settings, tiny_codec) == 0.5
     assert asked == [tiny_codec.prompt("hot")] and lengths[1] > lengths[0]
+    monkeypatch.setattr(align.select, "context_of", lambda path: 3)
+    with pytest.raises(UserError, match="max_new_tokens: no validation prompt leaves room for 3: lower"):
+        selection_prompts("policy", settings, tiny_codec)

@@ -259,6 +259,9 @@ def test_a_template_that_writes_the_date_writes_the_same_one_each_day(tiny_codec
     template = "Today: {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.content }}\n{% endfor %}"
     dated = with_template(tiny_codec, template)
     assert dated.render("hot") == "Today: 26 Jul 2024\nhot\n"
+    for form, date in (("%Y-%m-%d", "2024-07-26"), ("%B %d, %Y", "July 26, 2024")):
+        other = with_template(tiny_codec, "\n" + template.replace("%d %b %Y", form))
+        assert other.render("hot") == f"\nToday: {date}\nhot\n"
     assert dated.tokenizer.chat_template == template, "what is saved stays as it was"
 
 
@@ -286,3 +289,7 @@ def test_a_tokenizer_that_appends_EOS_ends_no_prompt(tiny_codec):
     assert ending.tokenizer("hot")["input_ids"][-1] == ending.eos_id
     assert ending.prompts(["hot", ""]) == plain.prompts(["hot", ""])
     assert ending.documents(["hot"]) == plain.documents(["hot"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # OPT's: what opens a text is EOS
+        single="<eos> $A", special_tokens=[("<eos>", tiny_codec.eos_id)]
+    )
+    assert Codec(tokenizer).prompts(["hot"]) == [[tiny_codec.eos_id, *plain.prompt("hot")]]

@@ -364,4 +364,5 @@ def test_one_process_that_sees_several_gpus_is_told_to_start_more(refused, mini,
     monkeypatch.setattr("align.trainer.on_cpu", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     message = refused(stage, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "before anything is overwritten"
     assert "one process sees 8 GPUs; start one a GPU, `accelerate launch --num_processes 8" in message

@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from align.evaluate.reward_report import untied_pairs
 from align.models import load_scalar_model
 from align.ranking import score_rankings
 from align.text import Codec
-from stages.__main__ import seconds_so_far
+from stages.__main__ import main, seconds_so_far
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -388,3 +389,15 @@ def test_a_second_round_starts_from_what_the_first_left(mini, tmp_path):
         "ppo",
         "rm",
     ]
+
+
+def test_bare_flags_and_help_from_the_command_line(mini, tmp_path, capsys):
+    """Once the stage is done its seconds are written, which reads the flags again."""
+    words = mini.arguments("rm", mini.run, output_dir=tmp_path / "rm", head_init="fitted", num_train_epochs=0)
+    at = words.index("--run")
+    elsewhere = [*words[:at], "--run", str(tmp_path / "run"), *words[at + 2 :]]
+    shutil.copytree(mini.run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert main(["rm", *elsewhere, "--use_peft"]) == 0
+    assert "rm" in json.loads((tmp_path / "run" / "seconds.json").read_text())
+    with pytest.raises(SystemExit):
+        main(["rm", "--help"])
