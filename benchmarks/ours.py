@@ -19,7 +19,7 @@ from align.files import write_jsonl
 from align.generate import make_sampler, uniform_numbers
 from align.learn import build_actors, build_learner
 from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
-from align.ranking import RankingCollator, encode_rankings
+from align.ranking import RankingCollator, encode_rankings, split_pairs
 from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
 from align.runtime import Runtime, tune_cpu
@@ -49,10 +49,13 @@ def main(smollm2: str, names: str, data: str, *settings: str) -> None:
 
 def operations(spec: dict, model: torch.nn.Module, tokens: int) -> dict:
     """What the work needs, whoever does it (docs/benchmarks.md)."""
-    return {
-        "tokens": tokens,
-        "flops": workloads.FLOPS[spec["kind"]] * sum(p.numel() for p in model.parameters()) * tokens,
-    }
+    return {"tokens": tokens, "flops": workloads.FLOPS[spec["kind"]] * multiplied_weights(spec["kind"], model) * tokens}
+
+
+def multiplied_weights(kind: str, model: torch.nn.Module) -> int:
+    """A reward model's embedding is looked up only; a policy's, which is tied, is its output layer too."""
+    weights = sum(p.numel() for p in model.parameters())
+    return weights - model.inner.get_input_embeddings().weight.numel() if kind == "rm" else weights
 
 
 def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
@@ -64,25 +67,26 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
         "output_dir": output, "total_episodes": count, "rollout_batch_size": batch,
         "num_mini_batches": spec["minibatches"], "per_device_train_batch_size": batch // spec["minibatches"],
         "per_device_rollout_batch_size": batch, "microbatch_tokens": spec["microbatch_tokens"],
-        "max_new_tokens": spec["new_tokens"],
+        "max_new_tokens": spec["new_tokens"], "temperature": workloads.TEMPERATURE,
         "ptx_coef": 0.0, "ema_decay": None, "bf16": True, "old_logprobs": "sampler", "warmup_iterations": 0,
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
     learner = build_learner(config, value_start(config, codec), runtime)
     actors = build_actors(config, codec, learner, runtime)
-    start, drawn, episodes = time.perf_counter(), 0, 0
+    start, drawn, episodes, steps = time.perf_counter(), 0, 0, 0
     for iteration in range(count // batch):
         part = queries[iteration * batch : (iteration + 1) * batch]
         rollout = collect_rollout(part, actors, config, runtime, config.kl_coef, iteration)
-        update(rollout, learner, lambda _: [], config, runtime, iteration)
+        steps += int(update(rollout, learner, lambda _: [], config, runtime, iteration).sums["steps"])
         drawn += int(rollout.response_mask.sum())
         episodes += len(rollout)
     finish()
     seconds = time.perf_counter() - start
     phases = runtime.seconds | {"other": seconds - sum(runtime.seconds.values())}
     needs = operations(spec, learner.policy, drawn + sum(len(query.tokens) for query in queries))
-    return measured(count, "episodes/s", seconds, {"episodes": episodes}, phases=phases, response_tokens=drawn, **needs)
+    work = {"episodes": episodes, "steps": steps}
+    return measured(count, "episodes/s", seconds, work, phases=phases, response_tokens=drawn, **needs)
 
 
 def finish() -> None:
@@ -101,7 +105,7 @@ def sampling(spec: dict, model: Path, data: Path, output: str, changes: dict) ->
     uniforms = uniform_numbers(len(queries), spec["new_tokens"], 0, 0)
     start = time.perf_counter()
     with runtime.autocast():
-        episodes = sampler(queries, uniforms, 1.0)
+        episodes = sampler(queries, uniforms, workloads.TEMPERATURE)
     seconds = time.perf_counter() - start
     drawn = sum(len(episode.response) for episode in episodes)
     needs = operations(spec, policy, drawn + sum(map(len, queries)))
@@ -111,9 +115,9 @@ def sampling(spec: dict, model: Path, data: Path, output: str, changes: dict) ->
 def reward(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
     codec = Codec.load(str(model))
     rows = workloads.load_rankings(data, spec)
-    pairs = len(workloads.pairs_of(rows))
     rankings = [Ranking(row["prompt"], tuple(row["answers"]), tuple(map(float, row["ranks"]))) for row in rows]
     encoded = encode_rankings(rankings, codec)
+    pairs = len(split_pairs(encoded))  # what is trained, not what the peer is given
     scalar = load_scalar_model(str(model), fresh_head=True)
     disable_dropout(scalar)
     settings = {"per_device_train_batch_size": spec["prompts_a_step"], "bf16": True, "learning_rate": 1e-5}

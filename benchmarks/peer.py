@@ -60,15 +60,17 @@ def common(output: str, precision: str) -> dict:
 
 
 def ppo(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
+    """TRL's rollout is per_device_train_batch_size x gradient_accumulation_steps episodes. Accumulation runs on from one
+    minibatch to the next, so with 1 each minibatch goes through the models at once and takes an optimiser step."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     count, batch = spec["episodes"], spec["batch"]
     frozen = torch.float32 if precision == "fp32" else torch.bfloat16
     rows = Dataset.from_dict({"input_ids": workloads.queries(data, tokenizer, spec)})
     args = PPOConfig(
-        **common(output, precision), per_device_train_batch_size=batch // spec["minibatches"],
-        gradient_accumulation_steps=spec["minibatches"], num_mini_batches=spec["minibatches"], num_ppo_epochs=1,
-        total_episodes=count, response_length=spec["new_tokens"], local_rollout_forward_batch_size=batch,
+        **common(output, precision), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_mini_batches=spec["minibatches"], num_ppo_epochs=1, total_episodes=count,
+        response_length=spec["new_tokens"], temperature=workloads.TEMPERATURE, local_rollout_forward_batch_size=batch,
         stop_token="eos", missing_eos_penalty=1.0, num_sample_generations=0, save_strategy="no",
     )  # fmt: skip
     trainer = PPOTrainer(
@@ -79,7 +81,13 @@ def ppo(spec: dict, model: str, data: Path, output: str, precision: str, tokeniz
         value_model=scorer(model, tokenizer.pad_token_id, torch.float32),
     )  # fmt: skip
     seconds = seconds_of(trainer.train)
-    return measured(count, "episodes/s", seconds, {"episodes": trainer.state.episode})
+    work = {"episodes": trainer.state.episode, "steps": steps_taken(trainer.optimizer)}
+    return measured(count, "episodes/s", seconds, work)
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """As the optimiser itself counted; the trainer counts rollouts, and calls `step` where accelerate takes none."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 def reward(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
@@ -135,7 +143,7 @@ def sampling(spec: dict, model: str, data: Path, output: str, precision: str, to
         for start in range(0, len(queries), spec["batch"]):
             inputs = tokenizer.pad({"input_ids": queries[start : start + spec["batch"]]}, return_tensors="pt")
             out = policy.generate(
-                **inputs.to(device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                **inputs.to(device), do_sample=True, temperature=workloads.TEMPERATURE, top_k=0, top_p=1.0,
                 max_new_tokens=spec["new_tokens"], eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )[:, inputs["input_ids"].shape[1] :]  # fmt: skip

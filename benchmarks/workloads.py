@@ -81,9 +81,10 @@ FILES = {
     "qa": "qa-feedback/dev_feedback.json",
 }  # of each source that is no random text
 TURN = "\n\nAssistant:"
-# Of a token and weight: 2 forwards, 6 forwards and backwards. PPO samples, reads reference, reward, value and policy,
-# and trains two models.
-FLOPS = {"ppo": 22, "rm": 6, "sft": 6, "sampling": 2}
+# Of a token and weight: 2 forwards, 6 forwards and backwards. PPO samples, reads reference, reward and value model, and
+# trains two models; with the sampler's log-probabilities kept, the policy need not be read again.
+FLOPS = {"ppo": 20, "rm": 6, "sft": 6, "sampling": 2}
+TEMPERATURE = 1.0  # of all sampling, on both sides
 
 
 def model_folder(smollm2: str, spec: dict) -> Path:
@@ -156,7 +157,7 @@ def demonstration_tokens(tokenizer, row: dict) -> dict[str, list[int]]:
 
 
 def load_rankings(data: Path, spec: dict) -> list[dict]:
-    """Rows of {"prompt", "answers", "ranks", "wins": pairs (better, worse) of answers}."""
+    """Rows of {"prompt", "answers", "ranks": one an answer, the least is the best}."""
     if spec["source"] == "words":
         return word_rankings(spec["count"], spec["k"])
     return {"hh": hh_pairs, "qa": qa_rankings}[spec["source"]](data, spec["count"])
@@ -169,10 +170,9 @@ def word_rankings(count: int, k: int) -> list[dict]:
     def words(n: int) -> str:
         return " ".join("".join(numbers.choices(string.ascii_lowercase, k=4)) for _ in range(n))
 
-    ranks, wins = list(range(k)), list(itertools.combinations(range(k), 2))
+    ranks = list(range(k))
     return [
-        {"prompt": words(96), "answers": [f" {words(32)}" for _ in ranks], "ranks": ranks, "wins": wins}
-        for _ in range(count)
+        {"prompt": words(96), "answers": [f" {words(32)}" for _ in ranks], "ranks": ranks} for _ in range(count)
     ]
 
 
@@ -183,7 +183,7 @@ def hh_pairs(data: Path, count: int) -> list[dict]:
     ends = [row["chosen"].rfind(TURN) + len(TURN) for row in rows]
     return [
         {"prompt": row["chosen"][:end], "answers": [row["chosen"][end:], last_turn(row["rejected"])],
-         "ranks": [1, 2], "wins": [(0, 1)]}
+         "ranks": [1, 2]}
         for row, end in zip(rows, ends, strict=True)
     ]  # fmt: skip
 
@@ -193,7 +193,8 @@ def last_turn(dialogue: str) -> str:
 
 
 def qa_rankings(data: Path, count: int) -> list[dict]:
-    """qa-feedback: four answers to a question with its passages, judged pair by pair; ties are pairs left out."""
+    """qa-feedback: four answers to a question with its passages, judged pair by pair. An answer's rank is its defeats
+    less its victories; both sides train on the pairs whose ranks differ, those that were judged a tie too."""
     rows = json.loads((data / FILES["qa"]).read_text(encoding="utf-8"))[:count]
     rankings = []
     for row in rows:
@@ -203,15 +204,17 @@ def qa_rankings(data: Path, count: int) -> list[dict]:
         wins = [(a, b) if better == 1 else (b, a) for (a, b), better in preferred if better]
         losses = [sum(loser == i for _, loser in wins) - sum(winner == i for winner, _ in wins) for i in range(4)]
         prompt = f"{passages}\n\nQuestion: {row['question']}\nAnswer: "
-        rankings.append({"prompt": prompt, "answers": answers, "ranks": losses, "wins": wins})
+        rankings.append({"prompt": prompt, "answers": answers, "ranks": losses})
     return rankings
 
 
 def pairs_of(rankings: list[dict]) -> list[dict]:
-    """A pairwise trainer's rows, in its own format."""
+    """A pairwise trainer's rows, in its own format: every pair of answers whose ranks differ."""
     pairs = []
     for ranking in rankings:
-        for winner, loser in ranking["wins"]:
-            answers = ranking["answers"]
-            pairs.append({"prompt": ranking["prompt"], "chosen": answers[winner], "rejected": answers[loser]})
+        answers, ranks = ranking["answers"], ranking["ranks"]
+        for i, j in itertools.combinations(range(len(ranks)), 2):
+            if ranks[i] != ranks[j]:
+                better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
+                pairs.append({"prompt": ranking["prompt"], "chosen": answers[better], "rejected": answers[worse]})
     return pairs

@@ -10,16 +10,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from align.config import BaseConfig
 from align.demonstrations import demonstration_rows
 from align.errors import UserError
+from align.models import ScalarModel
+from align.ranking import encode_rankings, split_pairs
 from align.rows import DataReport
 from align.text import Codec
-from align.types import Demonstration
+from align.types import Demonstration, Ranking
 from benchmarks import __main__ as command_line
-from benchmarks import compare, growth, memory, workloads
+from benchmarks import compare, growth, memory, ours, workloads
 from stages.base import llama_config, train_tokenizer
 
 FOLDER = Path(compare.__file__).parent
@@ -98,11 +100,11 @@ def test_hh_pairs_share_their_prompt(tmp_path):
     with gzip.open(tmp_path / workloads.FILES["hh"], "wt", encoding="utf-8") as file:
         file.write(json.dumps({"chosen": head + " because", "rejected": head + " no idea"}) + "\n")
     (row,) = workloads.load_rankings(tmp_path, workloads.WORKLOADS["rm-hh"])
-    assert row == {"prompt": head, "answers": [" because", " no idea"], "ranks": [1, 2], "wins": [(0, 1)]}
+    assert row == {"prompt": head, "answers": [" because", " no idea"], "ranks": [1, 2]}
     assert workloads.pairs_of([row]) == [{"prompt": head, "chosen": " because", "rejected": " no idea"}]
 
 
-def test_qa_rankings_and_pairs_hold_the_same_judgements(tmp_path):
+def test_both_sides_train_on_the_pairs_whose_ranks_differ(tmp_path, codec):
     (tmp_path / "qa-feedback").mkdir()
     row = {"passages": [["a", "b"], "c"], "question": "q", "preference": [1, 2, 0, 2, 1, 1]}
     row |= {f"prediction {i}": f"p{i}" for i in (1, 2, 3, 4)}
@@ -111,8 +113,45 @@ def test_qa_rankings_and_pairs_hold_the_same_judgements(tmp_path):
     assert ranking["prompt"] == "a b\nc\n\nQuestion: q\nAnswer: "
     # (1,2): 1; (1,3): 3; (1,4): tie; (2,3): 3; (2,4): 2; (3,4): 3. Losses minus wins of each answer:
     assert ranking["ranks"] == [1 - 1, 2 - 1, 0 - 3, 2 - 0]
+    # Ranks 0, 1, -3, 2: the pair that was judged a tie has its order too.
     pairs = [(pair["chosen"], pair["rejected"]) for pair in workloads.pairs_of([ranking])]
-    assert pairs == [("p1", "p2"), ("p3", "p1"), ("p3", "p2"), ("p2", "p4"), ("p3", "p4")]
+    assert pairs == [("p1", "p2"), ("p3", "p1"), ("p1", "p4"), ("p3", "p2"), ("p2", "p4"), ("p3", "p4")]
+    assert len(trained_pairs(ranking, codec)) == 6
+    tied = ranking | {"ranks": [0, 1, 0, 1]}
+    pairs = [(pair["chosen"], pair["rejected"]) for pair in workloads.pairs_of([tied])]
+    assert pairs == [("p1", "p2"), ("p1", "p4"), ("p3", "p2"), ("p3", "p4")]
+    assert len(trained_pairs(tied, codec)) == 4
+
+
+def trained_pairs(row: dict, codec: Codec) -> list[dict]:
+    """Of a row of `workloads.load_rankings`, by our reward model's code."""
+    ranking = Ranking(row["prompt"], tuple(row["answers"]), tuple(map(float, row["ranks"])))
+    return split_pairs(encode_rankings([ranking], codec))
+
+
+def test_operations_by_hand():
+    """Width 8, one layer: attention 4 x 8 x 8, feed-forward 3 x 8 x 12, three norms of 8, a vocabulary of 50."""
+    sizes = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True, num_labels=1)
+    trunk, embedding, head = 256 + 288 + 24, 400, 8
+    policy, scalar = LlamaForCausalLM(config), ScalarModel(LlamaForSequenceClassification(config), packed=False)
+    # PPO: sampled 2, reference 2, reward 2, value 2, policy trained 6, value model trained 6.
+    assert ours.operations({"kind": "ppo"}, policy, 3) == {"tokens": 3, "flops": 3 * 20 * (trunk + embedding)}
+    assert ours.operations({"kind": "sft"}, policy, 3)["flops"] == 3 * 6 * (trunk + embedding)
+    assert ours.operations({"kind": "sampling"}, policy, 3)["flops"] == 3 * 2 * (trunk + embedding)
+    assert ours.operations({"kind": "rm"}, scalar, 3)["flops"] == 3 * 6 * (trunk + head)
+
+
+def test_peers_optimiser_steps_are_those_it_took(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    peer = importlib.import_module("peer")
+    model = torch.nn.Linear(2, 1)
+    optimiser = torch.optim.AdamW(model.parameters())
+    assert peer.steps_taken(optimiser) == 0
+    for _ in range(3):
+        model(torch.ones(2)).backward()
+        optimiser.step()
+    assert peer.steps_taken(optimiser) == 3
 
 
 def test_bytes_of_each_memory_key_by_hand(tmp_path, monkeypatch):
@@ -146,7 +185,7 @@ def test_k_answers_make_all_their_pairs():
         rows = workloads.load_rankings(Path("none"), workloads.GROWTH["k"][k])
         assert len(rows) == 8 and len(workloads.pairs_of(rows)) == 8 * pairs
         for row in rows:
-            assert len(set(row["answers"])) == k and all(row["ranks"][a] < row["ranks"][b] for a, b in row["wins"])
+            assert len(set(row["answers"])) == len(set(row["ranks"])) == k
 
 
 def test_demonstrations_are_the_best_replies_that_are_short(tmp_path):
@@ -168,8 +207,9 @@ def test_peer_is_given_the_tokens_that_our_stage_makes(codec):
 # The results
 
 
-def test_results_name_each_workload_once_with_its_fields():
-    entries = json.loads(RESULTS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("file", command_line.RESULTS.values())
+def test_results_name_each_workload_once_with_its_fields(file):
+    entries = json.loads((FOLDER / file).read_text(encoding="utf-8"))
     names = [entry["workload"] for entry in entries]
     assert names == sorted(set(names)) and set(names) <= workloads.WORKLOADS.keys()
     for entry in entries:
@@ -178,12 +218,43 @@ def test_results_name_each_workload_once_with_its_fields():
         rates = [(a["rate"], b["rate"]) for a, b in zip(entry["runs"]["ours"], entry["runs"]["peer"], strict=True)]
         assert entry["ours"] == pytest.approx(sum(a for a, _ in rates) / len(rates))
         assert entry["ratio_high"] == pytest.approx(max(a / b for a, b in rates))
+        shares = [run["flops"] / run["seconds"] / (1e9 * entry["limit_gflops"]) for run in entry["runs"]["ours"]]
+        assert entry["limit_fraction"] == pytest.approx(sum(shares) / len(shares))
 
 
-def a_run(rate: float, peak: float, episodes: int = 4) -> dict:
+# 30 layers of q, o 576 x 576, k, v 576 x 192, feed-forward 3 x 576 x 1536 and two norms; the last norm.
+TRUNK = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576) + 576
+WEIGHTS = {"rm": TRUNK + 576 + 1}  # the head and its bias; a policy's embedding is its output layer too
+
+
+@pytest.mark.parametrize("file", command_line.RESULTS.values())
+def test_results_count_smollm2s_operations(file):
+    for entry in json.loads((FOLDER / file).read_text(encoding="utf-8")):
+        spec = workloads.WORKLOADS[entry["workload"]]
+        if spec["model"] == workloads.SMOLLM2:
+            a_token = workloads.FLOPS[spec["kind"]] * WEIGHTS.get(spec["kind"], TRUNK + 49152 * 576)
+            assert all(run["flops"] == a_token * run["tokens"] for run in entry["runs"]["ours"])
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_readmes_speed_table_is_results_json(readme):
+    entries = [e for e in json.loads(RESULTS.read_text(encoding="utf-8")) if "gpu-" not in e["workload"]]
+    lines = (FOLDER.parent / readme).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    shown = {row[0]: row[1:] for row in rows if row[0] in workloads.WORKLOADS}
+    assert shown == {
+        e["workload"]: [
+            f"{e['ours']:.2f} {e['unit']}", f"{e['peer']:.2f}", f"{e['ratio']:.2f}", f"{e['memory_ratio']:.2f}",
+            f"{e['limit_fraction']:.0%}",
+        ]
+        for e in entries
+    }  # fmt: skip
+
+
+def a_run(rate: float, peak: float, episodes: int = 4, steps: int = 2) -> dict:
     return {
         "workload": "ppo-fixed", "rate": rate, "unit": "episodes/s", "seconds": 4 / rate, "peak_gib": peak, "flops": 80,
-        "work": {"episodes": episodes}, "version": "trl 1.12.0", "phases": {"sample": 1 / rate, "other": 3 / rate},
+        "work": {"episodes": episodes, "steps": steps}, "version": "trl 1.12.0", "phases": {"sample": 1 / rate, "other": 3 / rate},
     }  # fmt: skip
 
 
@@ -200,9 +271,10 @@ def test_ratio_is_of_neighbouring_runs():
     assert "sample 25%, other 75%" in compare.table([entry])
 
 
-def test_sides_that_did_different_work_are_not_compared():
+@pytest.mark.parametrize("work", [{"episodes": 3}, {"steps": 1}])
+def test_sides_that_did_different_work_are_not_compared(work):
     with pytest.raises(UserError, match="different work"):
-        compare.result("ppo-fixed", {"ours": [a_run(8, 3)], "peer": [a_run(2, 7, episodes=3)]}, 1.0)
+        compare.result("ppo-fixed", {"ours": [a_run(8, 3)], "peer": [a_run(2, 7, **work)]}, 1.0)
 
 
 def test_sides_take_turns(monkeypatch):

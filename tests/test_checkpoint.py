@@ -228,3 +228,12 @@ def test_training_state_round_trip_and_faults(tmp_path):
             load_training_state(tmp_path, name)
     with pytest.raises(UserError, match="no such file"):
         load_training_state(tmp_path, "none.pt")
+
+
+def test_the_home_folder_is_never_emptied(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
+    for folder in (tmp_path / "home" / "me", tmp_path / "home"):
+        finished(folder)
+        with pytest.raises(UserError, match="is not overwritten"):
+            start_output(folder, overwrite=True)
+        assert (folder / "manifest.json").exists()

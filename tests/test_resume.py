@@ -5,9 +5,9 @@ import json
 import pytest
 
 from align.checkpoint import is_finished, release_output
-from align.config import FunctionTerm, PPOConfig, SFTConfig
+from align.config import BaseConfig, FunctionTerm, PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
-from align.resume import start_run
+from align.resume import LORA, RATES, SHARED, start_run
 from align.rows import DataReport
 from tests.folders import finished, names, own_checkpoint
 
@@ -59,6 +59,45 @@ def test_what_cannot_go_on_leaves_a_finished_run_as_it_was(run, message):
         start_run(sft(run, **changes), PARENTS, REPORTS)
     assert message in str(failure.value)
     assert names(run) == before and is_finished(run, "latest")
+
+
+PPO = {"reward": (FunctionTerm("a:b"),), "ptx_coef": 0}
+ADAM = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "optim": "adafactor"}
+ADAPTER = {"lora_r": 3, "lora_alpha": 7, "lora_target_modules": ("q_proj",)}
+SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+MUON = {"optim": "muon", "muon_learning_rate": 0.1}
+COMPARED = [  # a stage, what it begins with, and each key that then may not change with another value of it
+    (BaseConfig, {}, SIZES | {"seed": 1, "learning_rate": 0.5, "muon_learning_rate": 0.5, "adam_beta2": 0.5}),
+    (SFTConfig, {"pretraining_file": "t.txt"}, {"seed": 1, "max_length": 9, "pretraining_fraction": 0.5}),
+    (SFTConfig, {}, ADAM | {"learning_rate": 0.5, "use_peft": True}),
+    (RMConfig, {}, ADAM | {"seed": 1, "max_length": 9, "batch_element": "pair", "learning_rate": 0.5}),
+    (PPOConfig, PPO, ADAM | {"seed": 1, "max_prompt_length": 9, "rollout_batch_size": 8, "ema_decay": None}),
+    (PPOConfig, PPO, {"use_peft": True, "value_use_peft": True}),
+    *((kind, MUON, {"muon_learning_rate": 0.2}) for kind in (SFTConfig, RMConfig)),
+    *((kind, {"use_peft": True}, ADAPTER | {"use_peft": False}) for kind in (SFTConfig, RMConfig)),
+    *((PPOConfig, PPO | {name: True}, ADAPTER | {name: False}) for name in ("use_peft", "value_use_peft")),
+]
+CASES = [
+    pytest.param(kind, begun, key, value, id=f"{'-'.join([kind.__name__, *begun.keys() - PPO.keys()])}-{key}")
+    for kind, begun, changed in COMPARED
+    for key, value in changed.items()
+]
+
+
+@pytest.mark.parametrize(("kind", "begun", "key", "value"), CASES)
+def test_what_weights_optimiser_and_order_rest_on_is_refused_by_name(tmp_path, kind, begun, key, value):
+    start_run(kind(output_dir=str(tmp_path), **begun), PARENTS, REPORTS)
+    own_checkpoint(tmp_path, 1)
+    again = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest", **begun}
+    with pytest.raises(UserError, match=f"checkpoint-1: its {key} is .*; set it as it was"):
+        start_run(kind(**again | {key: value}), PARENTS, REPORTS)
+    assert start_run(kind(**again), PARENTS, REPORTS) == (tmp_path, tmp_path / "checkpoint-1")
+    release_output(tmp_path)
+
+
+def test_every_key_that_is_compared_has_its_case():
+    assert {key for *_, changed in COMPARED for key in changed} == {*SHARED, *RATES, *LORA}
 
 
 OTHER_BEGINNINGS = {

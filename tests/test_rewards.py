@@ -11,8 +11,18 @@ import torch
 import align.rewards
 from align.errors import UserError
 from align.models import ScalarModel, load_scalar_model
-from align.rewards import FunctionReward, ModelReward, RewardSum, Term, combine, deviations, import_function
-from align.types import Episode, Prompt
+from align.rewards import (
+    FunctionReward,
+    GoldJudge,
+    ModelReward,
+    RewardSum,
+    Term,
+    combine,
+    deviations,
+    import_function,
+    plain_text,
+)
+from align.types import Episode, Prompt, pad_rows
 
 EPISODES = [Episode((5, 6), (7, 1), True), Episode((9,), (10, 11, 12), False), Episode((30, 31, 32), (1,), True)]
 PROMPTS = [Prompt("a", {"id": "x"}), Prompt("b", {"id": "y", "extra": 3}), Prompt("c")]
@@ -163,11 +173,12 @@ def test_a_function_that_hangs_is_left_behind_and_called_again(functions, tiny_c
 
     functions.reward = reward
     try:
-        scorer = function_reward(tiny_codec, timeout=0.2, retries=1)
+        scorer = function_reward(tiny_codec, timeout=1.0, retries=1)  # within which the second call must answer
         assert scorer(PROMPTS, EPISODES) == [1.0, 2.0, 3.0] and scorer.notes == {"failures": 1.0}
-        assert "returned nothing within 0.2 s (reward_timeout); failure 1" in capsys.readouterr().err
+        assert "returned nothing within 1 s (reward_timeout); failure 1" in capsys.readouterr().err
+        hasty = function_reward(tiny_codec, timeout=0.2, retries=1)
         with pytest.raises(UserError, match=r"returned nothing within 0.2 s \(reward_timeout\), the last of 2 tries"):
-            scorer(PROMPTS, EPISODES)
+            hasty(PROMPTS, EPISODES)
         assert calls == [False] * 4, "no call builds a graph"
     finally:
         released.set()
@@ -216,6 +227,12 @@ def test_failed_tries_reach_the_log(functions, tiny_codec, naps):
     assert RewardSum(terms)(PROMPTS, EPISODES).parts["failures/f"] == [1.0, 1.0, 1.0]
 
 
+def test_a_note_of_one_model_is_shared_among_its_ensemble():
+    first, second = (constant(1.0, 2.0, 3.0) for _ in range(2))
+    first.notes = {"cut": 0.5}  # the other reads any length and notes nothing: (0.5 + 0) / 2
+    assert RewardSum([Term("e", 1.0, [first, second])])(PROMPTS, EPISODES).parts["cut/e"] == [0.25, 0.25, 0.25]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_names_its_term_and_prompt(bad):
     good = constant(1.0, 2.0, 3.0)
@@ -229,6 +246,35 @@ def test_import_paths_that_lead_nowhere(path):
     with pytest.raises(UserError, match="reward_function: ") as error:
         import_function(path, "reward_function")
     assert "\n" not in str(error.value)
+
+
+def test_gold_judge_reads_each_answer_alone_and_gives_the_mean(functions, tiny_codec):
+    asked = []
+
+    def judge(row, response, finished):
+        asked.append((row, response, finished))
+        return types.SimpleNamespace(likert={"cold": 2, "a bird": 5}[response])
+
+    functions.judge = judge
+    prompts = [Prompt("hot", {"id": "x"}), Prompt("name one", {"extra": 3})]
+    queries = tiny_codec.prompts([prompt.prompt for prompt in prompts])
+    responses = [tiny_codec.response("cold"), tiny_codec.response("a bird")[:-1]]
+    rollout = types.SimpleNamespace(
+        input_ids=pad_rows([[*q, *r] for q, r in zip(queries, responses, strict=True)], tiny_codec.pad_id),
+        query_lengths=torch.tensor([len(query) for query in queries]),
+        response_lengths=torch.tensor([len(response) for response in responses]),
+        finished=torch.tensor([True, False]),
+    )
+    scores = GoldJudge("some_rewards:judge", tiny_codec).score(prompts, rollout)
+    assert scores == {"eval/gold": 3.5}, "(2 + 5) / 2"
+    expected = [({"prompt": "hot", "id": "x"}, "cold", True), ({"prompt": "name one", "extra": 3}, "a bird", False)]
+    assert asked == expected and [type(finished) for *_, finished in asked] == [bool, bool]
+    assert GoldJudge(None, tiny_codec).score(prompts, rollout) == {}
+
+
+def test_a_conversation_in_plain_text_has_blank_lines_between_its_messages():
+    talk = ({"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"})
+    assert plain_text(talk) == "hot?\n\ncold" and plain_text("hot?") == "hot?"
 
 
 def test_import_path():

@@ -83,6 +83,7 @@ def test_D1_shared_prefix_keeps_the_first():
         "mail me: a.b+c@mail.example.co.uk.", "call +44 20 7946 0958 now", "(555) 010-9999", "555-010-9999",
         "打电话13800138000。",
         "138-0013-8000", "card 4111 1111 1111 1111", "4111111111111111", "身份证11010519491231002X",
+        "card 3782 822463 10005", "card 4222222222222", "card 6304000000000000000",  # of 15, 13 and 19 digits
         ({"role": "user", "content": "a@b.org"},),
     ],
 )  # fmt: skip
@@ -93,7 +94,8 @@ def test_D1_personal_data_is_found(text):
 @pytest.mark.parametrize(
     "text",
     ["On 2023-09-19 at 12:30", "1 000 000 people", "3.14159265358979323846", "@home and user@", "4111 1111 1111 1112",
-     "ISBN 978-3-16-148410-0", "1 2 3 4 5 6 7 8 9", "2+2=4, 12-34-56"],
+     "ISBN 978-3-16-148410-0", "1 2 3 4 5 6 7 8 9", "2+2=4, 12-34-56", "card 3782 822463 10006",
+     "422222222220", "63040000000000000000"],  # check digits are right, and 12 or 20 digits are no card
 )  # fmt: skip
 def test_D1_other_numbers_are_no_personal_data(text):
     assert not has_pii(text)
@@ -129,6 +131,24 @@ def test_D1_rows_in_two_splits_stop_or_are_dropped(tmp_path):
         keep_apart(rows, report, rows, "drop")
 
 
+def test_D1_the_same_words_by_another_speaker_are_another_prompt():
+    """A lone message of the user is the plain text; one of anybody else is not."""
+
+    def says(*turns: tuple[str, str]) -> tuple[dict[str, str], ...]:
+        return tuple({"role": role, "content": content} for role, content in turns)
+
+    assert prompt_key(says(("user", " a\n b "))) == prompt_key("a b") == "a b"
+    prompts = [
+        "a",
+        says(("system", "a")),
+        says(("assistant", "a")),
+        says(("system", "a"), ("user", "b")),
+        says(("user", "a"), ("user", "b")),
+        says(("user", "b"), ("system", "a")),
+    ]
+    assert len({prompt_key(prompt) for prompt in prompts}) == len(prompts)
+
+
 # Splits by a hash of the prompt
 
 
@@ -158,3 +178,9 @@ def test_rows_marked_eval_only_are_refused(tmp_path):
     with pytest.raises(UserError, match="p.jsonl: 1 rows are marked eval_only"):
         refuse_eval_only(rows, report)
     refuse_eval_only(rows[1:], report)
+
+
+def test_rows_marked_false_may_be_trained_on(tmp_path):
+    rows, report = load_prompts(lines(tmp_path / "p.jsonl", {"prompt": "a", "eval_only": False}, {"prompt": "b"}))
+    assert rows[0].columns["eval_only"] is False
+    refuse_eval_only(rows, report)

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import align.update
-from align.config import ModelTerm, PPOConfig
+from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
 from align.learn import build_actors, build_learner, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
-from align.reward_models import value_start
+from align.reward_models import ValueStart, value_start
 from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Actors, Query, collect_rollout, token_weights
 from align.runtime import Runtime
-from align.types import Episode, Prompt
+from align.types import Episode, Prompt, UpdateStats
 from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, step, update
 
 EOS, PAD = 1, 0
@@ -675,3 +676,34 @@ def test_pretraining_documents_a_minibatch_are_whole_up_to_rounding():
     assert BatchAlgebra.of(config, 1).ptx == 7
     with pytest.raises(UserError, match="choose a whole product"):
         BatchAlgebra.of(dataclasses.replace(config, ptx_examples_per_episode=0.075), 1)
+
+
+def test_the_order_of_minibatches_is_another_in_each_iteration_epoch_and_seed(setup, runtime, monkeypatch):
+    taken = []
+
+    def recorded(minibatch, *rest):
+        ends = (minibatch.query_lengths + minibatch.response_lengths).tolist()
+        taken.append([tuple(row[:end]) for row, end in zip(minibatch.input_ids.tolist(), ends, strict=True)])
+        return UpdateStats({"tokens": 1.0})
+
+    monkeypatch.setattr(align.update, "optimiser_step", recorded)
+    orders = {}
+    for seed, iteration in ((0, 0), (0, 1), (1, 0)):
+        config = config_of(num_mini_batches=3, num_ppo_epochs=2, seed=seed, old_logprobs="recompute")
+        taken.clear()
+        monkeypatch.setattr(align.update, "sampling_mismatch", lambda *args: {})
+        update(setup.rollout, None, lambda count: [], config, runtime, iteration)
+        assert len(taken) == 6
+        for epoch in (0, 1):
+            orders[seed, iteration, epoch] = tuple(row for part in taken[3 * epoch : 3 * epoch + 3] for row in part)
+    assert len(set(orders.values())) == 6
+    assert len({tuple(sorted(order)) for order in orders.values()}) == 1, "each the whole rollout"
+
+
+def test_dropout_is_off_in_both_models_that_learn(runtime, tmp_path):
+    sizes = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=EOS, pad_token_id=PAD)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None)).save_pretrained(tmp_path)  # 0.1 everywhere
+    config = dataclasses.replace(config_of(), model_name_or_path=str(tmp_path), reward=(FunctionTerm("a:b"),))
+    learner = build_learner(config, ValueStart(str(tmp_path), fresh_head=True), runtime)
+    rates = [m.p for model in (learner.policy, learner.value_model) for m in model.modules() if hasattr(m, "p")]
+    assert len(rates) > 6 and set(rates) == {0.0}

@@ -14,7 +14,8 @@ from align.evaluate.policies import Setting, answer, cut_at_newline, few_shot_ex
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
 from align.runtime import Runtime
-from align.types import Demonstration, Episode, Prompt
+from align.types import Demonstration, Episode, Prompt, Ranking
+from stages.evaluate import gold_scores
 
 CPU = torch.device("cpu")
 QUERIES = [(5, 6), (9,), (30, 31, 32, 33), (8, 60, 2), (7,)]
@@ -161,6 +162,59 @@ def test_kl_of_a_prompted_answer_is_of_the_tokens_before_its_newline(tiny_llama,
         here = at_temperature(models[0], tuple(query), tuple(tokens), 1.0)
         there = at_temperature(models[1], tuple(own), tuple(tokens), 1.0)
         assert row["kl"] == pytest.approx(here - there, abs=1e-3)
+
+
+def test_reward_and_judge_read_the_answer_behind_the_plain_prompt(tiny_llama, tiny_codec, monkeypatch):
+    """Not behind the few-shot prefix, nor what followed the newline; and that an answer was cut off is told."""
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy = Policy(tiny_llama.eval())
+    ended, cut = tiny_codec.response("a cat\nName"), tiny_codec.response("a dog")[:-1]
+    scored, judged = [], []
+
+    def sampler(queries, uniforms, temperature):
+        drawn = [(ended, True), (cut, False)]
+        return [Episode(tuple(q), tuple(r), done) for q, (r, done) in zip(queries, drawn, strict=True)]
+
+    def reward(prompts, episodes):
+        scored.extend(zip(prompts, episodes, strict=True))
+        return [0.25, -0.5]
+
+    def judge(row, response, finished):
+        judged.append((row, response, finished))
+        likert = 2 + 3 * finished
+        return SimpleNamespace(likert=likert, as_dict=lambda: {"likert": likert, "opinion": not finished})
+
+    monkeypatch.setattr("align.evaluate.policies.make_sampler", lambda *args: sampler)
+    prompts = [Prompt("Name a pet.", {"id": 7, "source": "web"}), Prompt("Say no")]
+    setting = Setting(tiny_codec, prompts, policy, reward, judge, 9, batch_size=2, seed=0)
+    rows = answer(policy, setting, 1.0, Runtime(seed=0), few_shot=[("Name a bird.", "a crow")])
+    plain = [tuple(query) for query in tiny_codec.prompts([prompt.prompt for prompt in prompts])]
+    assert scored == [
+        (prompts[0], Episode(plain[0], tuple(tiny_codec.response("a cat")), True)),
+        (prompts[1], Episode(plain[1], tuple(cut), False)),
+    ]
+    assert judged == [
+        ({"prompt": "Name a pet.", "id": 7, "source": "web"}, "a cat", True),
+        ({"prompt": "Say no"}, "a dog", False),
+    ]
+    told = [(row["proxy"], row["likert"], row["fields"], row["finished"]) for row in rows]
+    assert told == [(0.25, 5, {"opinion": False}, True), (-0.5, 2, {"opinion": True}, False)]
+
+
+def test_gold_scores_tell_the_judge_which_completions_ended():
+    asked = []
+
+    def judge(row, text, finished):
+        asked.append((row, text, finished))
+        return SimpleNamespace(likert={"yes": 6, "no, beca": 3}[text])
+
+    setting = SimpleNamespace(judge=judge)
+    ends = {"source": "web", "finished": [True, False]}
+    assert gold_scores(Ranking("ok?", ("yes", "no, beca"), (1, 2), "ann", ends), setting) == [6, 3]
+    row = {"prompt": "ok?", "source": "web", "finished": [True, False]}
+    assert asked == [(row, "yes", True), (row, "no, beca", False)]
+    gold_scores(Ranking("ok?", ("no, beca", "yes"), (2, 1)), setting)  # of people, who are not asked that
+    assert asked[2:] == [({"prompt": "ok?"}, "no, beca", True), ({"prompt": "ok?"}, "yes", True)]
 
 
 def test_few_shot_examples_are_text_and_leave_room(tiny_llama, tiny_codec):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from align.evaluate import reward_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.win_rate import Interval
 from align.files import plain
@@ -52,6 +53,13 @@ def test_calibration_by_hand():
     assert report["calibration_error"] == pytest.approx((0.0 + 0.731059 + 0.119203) / 3, abs=1e-6)
 
 
+def test_calibration_error_weighs_a_bin_by_its_pairs():
+    # Three ties of 0.5, half right, and sigmoid(1) = .731059 that is wrong: (3 x 0 + .731059) / 4, not / 2 bins.
+    gaps = (0.0, 0.0, 0.0, -1.0)
+    scored = [(Ranking(f"p{i}", ("a", "b"), (1, 2)), [gap, 0.0]) for i, gap in enumerate(gaps)]
+    assert ranking_accuracy(scored, seed=0)["calibration_error"] == pytest.approx(0.182765, abs=1e-6)
+
+
 def test_ties_are_counted_and_cost_nothing():
     report = ranking_accuracy(SCORED, seed=0)
     assert report["ties"] == 1
@@ -87,6 +95,35 @@ def test_the_fitted_baseline_finds_any_taste_in_length(taste, longer):
     assert found["length_fitted"].mean > 0.9
 
 
+def test_gains_are_over_each_baseline():
+    """Labelers like the shorter: "the longer" is right nowhere, the fit everywhere, scores that tie on half."""
+    report = ranking_accuracy(by_length(lambda n: -n), seed=0)
+    assert {name: found.mean for name, found in report["baselines"].items()} == {
+        "length_only": 0.0, "length_fitted": 1.0, "random": 0.5,
+    }  # fmt: skip
+    assert {name: gain.mean for name, gain in report["gain"].items()} == {"length_only": 0.5, "length_fitted": -0.5}
+
+
+def test_the_fitted_baseline_leaves_out_whole_prompts(monkeypatch):
+    """Three labelers rank the same two completions: a prompt's three pairs are fitted on together or not at all."""
+    fits, logistic = [], reward_report._logistic
+
+    def spy(features):
+        fits.append(np.unique(features.round(9), axis=0, return_counts=True)[1].tolist())
+        return logistic(features)
+
+    monkeypatch.setattr(reward_report, "_logistic", spy)
+    texts = [("x" * (10 + i), "y" * (20 + 7 * i)) for i in range(10)]  # no two prompts of the same lengths
+    rankings = [Ranking(f"p{i}", pair, (1, 2), who) for who in ("ann", "bob", "cid") for i, pair in enumerate(texts)]
+    ranking_accuracy([(ranking, [0.0, 0.0]) for ranking in rankings], seed=0)
+    assert fits == [[3] * 8] * 5, "ten prompts in five folds"
+
+
+def test_the_fit_is_pulled_towards_0():
+    # One win: the w at which its slope 1 / (1 + e^w) is the pull w. e^.401058 = 1.493404, and .401058 x 2.493404 = 1.
+    assert reward_report._logistic(np.array([[1.0]])) == pytest.approx([0.401058], abs=1e-4)
+
+
 def test_the_fitted_baseline_is_not_tested_on_what_it_was_fitted_on():
     """Lengths that say nothing: in-sample a fit would beat 0.5 on so few prompts, out of sample it must not."""
     rng = np.random.default_rng(3)
@@ -105,6 +142,14 @@ def test_random_scorers_by_enumeration():
     lone = [(Ranking(f"p{i}", ("a", "b"), (0, 1)), [0.0, 0.0]) for i in range(40)]
     random = ranking_accuracy(lone, seed=0)["baselines"]["random"]
     assert (random.low, random.high) == (pytest.approx(0.35, abs=0.026), pytest.approx(0.65, abs=0.026))
+
+
+def test_random_scorers_give_a_completion_one_score_in_all_its_pairs():
+    """The 36 pairs of nine completions: orders with m of 36 pairs right number as permutations with m inversions, of
+    which 2.2% have 8 or fewer and 3.8% 9: [9 / 36, 27 / 36]. Of 36 independent pairs 2.5% have 12 or fewer."""
+    nine = [(Ranking("p", tuple("abcdefghi"), tuple(range(9))), [0.0] * 9)]
+    random = ranking_accuracy(nine, seed=0)["baselines"]["random"]
+    assert (random.low, random.high) == (pytest.approx(9 / 36, abs=1.1 / 36), pytest.approx(27 / 36, abs=1.1 / 36))
 
 
 @pytest.mark.parametrize(("sign", "accuracy"), [(1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)])

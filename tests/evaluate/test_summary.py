@@ -24,6 +24,10 @@ def test_policy_summary_by_hand():
 def test_policy_summary_wants_the_same_prompts():
     with pytest.raises(ValueError, match="same prompts"):
         policy_summary(answers(1, 2), answers(1, 2)[::-1], seed=0)
+    nameless = [{"prompt": prompt, "likert": 1} for prompt in "ab"]  # a file of prompts need not number them
+    assert policy_summary(nameless, nameless, seed=0)["gold"]["mean"] == 1.0
+    with pytest.raises(ValueError, match="same prompts"):
+        policy_summary(nameless, nameless[::-1], seed=0)
 
 
 def test_summarise_gives_the_schema(make_evaluation):
@@ -42,15 +46,51 @@ def test_summarise_gives_the_schema(make_evaluation):
     assert summary["policies"]["sft"]["greedy"]["win_rate_vs_sft"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
+def test_a_policy_reports_its_own_means_of_its_sampled_answers(make_evaluation):
+    evaluation = make_evaluation(n=4)
+    for i, name in enumerate(POLICIES):
+        policy = evaluation["policies"][name]
+        policy["perplexity"] = 9.0 + i
+        for j in range(4):  # each mean is that of the values and half of 1 or 0 more: 0.5
+            more = {"proxy": i + j % 2, "kl": 10 + i + j % 2, "response_tokens": 20 + i + j % 2, "finished": j < i}
+            policy["sampled"][j] |= more
+            policy["greedy"][j] |= dict.fromkeys(more, 77)
+    keys = ("proxy", "kl", "response_tokens", "finished", "perplexity")
+    table = {name: [policy[key] for key in keys] for name, policy in summarise(evaluation)["policies"].items()}
+    assert table == {
+        "base": [0.5, 10.5, 20.5, 0.0, 9.0],
+        "prompted": [1.5, 11.5, 21.5, 0.25, 10.0],
+        "sft": [2.5, 12.5, 22.5, 0.5, 11.0],
+        "ppo": [3.5, 13.5, 23.5, 0.75, 12.0],
+        "ppo_ptx": [4.5, 14.5, 24.5, 1.0, 13.0],
+    }
+
+
+def test_a_total_that_was_measured_is_kept(make_evaluation):
+    """It covers what ran between the stages too; without one it is their sum, a stage that was not run being 0."""
+    evaluation = make_evaluation(n=4)
+    evaluation["seconds"]["collect"] = None
+    assert summarise(evaluation)["seconds"]["total"] == 430.0, "100 + 60 + 40 + 200 + 30"
+    evaluation["seconds"]["total"] = 512.0
+    assert summarise(evaluation)["seconds"]["total"] == 512.0
+
+
 def test_by_reward_model_by_hand():
     """SFT scores 0, 2, 4 (deviation 2), PPO 2, 4, 12: gains 2, 2, 8, mean 4, half-width 4.302653 x 2; finished -1, 0, 1
-    and 0 in the mean."""
-    about = {"kl": 1.0, "response_tokens": 3, "repetition": 0.0}
+    and 0 in the mean. Greedy SFT 0, 1, 2 (deviation 1), PPO -1, 0, 1: each loses 1, all else alike."""
+    about = {
+        "sampled": {"kl": 1.0, "response_tokens": 3, "repetition": 0.0},
+        "greedy": {"kl": 4.0, "response_tokens": 5, "repetition": 0.5},
+    }
     ends = {"sft": (True, False, False), "ppo": (False, False, True)}
-    scores = {"sft": (0, 2, 4), "ppo": (2, 4, 12)}
+    scores = {
+        "sft": {"sampled": (0, 2, 4), "greedy": (0, 1, 2)},
+        "ppo": {"sampled": (2, 4, 12), "greedy": (-1, 0, 1)},
+    }
     policies = {
-        name: {mode: [{"id": i, "proxy": s, "finished": ends[name][i], "response": f"{name} {s}", **about}
-                      for i, s in enumerate(scores[name])] for mode in MODES}
+        name: {mode: [{"id": i, "proxy": s, "finished": mode == "greedy" or ends[name][i], "response": f"{name} {s}",
+                       **about[mode]}
+                      for i, s in enumerate(scores[name][mode])] for mode in MODES}
         | {"perplexity": 10.0 if name == "sft" else 10.2}
         for name in scores
     }  # fmt: skip
@@ -63,7 +103,20 @@ def test_by_reward_model_by_hand():
     ended = ppo["finished_gain_vs_sft"]
     assert ended == pytest.approx({"mean": 0.0, "low": -1.0, "high": 1.0}, abs=1e-5), "2.48, and a share ends at 1"
     assert table["ppo"]["perplexity_vs_sft"] == pytest.approx(1.02)
-    assert ppo["kl"]["mean"] == 1.0 and table["ppo"]["greedy"]["kl"] is None
+    greedy = table["ppo"]["greedy"]
+    assert ppo["kl"]["mean"] == 1.0 and greedy["kl"] is None
+    means = {key: numbers["mean"] for key, numbers in greedy.items() if numbers}
+    assert means == {
+        "score": 0.0, "gain_vs_sft": -1.0, "gain_in_deviations": -1.0, "win_rate_vs_sft": 0.0, "response_tokens": 5.0,
+        "finished": 1.0, "finished_gain_vs_sft": 0.0, "repetition": 0.5,
+    }  # fmt: skip
+    assert {name: [table[name][mode]["score"]["mean"] for mode in MODES] for name in table} == {
+        "sft": [2.0, 1.0],
+        "ppo": [6.0, 0.0],
+    }
+    policies["ppo"]["sampled"].reverse()
+    with pytest.raises(ValueError, match="same prompts"):
+        by_reward_model(policies, seed=0)
 
 
 def test_equal_answers_tie_whatever_another_batch_rounds():

@@ -163,6 +163,36 @@ def test_accuracy_interval_never_claims_certainty():
     assert lopsided.low == pytest.approx(1 / (1 + Z**2 / (100 / 66))) and lopsided.low < rate_interval(3, 3).low
 
 
+def test_under_ten_clusters_the_bootstrap_is_not_asked():
+    # 6 of 9 prompts: n = 9, mean 2/3; 12.841459 p^2 - 15.841459 p + 4 = 0; root = sqrt(250.951823 - 205.463344)
+    # = 6.744515; p = (15.841459 -+ 6.744515) / 25.682918
+    close(accuracy_interval([1] * 6 + [0] * 3, range(9), 0), 2 / 3, 0.354202, 0.879416)
+    # Gains 1 in 6 of 9: mean 2/3, sum of squares 6/9 + 3 x 4/9 = 2, x 9/8; error sqrt(2.25) / 9 = 1/6; t(8) = 2.306004
+    close(accuracy_gain([1] * 6 + [0] * 3, [0] * 9, range(9), 0), 2 / 3, 2 / 3 - 2.306004 / 6, 1.0)
+    # Ten show it enough: the share of ten draws in tenths.
+    ten = accuracy_interval([1] * 6 + [0] * 4, range(10), 0)
+    assert (ten.low * 10, ten.high * 10) == (pytest.approx(3), pytest.approx(9))
+
+
+def test_clusters_count_by_what_they_tell_and_not_by_their_number():
+    # 89 pairs of one prompt, all right, and eleven prompts of one pair, 8 right: 97 of 100, but as much as
+    # 100^2 / (89^2 + 11) = 1.260716 prompts tell. 5.102175 p^2 - 6.287248 p + 1.186208 = 0;
+    # root = sqrt(39.529487 - 24.208963) = 3.914144; p = (6.287248 -+ 3.914144) / 10.204350
+    right, prompts = [1] * 97 + [0] * 3, [0] * 89 + list(range(1, 12))
+    close(accuracy_interval(right, prompts, 0), 0.97, 0.232558, 0.999710)
+    # Gains 1 on 3 of 5 pairs of one prompt and on 5 of eleven prompts of one pair: 8 of 16, as 16^2 / (25 + 11) = 7.1
+    # tell: Student's interval. Sums less mean x count: 3 - 2.5, eleven times -+ .5: squares .25 + 2.75 = 3, x 12 / 11;
+    # error sqrt(3.272727) / 16 = .113067; t(11) = 2.200985; half .248858
+    gains, prompts = [1, 1, 1, 0, 0] + [1] * 5 + [0] * 6, [0] * 5 + list(range(1, 12))
+    close(accuracy_gain(gains, [0] * 16, prompts, 0), 0.5, 0.251142, 0.748858)
+
+
+def test_the_bootstrap_draws_by_its_seed():
+    right = np.random.default_rng(0).integers(0, 9, 30)
+    first = cluster_interval(right, np.full(30, 8), seed=1)
+    assert first == cluster_interval(right, np.full(30, 8), seed=1) != cluster_interval(right, np.full(30, 8), seed=2)
+
+
 def test_accuracy_gain_never_claims_certainty():
     # Wilson's bound on 0 of n is z^2 / (n + z^2) = 3.841 / (n + 3.841).
     close(accuracy_gain([1, 0, 1], [1, 0, 1], ["p", "q", "r"], 0), 0.0, -3.841459 / 6.841459, 3.841459 / 6.841459)
@@ -201,6 +231,13 @@ def test_agreement_by_hand():
     assert (found.interval.mean, found.pairs, found.prompts) == (0.8, 5, 2)
     assert agreement(rankings[-2:]) is None
     assert agreement([rankings[0]] * 2) is None  # one labeler twice
+
+
+def test_labelers_without_a_name_are_different_ones():
+    found = agreement([Ranking("p", ("a", "b"), (1, 2))] * 2)
+    assert (found.interval.mean, found.pairs, found.prompts) == (1.0, 1, 1)
+    found = agreement([Ranking("p", ("a", "b"), ranks, who) for ranks, who in (((1, 2), None), ((2, 1), "ann"))])
+    assert (found.interval.mean, found.pairs) == (0.0, 1)
 
 
 def test_agreement_reads_conversations():

@@ -76,10 +76,11 @@ def test_P10_whitened_rewards_keep_their_mean():
 
 
 def test_whiten_far_from_zero():
-    """A float32 two-pass variance at 1e6 would be off in the third digit; it is float64 inside."""
-    x = torch.tensor([[1e6, 1e6 + 0.25, 1e6 + 0.5]])
+    """It is float64 inside: float32 knows the mean of these to 1/16 alone and would give -1.5667, .5222, .5222."""
+    x = torch.tensor([[1e6, 1e6 + 0.25, 1e6 + 0.25]])
     out = whiten(x, torch.ones_like(x, dtype=torch.bool))
-    assert out[0].tolist() == pytest.approx([-1.2247449, 0, 1.2247449], abs=1e-5)
+    # from the mean -1/6, 1/12, 1/12; variance (1/36 + 1/144 + 1/144) / 3 = 1/72; -sqrt(72) / 6, sqrt(72) / 12 twice
+    assert out[0].tolist() == pytest.approx([-1.4142136, 0.7071068, 0.7071068], abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])

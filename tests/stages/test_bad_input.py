@@ -366,3 +366,19 @@ def test_one_process_that_sees_several_gpus_is_told_to_start_more(refused, mini,
     message = refused(stage, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists(), "before anything is overwritten"
     assert "one process sees 8 GPUs; start one a GPU, `accelerate launch --num_processes 8" in message
+
+
+@pytest.mark.parametrize(("stage", "train"), [("sft", "data/demonstrations.jsonl"), ("rm", "rankings/train.jsonl")])
+def test_D1_held_out_rows_that_are_trained_on_stop_the_stage(refused, mini, tmp_path, stage, train):
+    message = refused(stage, output_dir=tmp_path / "out", validation_file=mini.run / train)
+    assert "also in another split" in message
+
+
+@pytest.mark.parametrize(("stage", "train"), [("sft", "data/demonstrations.jsonl"), ("rm", "rankings/train.jsonl")])
+def test_D1_or_are_left_out_of_training_and_counted(mini, tmp_path, stage, train):
+    lines = (mini.run / train).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+    changes = {"validation_file": tmp_path / "held_out.jsonl", "on_bad_rows": "drop"}
+    mini.stage(stage, mini.run, output_dir=tmp_path / "out", **changes)
+    report = json.loads((tmp_path / "out" / "manifest.json").read_text())["data"]["train_file"]
+    assert sum(report["dropped"].values()) >= 3 and report["rows_used"] <= len(lines) - 3

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+import stages.sft
 from align.data import load_rankings
 from align.evaluate.report import check_summary
 from align.evaluate.reward_report import untied_pairs
@@ -401,3 +402,21 @@ def test_bare_flags_and_help_from_the_command_line(mini, tmp_path, capsys):
     assert "rm" in json.loads((tmp_path / "run" / "seconds.json").read_text())
     with pytest.raises(SystemExit):
         main(["rm", "--help"])
+
+
+def test_a_fitted_value_head_is_fitted_by_the_stage(mini, tmp_path):
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "ppo", value_head_init="fitted")
+    zero = json.loads((tmp_path / "ppo" / "manifest.json").read_text())["metrics"]["step_zero"]
+    assert {"value_head/before", "value_head/fitted"} <= set(zero)
+
+
+def test_S4_the_stage_drops_from_the_residual_stream(mini, tmp_path, monkeypatch):
+    """After LoRA, so that a layer's adapter is dropped with it."""
+    seen = []
+    dropout = stages.sft.add_residual_dropout
+    monkeypatch.setattr(
+        "stages.sft.add_residual_dropout", lambda model, p: seen.append((model, p)) or dropout(model, p)
+    )
+    mini.stage("sft", mini.run, output_dir=tmp_path / "sft", residual_dropout=0.2, use_peft=True, num_train_epochs=1)
+    ((model, p),) = seen
+    assert p == 0.2 and any("lora_A" in name for name, _ in model.named_parameters())

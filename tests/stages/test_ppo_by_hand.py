@@ -31,7 +31,7 @@ C = SimpleNamespace(**KEYS)
 @pytest.fixture(scope="module")
 def run(mini, tmp_path_factory):
     """The stage's run, and what it drew: (rollout, documents of each optimiser step) an iteration."""
-    output, drawn = tmp_path_factory.mktemp("by-hand") / "ppo", []
+    output, drawn, iterations = tmp_path_factory.mktemp("by-hand") / "ppo", [], []
     collect, update = stages.ppo.collect_rollout, stages.ppo.update
 
     def collected(*args):
@@ -39,6 +39,8 @@ def run(mini, tmp_path_factory):
         return drawn[-1][0]
 
     def updated(rollout, learner, next_documents, *args):
+        iterations.append(args[-1])
+
         def documents(count):
             drawn[-1][1].append(next_documents(count))
             return drawn[-1][1][-1]
@@ -49,7 +51,7 @@ def run(mini, tmp_path_factory):
         patch.setattr(stages.ppo, "collect_rollout", collected)
         patch.setattr(stages.ppo, "update", updated)
         mini.stage("ppo", mini.run, output_dir=output, **KEYS)
-    return SimpleNamespace(output=output, drawn=drawn, base=mini.run)
+    return SimpleNamespace(output=output, drawn=drawn, base=mini.run, iterations=iterations)
 
 
 def rows_of(rollout) -> list[SimpleNamespace]:
@@ -214,3 +216,12 @@ def test_the_averaged_policy_and_the_value_model_are_those_of_plain_loops(run, b
     moved = max(float((expected[name] - begun[name]).abs().max()) for name in expected)
     for name, weight in expected.items():
         assert float((value[name].double() - weight).abs().max()) < 0.01 * moved, name
+
+
+def test_prompts_and_documents_are_new_each_time_until_all_were_seen(run):
+    """Of more prompts than episodes none comes twice, nor a document; and each update knows its iteration."""
+    prompts = [tuple(row.ids[: row.query]) for rollout, _ in run.drawn for row in rows_of(rollout)]
+    documents = [tuple(ids) for _, steps in run.drawn for step in steps for ids in step]
+    assert len(prompts) == 24 and len(set(prompts)) > 20, "two prompts of the file may be alike"
+    assert len(documents) == 24 and len(set(documents)) > 18
+    assert run.iterations == [0, 1, 2]

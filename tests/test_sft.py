@@ -1,0 +1,105 @@
+"""Stage 1's batch and loss as the stage makes them, token by token; and that its helpers are called."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import stages.sft
+from align.config import SFTConfig
+from align.demonstrations import demonstration_rows
+from align.packing import PackCollator
+from align.rows import DataReport
+from align.trainer import DemonstrationTrainer, causal_collator
+from align.types import Demonstration
+
+DEMONSTRATIONS = [
+    Demonstration("Name three animals that live on a farm.", "a cow, a dog and a bird"),
+    Demonstration("用中文说出三种水果。", "苹果、香蕉和梨。"),
+    Demonstration("hot", "cold"),
+]
+
+
+def test_labels_of_a_pack_by_hand():
+    """A row's first token is predicted from nothing; a row without labels learns all else."""
+    rows = [
+        {"input_ids": [5, 6, 7, 1], "labels": [-100, -100, 7, 1]}, {"input_ids": [8, 9], "labels": [-100, 9]},
+        {"input_ids": [3, 4]},
+    ]  # fmt: skip
+    batch = PackCollator(0)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 8, 9, 3, 4]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 1, -100, 9, -100, 4]]
+    assert int(batch["attention_mask"].sum()) == 8, "TRL counts the tokens it has seen by it"
+    assert int(PackCollator(0)([*rows, {"input_ids": [2], "filler": True}])["attention_mask"].sum()) == 8
+
+
+@pytest.fixture(params=[None, "eager"], ids=["packed", "padded"])
+def attention(request):
+    return request.param
+
+
+def trainer_of(codec, folder, attention, **changes) -> DemonstrationTrainer:
+    """As `stages.sft` builds it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(codec.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, pad_token_id=codec.pad_id, eos_token_id=codec.eos_id, bos_token_id=None,
+            attn_implementation="eager",
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    config = SFTConfig(
+        output_dir=str(folder), model_name_or_path="m", max_length=200, per_device_train_batch_size=3,
+        attn_implementation=attention, **changes,
+    )  # fmt: skip
+    rows, _ = demonstration_rows(DEMONSTRATIONS, codec, 200, DataReport(("x",), 3, 3, {}))
+    return DemonstrationTrainer(
+        model=model, config=config, args=stages.sft.training_arguments(config, folder),
+        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
+        data_collator=causal_collator(model, attention, codec.pad_id), processing_class=codec.tokenizer,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt_too", [False, True])
+def test_S2_the_stages_loss_is_that_of_its_tokens_one_by_one(tiny_codec, tmp_path, attention, prompt_too):
+    """EOS learned, each row by itself, the prompt only where it is asked for; the same for the validation loss, which
+    chooses the epoch."""
+    trainer = trainer_of(tiny_codec, tmp_path, attention, completion_only_loss=not prompt_too)
+    assert isinstance(trainer.data_collator, PackCollator) == (attention is None)
+    model = copy.deepcopy(trainer.model).eval()
+    model.set_attn_implementation("eager")
+    costs = []
+    for row in DEMONSTRATIONS:
+        query, ids = tiny_codec.prompt(row.prompt), tiny_codec.prompt(row.prompt) + tiny_codec.response(row.completion)
+        assert ids[-1] == tiny_codec.eos_id
+        with torch.no_grad():
+            table = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        costs += [-float(table[t - 1, ids[t]]) for t in range(1 if prompt_too else len(query), len(ids))]
+    expected = sum(costs) / len(costs)
+    trainer.model.eval()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(expected, abs=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_S6_the_stages_rows_hold_their_share_of_text(tiny_codec, tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    for name, rows in {
+        "train": [{"prompt": f"hot {i}", "completion": "cold"} for i in range(6)],
+        "validation": [{"prompt": "the red one", "completion": "boat"}],
+        "text": [{"text": f"a cow and a dog {i}"} for i in range(9)],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = SFTConfig(
+        output_dir=str(tmp_path / "out"), model_name_or_path=str(tmp_path / "base"), pretraining_fraction=0.25,
+        train_file=str(tmp_path / "train.jsonl"), validation_file=str(tmp_path / "validation.jsonl"),
+        pretraining_file=str(tmp_path / "text.jsonl"), max_length=100,
+    )  # fmt: skip
+    train, validation, reports = stages.sft.load_rows(config, tiny_codec)
+    whole = [row for row in train if 0 not in row["completion_mask"]]
+    assert (len(train), len(whole), len(validation)) == (8, 2, 1) and "pretraining_file" in reports
