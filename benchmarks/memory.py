@@ -82,8 +82,9 @@ def measure(policy: str, reward: str, *settings: str) -> dict[str, int]:
     runtime = Runtime(config.seed, config.bf16)
     before = psutil.Process().memory_info().rss
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
-    learner = build_learner(config, value_start(config, codec), runtime)
-    actors = build_actors(config, codec, learner, runtime)
+    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
+    learner = build_learner(config, inputs.value_start, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
     gradients = []
     for model, optimizer in (
         (learner.policy, learner.policy_optimizer),

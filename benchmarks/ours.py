@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -72,8 +73,9 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
-    learner = build_learner(config, value_start(config, codec), runtime)
-    actors = build_actors(config, codec, learner, runtime)
+    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))  # what is read of stage 3's
+    learner = build_learner(config, inputs.value_start, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
     start, drawn, episodes, steps = time.perf_counter(), 0, 0, 0
     for iteration in range(count // batch):
         part = queries[iteration * batch : (iteration + 1) * batch]

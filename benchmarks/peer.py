@@ -60,7 +60,7 @@ def common(output: str, precision: str) -> dict:
 
 
 def ppo(spec: dict, model: str, data: Path, output: str, precision: str, tokenizer) -> dict:
-    """TRL's rollout is per_device_train_batch_size x gradient_accumulation_steps episodes. Accumulation runs on from one
+    """TRL's rollout is per_device_train_batch_size x gradient_accumulation_steps episodes. It accumulates from one
     minibatch to the next, so with 1 each minibatch goes through the models at once and takes an optimiser step."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 

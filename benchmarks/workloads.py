@@ -171,9 +171,7 @@ def word_rankings(count: int, k: int) -> list[dict]:
         return " ".join("".join(numbers.choices(string.ascii_lowercase, k=4)) for _ in range(n))
 
     ranks = list(range(k))
-    return [
-        {"prompt": words(96), "answers": [f" {words(32)}" for _ in ranks], "ranks": ranks} for _ in range(count)
-    ]
+    return [{"prompt": words(96), "answers": [f" {words(32)}" for _ in ranks], "ranks": ranks} for _ in range(count)]
 
 
 def hh_pairs(data: Path, count: int) -> list[dict]:

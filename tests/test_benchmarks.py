@@ -142,6 +142,24 @@ def test_operations_by_hand():
     assert ours.operations({"kind": "rm"}, scalar, 3)["flops"] == 3 * 6 * (trunk + head)
 
 
+def test_our_side_counts_the_work_it_did(tmp_path, codec, monkeypatch):
+    """2 rollouts x 2 minibatches: 4 optimiser steps. 2 prompts with 3 answers: 6 pairs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    sizes = {"vocab_size": len(codec.tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    monkeypatch.setitem(workloads.MODELS, "least", sizes)
+    config = llama_config(BaseConfig(output_dir="x", num_attention_heads=2, **sizes), codec)
+    folder = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    codec.save(folder)
+    spec = workloads.FIXED | {"model": "least", "episodes": 8, "batch": 4, "new_tokens": 3}
+    taken = ours.ppo(spec, folder, tmp_path, str(tmp_path / "ppo"), {"bf16": False})
+    assert taken["work"] == {"episodes": 8, "steps": 4} and 8 <= taken["response_tokens"] <= 8 * 3
+    assert taken["tokens"] == taken["response_tokens"] + 8 * 32
+    spec = workloads.ranked(3) | {"model": "least", "count": 2}
+    taken = ours.reward(spec, folder, tmp_path, str(tmp_path / "rm"), {"bf16": False})
+    assert taken["work"] == {"pairs": 6} and taken["unit"] == "pairs/s"
+
+
 def test_peers_optimiser_steps_are_those_it_took(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     peer = importlib.import_module("peer")
@@ -236,12 +254,12 @@ def test_results_count_smollm2s_operations(file):
             assert all(run["flops"] == a_token * run["tokens"] for run in entry["runs"]["ours"])
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_readmes_speed_table_is_results_json(readme):
+@pytest.mark.parametrize(("readme", "heading"), [("README.md", "## Speed\n"), ("README.zh-CN.md", "## 速度\n")])
+def test_readmes_speed_table_is_results_json(readme, heading):
     entries = [e for e in json.loads(RESULTS.read_text(encoding="utf-8")) if "gpu-" not in e["workload"]]
-    lines = (FOLDER.parent / readme).read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    shown = {row[0]: row[1:] for row in rows if row[0] in workloads.WORKLOADS}
+    section = (FOLDER.parent / readme).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    shown = {row[0]: row[1:] for row in rows[2:]}
     assert shown == {
         e["workload"]: [
             f"{e['ours']:.2f} {e['unit']}", f"{e['peer']:.2f}", f"{e['ratio']:.2f}", f"{e['memory_ratio']:.2f}",
@@ -254,7 +272,8 @@ def test_readmes_speed_table_is_results_json(readme):
 def a_run(rate: float, peak: float, episodes: int = 4, steps: int = 2) -> dict:
     return {
         "workload": "ppo-fixed", "rate": rate, "unit": "episodes/s", "seconds": 4 / rate, "peak_gib": peak, "flops": 80,
-        "work": {"episodes": episodes, "steps": steps}, "version": "trl 1.12.0", "phases": {"sample": 1 / rate, "other": 3 / rate},
+        "work": {"episodes": episodes, "steps": steps}, "version": "trl 1.12.0",
+        "phases": {"sample": 1 / rate, "other": 3 / rate},
     }  # fmt: skip
 
 
