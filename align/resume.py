@@ -116,7 +116,7 @@ def require_same_beginning(checkpoint: Path, own: dict[str, Any], parts: Sequenc
         raise UserError(f"{path}: is none of ours ({type(error).__name__}: {error}): {remedy}") from None
     for part in parts:
         keys = before.get(part, {})
-        for key in sorted(keys):
+        for key in sorted(keys, key=lambda key: (key in LORA, key)):  # LoRA's go with use_peft
             was, now = json.dumps(keys.get(key)), json.dumps(own[part].get(key))
             if was != now:
                 raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")

@@ -75,8 +75,8 @@ COMPARED = [  # a stage, what it begins with, and each key that then may not cha
     (PPOConfig, PPO, ADAM | {"seed": 1, "max_prompt_length": 9, "rollout_batch_size": 8, "ema_decay": None}),
     (PPOConfig, PPO, {"use_peft": True, "value_use_peft": True}),
     *((kind, MUON, {"muon_learning_rate": 0.2}) for kind in (SFTConfig, RMConfig)),
-    *((kind, {"use_peft": True}, ADAPTER) for kind in (SFTConfig, RMConfig)),
-    *((PPOConfig, PPO | {name: True}, ADAPTER) for name in ("use_peft", "value_use_peft")),
+    *((kind, {"use_peft": True}, ADAPTER | {"use_peft": False}) for kind in (SFTConfig, RMConfig)),
+    *((PPOConfig, PPO | {name: True}, ADAPTER | {name: False}) for name in ("use_peft", "value_use_peft")),
 ]
 CASES = [
     pytest.param(

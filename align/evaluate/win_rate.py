@@ -184,7 +184,7 @@ def accuracy_interval(correct: ArrayLike, clusters: ArrayLike, seed: int) -> Int
 def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, seed: int) -> Interval:
     """Mean of correct - other over the same trials, (m,) each in [0, 1]: paired, so what both find hard cancels out.
 
-    Few clusters get Student's interval of a ratio. Where all n clusters gain the same, up to Wilson's bound on what was
+    Few clusters get Student's interval of a ratio, unequal ones as their effective number. Where all n clusters gain the same, up to Wilson's bound on what was
     seen in 0 of n trials may gain otherwise, anything in [-1, 1]. One cluster says nothing: its interval is [-1, 1].
     """
     gains = np.subtract(*_pair(correct, other))
@@ -196,8 +196,8 @@ def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, see
         unseen = _score_interval(0.0, effective).high
         return Interval(mean, mean - unseen * (1 + mean), mean + unseen * (1 - mean))
     if effective < FEW_CLUSTERS:
-        error = np.sqrt(n / (n - 1) * np.sum((gained - mean * trials) ** 2)) / trials.sum()
-        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * error)
+        spread = effective / (effective - 1) * np.sum((gained - mean * trials) ** 2)
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, effective - 1) * np.sqrt(spread)) / trials.sum()
         return Interval(mean, max(mean - half, -1.0), min(mean + half, 1.0))
     return cluster_interval(gained, trials, seed)
 
