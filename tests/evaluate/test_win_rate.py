@@ -181,8 +181,8 @@ def test_clusters_count_by_what_they_tell_and_not_by_their_number():
     right, prompts = [1] * 97 + [0] * 3, [0] * 89 + list(range(1, 12))
     close(accuracy_interval(right, prompts, 0), 0.97, 0.232558, 0.999710)
     # Gains 1 on 3 of 5 pairs of one prompt and on 5 of eleven prompts of one pair: 8 of 16, as 16^2 / (25 + 11) = 7.1
-    # tell: Student's interval. Sums less mean x count: 3 - 2.5, eleven times -+ .5: squares .25 + 2.75 = 3, x 7.1 / 6.1;
-    # error sqrt(3.490909) / 16 = .116775; t(6.11) = 2.436172; half .284483
+    # tell: Student's interval. Sums less mean x count: 3 - 2.5, eleven times -+ .5: squares .25 + 2.75 = 3, times
+    # 7.1 / 6.1; error sqrt(3.490909) / 16 = .116775; t(6.11) = 2.436172; half .284483
     gains, prompts = [1, 1, 1, 0, 0] + [1] * 5 + [0] * 6, [0] * 5 + list(range(1, 12))
     close(accuracy_gain(gains, [0] * 16, prompts, 0), 0.5, 0.215517, 0.784483)
 
