@@ -184,9 +184,9 @@ def accuracy_interval(correct: ArrayLike, clusters: ArrayLike, seed: int) -> Int
 def accuracy_gain(correct: ArrayLike, other: ArrayLike, clusters: ArrayLike, seed: int) -> Interval:
     """Mean of correct - other over the same trials, (m,) each in [0, 1]: paired, so what both find hard cancels out.
 
-    Few clusters get Student's interval of a ratio, unequal ones as their effective number. Where all n clusters gain the
-    same, up to Wilson's bound on what was seen in 0 of n trials may gain otherwise, anything in [-1, 1]. One cluster
-    says nothing: its interval is [-1, 1].
+    Few clusters get Student's interval of a ratio, unequal ones as their effective number. Where all n clusters gain
+    the same, up to Wilson's bound on what was seen in 0 of n trials may gain otherwise, anything in [-1, 1]. One
+    cluster says nothing: its interval is [-1, 1].
     """
     gains = np.subtract(*_pair(correct, other))
     gained, trials, effective = _by_cluster(gains, clusters)
