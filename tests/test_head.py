@@ -82,6 +82,7 @@ def test_the_fitted_head_is_where_the_models_own_scores_have_no_slope(scalar, ti
     """The gradient of the training loss by the head is what the ridge pushes back, whatever the batches."""
     if use_peft:
         scalar.model = with_lora(scalar.model, LORA)
+    scalar.train()
     elements = encode_rankings(rankings(), tiny_codec)
     body = {name: p.detach().clone() for name, p in scalar.named_parameters() if "score" not in name}
     stats = fit_head(scalar, elements, tiny_codec.pad_id, 3, nullcontext)
@@ -124,4 +125,4 @@ def test_a_body_in_parts_is_refused(tiny_codec, monkeypatch):
     monkeypatch.setattr(align.runtime, "sharding", lambda: True)
     config = RMConfig(output_dir="out", head_init="fitted")
     with pytest.raises(UserError, match="head_init: fitted.*use normal"):
-        stages.rm.load_all(config, tiny_codec)
+        stages.rm.load_all(config, tiny_codec, 100)
