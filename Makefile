@@ -44,7 +44,7 @@ endif
 endif
 ifneq ($(filter bench bench-reward bench-overfit,$(MAKECMDGOALS)),)
 ifeq ($(strip $(DATA)),)
-$(error $(MAKECMDGOALS) needs DATA=folder, laid out as docs/benchmarks.md says)
+$(error $(MAKECMDGOALS) needs DATA=folder, laid out as docs/formats.md says)
 endif
 endif
 args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
@@ -67,7 +67,7 @@ unfinished = $(if $(call args,$(1))$(wildcard $(RUN)/$(1)/manifest.json),,$(if \
 	test test-slow chaos bench bench-growth bench-reward bench-overfit lint format install clean FORCE
 
 help: ## list the targets
-	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [ARGS=\"--learning_rate 1e-5\"]   output: $(RUN)/"
+	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [DATA=FOLDER] [ARGS=\"--learning_rate 1e-5\"] [LAUNCH=\"...\"]   output: $(RUN)/"
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
 align: evaluate $(REPORTED) ## everything: data, base, sft, collect, rm, ppo, evaluate

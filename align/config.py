@@ -135,7 +135,7 @@ class SFTConfig(TrainerConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
-    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
+    optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     gradient_checkpointing: bool = False  # keep each layer's input alone, compute the layer again in the backward pass
     per_device_train_batch_size: int = 32
@@ -204,7 +204,7 @@ class RMConfig(TrainerConfig):
     num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2); 0: a fitted head alone, the body as it was
     learning_rate: float = 9e-6
-    optim: str | None = None  # one of OPTIMIZERS; null: muon where it is given a rate, else adamw_torch_fused
+    optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     gradient_checkpointing: bool = False
     per_device_train_batch_size: int = 64  # batch elements: prompts, each with its K completions
@@ -307,7 +307,7 @@ class PPOConfig(TrainingConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-5
-    optim: str = "adamw_torch_fused"  # of policy and value model, one of OPTIMIZERS
+    optim: str = "adamw_torch_fused"  # of policy and value model; others: as in sft
     gradient_checkpointing: bool = False  # of both, too
     use_peft: bool = False  # LoRA on the policy; the reference is the same weights with the adapter off
     value_use_peft: bool = False  # LoRA on the value model; the reward likewise, where both come from one folder

@@ -71,6 +71,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompts_a_step", type=int, default=8, help="of both sides, TRL's as pairs")
     parser.add_argument("--prompts_a_pass", type=int, default=PROMPTS_A_PASS, help="ours, of one forward and backward")
     parser.add_argument("--pairs_a_pass", type=int, default=PAIRS_A_PASS, help="TRL's")
+    parser.add_argument(
+        "--epochs", type=float, default=1.0, help="ours; TRL's is one, its pairs show each answer K - 1 times"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", nargs=2, metavar=("SIDE", "SEED"), help="one run alone (what each process does)")
     args = parser.parse_args(argv)
@@ -145,7 +148,7 @@ def pick(name: str, counts: dict[str, int], output: Path, to: str) -> None:
 def train_ours(args: argparse.Namespace, output: Path, seed: int) -> None:
     folder = output / f"model-ours-{seed}"
     settings = SETTINGS | {
-        "bf16": "auto", "learning_rate": args.learning_rate,
+        "bf16": "auto", "learning_rate": args.learning_rate, "num_train_epochs": args.epochs,
         "output_dir": folder, "overwrite_output_dir": True, "seed": seed, "model_name_or_path": args.model,
         "train_file": output / "train.jsonl", "validation_file": output / "held_out.jsonl",
         "demonstrations_file": output / "demonstrations.jsonl",
@@ -236,6 +239,7 @@ def report(output: Path, args: argparse.Namespace) -> dict:
         "model": args.model,
         "seeds": args.seeds,
         "settings": SETTINGS | {"learning_rate": args.learning_rate},  # the same for both sides
+        "epochs": {"ours": args.epochs, "trl": 1.0},
         "training": {
             "prompts": distinct(training),
             "pairs": len(untied_pairs([(r, [0.0] * len(r.ranks)) for r in training])),
