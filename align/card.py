@@ -16,7 +16,12 @@ LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)"""
+if tokenizer.chat_template is None:
+    inputs = tokenizer(prompt, return_tensors="pt")
+else:
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = tokenizer.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)"""
 LOAD_REWARD = """from glob import glob
 import torch
 from safetensors.torch import load_file

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,31 +227,17 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
 
 
-def latest_checkpoint(
-    output_dir: str | Path, resume: str | None, fits: Callable[[Path], bool] | None = None
-) -> Path | None:
-    """The checkpoint to resume from, the same in all processes; None when `resume` is None.
+def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The checkpoint to resume from, the same in all processes; None when `resume` is None. Nothing changes on disk.
 
     "latest" takes the highest whole `checkpoint-N`, and says on stderr which torn ones it passes over; with none it
     is None too, which is said: a scheduler starts and restarts a job with one command. A folder is taken when it is
-    whole, else UserError; those of `output_dir` that come after it are set aside, or "latest" would go on with them.
-    `fits` says whether this run can go on from the one that was chosen, or raises UserError; then nothing has changed.
+    whole, else UserError.
     """
     if resume is None:
         return None
-    return broadcast(_choose_checkpoint(Path(output_dir), resume, fits) if is_main_process() else None)
-
-
-def _choose_checkpoint(output_dir: Path, resume: str, fits: Callable[[Path], bool] | None) -> Path | None:
-    latest = resume == "latest"
-    chosen = _newest_whole(output_dir) if latest else _require_whole(Path(resume))
-    if chosen is None or (fits is not None and not fits(chosen)):
-        return None
-    if latest:
-        _tell(f"resuming from {chosen}")
-    else:
-        _set_later_aside(output_dir, chosen)
-    return chosen
+    choose = _newest_whole if resume == "latest" else lambda _: _require_whole(Path(resume))
+    return broadcast(choose(Path(output_dir)) if is_main_process() else None)
 
 
 def _require_whole(folder: Path) -> Path:
@@ -261,7 +247,9 @@ def _require_whole(folder: Path) -> Path:
     return folder
 
 
-def _set_later_aside(output_dir: Path, chosen: Path) -> None:
+def set_later_aside(output_dir: Path, chosen: Path) -> None:
+    """Those of `output_dir` that come after the one a run goes on from, or "latest" would go on with them. The main
+    process calls this."""
     found = checkpoints(output_dir)
     place = next((i for i, path in enumerate(found) if path.resolve() == chosen.resolve()), len(found))
     for later in found[place + 1 :]:

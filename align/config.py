@@ -20,7 +20,8 @@ COUNTS = (
 )  # fmt: skip
 NONE_OR_MORE = (
     "save_steps", "save_iterations", "eval_steps", "warmup_steps", "decay_steps", "warmup_iterations",
-    "transcript_iterations", "num_transcripts", "num_mistakes", "num_spread_prompts", "reward_retries",
+    "value_warmup_iterations", "transcript_iterations", "num_transcripts", "num_mistakes", "num_spread_prompts",
+    "reward_retries",
 )  # fmt: skip
 RATES = (
     "learning_rate",
@@ -38,6 +39,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # of every stage that has the key, w
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
     **dict.fromkeys(("cliprange", "cliprange_value", "kl_target"), (1e-6, 1e6)),
     "lora_r": (1, 4096),
+    "reward_clip": (1e-6, math.inf),
+    "seed": (0, 2**32 - 1),
 }
 VALUE_FOLDS = 5  # of `value_head_init: fitted`: whole episodes, as the tokens of one share its score
 TEMPERATURES = (1e-6, 100.0)  # greedy answers, 0, are all alike and have no log-probability to learn from
@@ -303,6 +306,7 @@ class PPOConfig(TrainingConfig):
     learning_rate: float = 8e-6
     value_learning_rate: float = 9e-6
     warmup_iterations: int = 10  # from 0.1 of peak
+    value_warmup_iterations: int = 0  # before these the policy stays as it is, and the value model learns its returns
     lr_decay: str = "constant"  # or "linear": to 0.1 of peak at the last iteration
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

@@ -21,7 +21,7 @@ from align.lora import (
     save_trained,
     save_value_folder,
 )
-from align.manifest import check_parent, require_same_tokenizer, weights_sha256, write_manifest
+from align.manifest import check_parent, weights_sha256, write_manifest
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
@@ -36,7 +36,14 @@ from align.models import (
 from align.optimise import make_optimizer, require_whole
 from align.order import Cursor
 from align.quantise import quantise
-from align.reward_models import ValueStart, build_reward, check_reward_models, value_start
+from align.reward_models import (
+    ValueStart,
+    build_reward,
+    check_reward_models,
+    require_same_tokens,
+    say_other_end,
+    value_start,
+)
 from align.rollout import Actors, Query
 from align.rows import DataReport
 from align.runtime import (
@@ -83,9 +90,11 @@ def load_inputs(config: PPOConfig) -> Inputs:
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "ppo"))]
     if config.value_model_path:
         parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
-        require_same_tokenizer(parents)
     parents += check_reward_models(config.reward)
     codec = Codec.load(config.model_name_or_path)
+    say_other_end(config.model_name_or_path, codec)
+    if config.value_model_path:
+        require_same_tokens(config.value_model_path, "value_model_path", codec)
     start = value_start(config, codec)
     announce(str(start))
     for path in (config.model_name_or_path, start.path):
@@ -169,9 +178,11 @@ def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedMod
 
 
 def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_iterations: int) -> None:
-    """Policy: warm-up over the first iterations, then constant; value: constant (App. C.4). Or both decay linearly."""
+    """Policy: warm-up over the first iterations, then constant; value: constant (App. C.4). Or both decay linearly. The
+    policy's begins behind the iterations in which the value model learns alone."""
     decay = linear_decay(iteration, num_iterations) if config.lr_decay == "linear" else 1.0
-    warm = warmup_factor(iteration, config.warmup_iterations)
+    learned = iteration - config.value_warmup_iterations
+    warm = warmup_factor(learned, config.warmup_iterations) if learned >= 0 else 0.0
     for optimizer, rate in (
         (learner.policy_optimizer, config.learning_rate * warm * decay),
         (learner.value_optimizer, config.value_learning_rate * decay),

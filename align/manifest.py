@@ -291,12 +291,3 @@ def _readable(path: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
-
-
-def require_same_tokenizer(entries: list[dict[str, Any]]) -> None:
-    """Raise UserError when two parents (`check_parent`) have different tokenizers. Unknown ones (hub ids) pass."""
-    known = [entry for entry in entries if entry["tokenizer_sha256"]]
-    for entry in known[1:]:
-        if entry["tokenizer_sha256"] != known[0]["tokenizer_sha256"]:
-            first, second = (f"{e['role']} ({e['path']})" for e in (known[0], entry))
-            raise UserError(f"{second}: its tokenizer is not that of {first}: train both from one base model")

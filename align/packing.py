@@ -6,7 +6,9 @@ the parts of a pack, as views: a `Group` is rows of like length, padded to its l
 `Block` is a few short rows and their prefixes under one dense mask, where many small groups would cost more than they
 save.
 
-    prompt of 5, completions of 2, 2 and 3 tokens:   groups (0, 1 x 5)  (5, 1 x 3 after 0..5)  (8, 2 x 2 after 0..5)
+    prompt of 5, completions of 2, 2 and 3 tokens; with a prompt too long for a block three groups, (start, rows x
+    length): (0, 1 x 5)  (5, 1 x 3 after 0..5)  (8, 2 x 2 after 0..5)
+
     tokens      p p p p p | c c c | a a b b
     positions   0 1 2 3 4 | 5 6 7 | 5 6 5 6
 

@@ -143,15 +143,18 @@ def score_rows(
 def score_rankings(
     model: ScalarModel, rankings: list[Ranking], codec: Codec, batch_size: int
 ) -> list[tuple[Ranking, list[float]]]:
-    """Each ranking with its completions' scores; `batch_size` prompts a forward pass."""
-    elements, collate = encode_rankings(rankings, codec), RankingCollator(codec.pad_id)
+    """Each ranking with its completions' scores; `batch_size` prompts a forward pass. All processes call
+    this: each scores its share, and has all scores."""
+    mine = [rankings[i] for i in my_share(len(rankings))]
+    elements, collate = encode_rankings(mine, codec), RankingCollator(codec.pad_id)
     device = next(model.parameters()).device
-    scores: dict[int, list[float]] = {}
+    scores: list[list[float]] = [[] for _ in mine]
     for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
         batch = collate([elements[i] for i in picked])
         flat = iter(model(batch["pack"].to(device), batch["last_index"].to(device)).tolist())
-        scores |= {i: [next(flat) for _ in rankings[i].completions] for i in picked}
-    return [(ranking, scores[i]) for i, ranking in enumerate(rankings)]
+        for i in picked:
+            scores[i] = [next(flat) for _ in mine[i].completions]
+    return list(zip(rankings, gather_list(scores), strict=True))
 
 
 def score_demonstrations(

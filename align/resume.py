@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.checkpoint import begin_anew, checkpoints, latest_checkpoint, start_output
+from align.checkpoint import begin_anew, checkpoints, latest_checkpoint, set_later_aside, start_output
 from align.config import TrainerConfig, TrainingConfig
 from align.errors import UserError
 from align.files import MANIFEST, plain, write_json
 from align.manifest import redact
 from align.optimise import takes_muon, trainer_optim
 from align.rows import DataReport
-from align.runtime import broadcast, is_main_process, wait_for_everyone
+from align.runtime import broadcast, is_main_process, num_processes, wait_for_everyone
 from align.track import announce
 
 RUN = "run.json"
@@ -29,6 +29,7 @@ SHARED = (
     "max_position_embeddings", "use_peft", "value_use_peft", "batch_element", "ema_decay", "optim", "adam_beta1",
     "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+ROWS_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
 RATES = ("learning_rate", "muon_learning_rate")  # a Trainer's schedule brings back its own; PPO's follows the config
 DATA = ("train_file", "pretraining_file")
@@ -51,34 +52,38 @@ def start_run(
     """
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
     own = beginning(config, parents, reports)
-
+    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
     anew = config.overwrite_output_dir and config.resume_from_checkpoint == "latest"
-    refused = []
-
-    def fits(checkpoint: Path) -> bool:
-        if checkpoint.resolve().parent != output.resolve() and checkpoints(output):
-            remedy = "choose another folder, or one of its own checkpoints"
-            raise UserError(f"output_dir: {output}: holds another run than that of {checkpoint}: {remedy}")
-        try:
-            require_same_beginning(checkpoint, own, ("config", "settings") if anew else ("config",))
-        except UserError as fault:
-            if not anew:
-                raise
-            refused.append(fault)
-        return not refused
-
-    checkpoint = latest_checkpoint(output, config.resume_from_checkpoint, fits)
-    if broadcast(bool(refused)):
-        announce(f"{refused[0] if refused else output}: begun anew, as overwrite_output_dir says; the old checkpoints")
+    fault = None
+    if checkpoint and is_main_process():
+        fault = why_not(checkpoint, output, own, ("config", "settings") if anew else ("config",))
+    fault = broadcast(fault)
+    if fault and not anew:
+        raise UserError(fault)
+    if fault:
+        announce(f"{fault}: begun anew, as overwrite_output_dir says; the old checkpoints")
         announce(f"stay in {output} as abandoned-checkpoint-N")
         begin_anew(output)
-    known = checkpoint is None or checkpoint.resolve().parent != output.resolve() or (output / RUN).exists()
+        checkpoint = None
     if is_main_process():
-        if known:
-            write_json(output / RUN, own)
-        (output / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
+        claim(output, checkpoint, own)
     wait_for_everyone()
     return output, checkpoint
+
+
+def claim(output: Path, checkpoint: Path | None, own: dict[str, Any]) -> None:
+    """The folder is this run's from here on."""
+    if checkpoint is not None:
+        announce(f"resuming from {checkpoint}")
+        set_later_aside(output, checkpoint)
+    unknown = checkpoint is not None and is_in(checkpoint, output) and not (output / RUN).exists()
+    if not unknown:  # else what it began with would be what it goes on with
+        write_json(output / RUN, own)
+    (output / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
+
+
+def is_in(checkpoint: Path, output: Path) -> bool:
+    return checkpoint.resolve().parent == output.resolve()
 
 
 def beginning(
@@ -89,6 +94,9 @@ def beginning(
     if getattr(config, "use_peft", False) or getattr(config, "value_use_peft", False):
         names += LORA
     keys = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if isinstance(config, TrainerConfig):  # which finds its place in an epoch by them
+        accumulated = getattr(config, "gradient_accumulation_steps", 1)
+        keys[ROWS_A_STEP] = config.per_device_train_batch_size * accumulated * num_processes()
     if "optim" in keys and isinstance(config, TrainerConfig):
         keys["optim"] = "muon" if takes_muon(config) else trainer_optim(config)
     if "lora_target_modules" in keys:
@@ -100,27 +108,30 @@ def beginning(
     return {"schema": SCHEMA, "config": keys, "settings": settings, "parents": weights, "data": data}
 
 
-def require_same_beginning(checkpoint: Path, own: dict[str, Any], parts: Sequence[str]) -> None:
-    """Raises UserError where the checkpoint's run began otherwise, `parts` of its keys compared. One without a
-    `run.json` beside it is taken."""
+def why_not(checkpoint: Path, output: Path, own: dict[str, Any], parts: Sequence[str]) -> str | None:
+    """Why this run cannot go on from the checkpoint: its run began otherwise, `parts` of its keys compared, or `output`
+    holds another. One without a `run.json` beside it is taken."""
     path, place = checkpoint.resolve().parent / RUN, f"resume_from_checkpoint: {checkpoint}"
+    if not is_in(checkpoint, output) and checkpoints(output):
+        remedy = "choose another folder, or one of its own checkpoints"
+        return f"output_dir: {output}: holds another run than that of {checkpoint}: {remedy}"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["schema"] != SCHEMA:
             raise ValueError(f"its schema is {before['schema']!r}")
         _, parents, data = (dict(before[part]) for part in ("config", "parents", "data"))
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        remedy = "take it away to resume without its check"
-        raise UserError(f"{path}: is none of ours ({type(error).__name__}: {error}): {remedy}") from None
+        return f"{path}: is none of ours ({type(error).__name__}: {error}): take it away to resume without its check"
     for part in parts:
         keys = before.get(part, {})
         for key in sorted(keys, key=lambda key: (key in LORA, key)):  # LoRA's go with use_peft
             was, now = json.dumps(keys.get(key)), json.dumps(own[part].get(key))
             if was != now:
-                raise UserError(f"{place}: its {key} is {was}, not {now}; set it as it was")
+                return f"{place}: its {key} is {was}, not {now}; set it as it was"
     for what, then, now in (("weights", parents, own["parents"]), ("rows", data, own["data"])):
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
-                raise UserError(f"{place}: its {name} had other {what}; give what it began with, or begin anew")
+                return f"{place}: its {name} had other {what}; give what it began with, or begin anew"
+    return None

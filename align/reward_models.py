@@ -156,6 +156,18 @@ def reads_sampled_tokens(path: str, codec: Codec) -> bool:
     return own.prompts(probes) == codec.prompts(probes) and own.responses(probes) == codec.responses(probes)
 
 
+def require_same_tokens(path: str, key: str, codec: Codec) -> None:
+    """Raises UserError where a model does not know the policy's tokens by the same numbers, but for pad."""
+    if has_no_tokenizer(path):  # it was trained on the policy's own sequences
+        return
+    theirs = Codec.load(path).tokenizer.get_vocab()
+    for token, number in codec.tokenizer.get_vocab().items():
+        if theirs.get(token) != number and number != codec.pad_id:
+            what = "does not know" if token not in theirs else "has another number for"
+            remedy = "give a model that reads the same tokens"
+            raise UserError(f"{key}: {path}: its tokenizer {what} the policy's token {token!r}; {remedy}")
+
+
 def has_no_tokenizer(path: str) -> bool:
     return Path(path).is_dir() and tokenizer_sha256(path) is None
 
@@ -184,6 +196,21 @@ class ClosedCodec(Codec):
 
     def responses(self, completions: list[Text]) -> list[list[int]]:
         return [[*row[:-1], *self.closing] for row in super().responses(completions)]
+
+
+def say_other_end(path: str, codec: Codec) -> None:
+    """Warn of a policy of other makers whose template ends an answer with another token than EOS, which alone ends one
+    here: until SFT has taught it that, next to none of its answers would count as ended."""
+    if published_manifest(path) is not None:
+        return
+    special = {i for i, token in codec.tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((i for i in ClosedCodec(codec.tokenizer).closing if i in special), codec.eos_id)
+    if end != codec.eos_id:
+        theirs, ours = codec.tokenizer.convert_ids_to_tokens([end, codec.eos_id])
+        announce(
+            f"warning: {path}: its template ends answers with {theirs}, and here EOS, {ours}, ends them: run sft on"
+        )
+        announce(f"it first, or make {theirs} the eos_token of its tokenizer")
 
 
 def reward_codec(path: str) -> Codec:

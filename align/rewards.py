@@ -4,7 +4,9 @@ A reward model reads the sampled tokens where its tokenizer is the policy's, and
 returns is checked, and asked for again where it failed. `align.reward_models` builds all this from a config.
 """
 
+import asyncio
 import importlib
+import inspect
 import math
 import queue
 import statistics
@@ -140,7 +142,7 @@ def plain_text(text: Text) -> str:
 
 
 class FunctionReward:
-    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers.
+    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers, async or not.
 
     One that raises, returns the wrong number of scores or one that is not finite, or takes over `timeout` seconds is
     called again, `retries` times at most; each failure is told on stderr and noted. `key` names it in errors.
@@ -160,7 +162,7 @@ class FunctionReward:
         while True:
             self.notes = {"failures": float(failures)}
             try:
-                return numbers(within(self.timeout, lambda: self.function(**arguments)), prompts)
+                return numbers(within(self.timeout, lambda: awaited(self.function(**arguments))), prompts)
             except Exception as error:  # a user's code may raise anything; it ends the run with one line
                 failures += 1
                 self.give_up_or_wait(error, failures)
@@ -169,9 +171,22 @@ class FunctionReward:
         what = f"{self.key}: {self.path} {fault(error)}"
         if failures > self.retries:
             tries = f", the last of {failures} tries" if failures > 1 else ""
-            raise UserError(f"{what}{tries}; mend the function") from error
+            in_thread = "main thread" in str(error) or "threaded" in str(error)  # signal.alarm, Python's and others'
+            remedy = "it needs the main thread: set reward_timeout: null" if in_thread else "mend the function"
+            raise UserError(f"{what}{tries}; {remedy}") from error
         print(f"warning: {what}; failure {failures}, called again", file=sys.stderr)
         time.sleep(RETRY_WAIT * 2 ** (failures - 1))
+
+
+def awaited(returned: Any) -> Any:
+    """What a function returned, or what it does once it has been waited for."""
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def wait() -> Any:
+        return await returned
+
+    return asyncio.run(wait())
 
 
 class Fault(Exception):

@@ -367,6 +367,10 @@ def wait_for_everyone() -> None:
     state().wait_for_everyone()
 
 
+def num_processes() -> int:
+    return state().num_processes
+
+
 def most(number: int) -> int:
     """The largest of all processes' numbers; they must all ask."""
     if state().num_processes == 1:

@@ -48,7 +48,7 @@ class Codec:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._marked = [*sorted(special, key=len, reverse=True), MARK]
         self._spelled = re.compile("|".join(map(re.escape, self._marked)))
-        self._kept: dict[tuple[str, str], bool] = {}
+        self._probed: dict[tuple[str, str], bool] = {}
 
     @staticmethod
     def load(path: str, chat_template_path: str | None = None) -> "Codec":
@@ -119,27 +119,27 @@ class Codec:
             except TemplateError as error:
                 refusal = error
                 continue
-            if any(not self._keeps(m["role"]) for m in attempt):
-                raise UserError(
-                    "the chat template leaves out a system message that no question follows; mend the data or the "
-                    "template"
-                )
+            if lost := next((m["role"] for m in attempt if not self._keeps(m["role"])), None):
+                what = "a tool's answer" if lost == "tool" else "a system message that no question follows"
+                raise UserError(f"the chat template leaves out {what}; mend the data or the template")
             return text
         raise UserError(f"the chat template refuses a prompt ({refusal}); mend the data or the template")
 
     def _keeps(self, role: str) -> bool:
-        """Whether the template writes what a message of a system role says. One that refuses the role may keep it
-        elsewhere in a conversation, so only silence counts."""
-        if role not in SYSTEM_ROLES:
+        """Whether the template writes what a message of a system role, or a tool's answer, says. One that refuses the
+        role may keep it elsewhere in a conversation, so only silence counts."""
+        if role not in (*SYSTEM_ROLES, "tool"):
             return True
         key = str(self.tokenizer.chat_template), role
-        if key not in self._kept:
-            probe = [{"role": role, "content": MARK}, {"role": "user", "content": "question"}]
+        if key not in self._probed:
+            question = {"role": "user", "content": "question"}
+            before = [question, {"role": "assistant", "content": "call"}] if role == "tool" else []
+            probe = [*before, {"role": role, "content": MARK}, question]
             try:
-                self._kept[key] = MARK in self._apply(probe)
+                self._probed[key] = MARK in self._apply(probe)
             except TemplateError:
-                self._kept[key] = True
-        return self._kept[key]
+                self._probed[key] = True
+        return self._probed[key]
 
     def _apply(self, messages: list[dict]) -> str:
         return self._template(messages, add_generation_prompt=True)
@@ -158,11 +158,11 @@ class Codec:
         if "enable_thinking" not in template:
             return False
         key = template, "<think>"
-        if key not in self._kept:
+        if key not in self._probed:
             question = [{"role": "user", "content": "question"}]
             text = self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-            self._kept[key] = text.rstrip().endswith("<think>")
-        return self._kept[key]
+            self._probed[key] = text.rstrip().endswith("<think>")
+        return self._probed[key]
 
     def _mark(self, text: str) -> str:
         return self._spelled.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK_END}", text)
@@ -194,7 +194,7 @@ class Codec:
         return self.responses([completion])[0]
 
     def responses(self, completions: list[Text]) -> list[list[int]]:
-        texts = [c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions]
+        texts = [c if isinstance(c, str) else "\n\n".join(m["content"] for m in c) for c in completions]
         if not texts:
             return []
         # A special token spelled out in a text stays text.

@@ -141,7 +141,12 @@ class GroupedByLength:
         rows = self.train_dataset if train_dataset is None else train_dataset
         real = rows.rows if isinstance(rows, Filled) else rows
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroups(self.lengths(real), size, self.args.seed, fillers=len(rows) - len(real))
+        self.order = LengthGroups(self.lengths(real), size, self.args.seed, fillers=len(rows) - len(real))
+        return self.order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        self.order.set_epoch(epoch)  # where several processes skip what a checkpoint has seen, accelerate does not
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     @staticmethod
     def lengths(rows: Any) -> list[int]:

@@ -127,9 +127,16 @@ def record_seconds(argv: list[str], stage) -> None:
     flags, name = read_flags(argv, bare=None), Path(sys.modules[stage.__module__].__file__).stem
     if "output_dir" in flags and name != "evaluate_rm":  # whose output may lie in the model's
         name = Path(flags["output_dir"]).name
-    if "run" in flags and is_main_process():
-        seconds = seconds_so_far(flags["run"], name, "resume_from_checkpoint" in flags)
+    resumed = "resume_from_checkpoint" in flags
+    if "run" in flags and is_main_process() and not (resumed and was_finished(Path(flags["run"]) / name)):
+        seconds = seconds_so_far(flags["run"], name, resumed)
         write_json(Path(flags["run"]) / "seconds.json", seconds)
+
+
+def was_finished(output: Path) -> bool:
+    """Whether the stage had nothing to do: its manifest is older than this process."""
+    manifest = output / "manifest.json"
+    return manifest.exists() and manifest.stat().st_mtime < psutil.Process().create_time()
 
 
 def seconds_so_far(run_dir: str, name: str, resumed: bool = False) -> dict[str, float]:

@@ -19,6 +19,7 @@ from align.generate import Sampler, make_sampler, uniform_numbers
 from align.manifest import check_parent, write_manifest
 from align.models import load_packed_policy, require_context
 from align.parse import parse
+from align.reward_models import say_other_end
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.splits import refuse_eval_only
 from align.text import Codec
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> None:
     files = {"train": config.prompts_file, "validation": config.validation_prompts_file}
     loaded = {name: load_prompts(path, config.on_bad_rows) for name, path in files.items() if path}
     refuse_eval_only(*loaded["train"])
-    loaded = {name: drop_long(*cut(pair, codec, config)) for name, pair in loaded.items()}
+    limit = config.max_prompt_length
+    loaded = {name: drop_long(prompts, codec, limit, report) for name, (prompts, report) in loaded.items()}
+    say_other_end(config.model_name_or_path, codec)
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     policy = load_packed_policy(config.model_name_or_path, config.attn_implementation).to(runtime.device)
@@ -59,11 +62,6 @@ def main(argv: list[str]) -> None:
             write_manifest(folder, "collect", config, config.seed, parents, reports, metrics)
     after = "make rm" if config.labelers else "fill in every rank and give both files to rm"
     announce(f"rankings in {output}; next: {after}")
-
-
-def cut(pair: tuple, codec: Codec, config: CollectConfig) -> tuple:
-    prompts, report = pair
-    return prompts, codec, config.max_prompt_length, report
 
 
 def sample(

@@ -29,14 +29,15 @@ from align.data import (
 )
 from align.errors import UserError
 from align.evaluate.policies import Setting, answer, few_shot_examples, load_proxy, perplexity, scored
-from align.evaluate.report import pick_transcripts, summarise, write_plots, write_report
+from align.evaluate.report import pick_transcripts, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
-from align.evaluate.summary import by_reward_model
+from align.evaluate.summary import by_reward_model, summarise
 from align.evaluate.win_rate import agreement
 from align.files import plain, write_json, write_jsonl
 from align.manifest import check_parent, read_manifest
 from align.models import context_of, load_packed_policy
 from align.parse import parse
+from align.reward_models import require_same_tokens, say_other_end
 from align.rewards import import_function
 from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
@@ -51,12 +52,12 @@ def main(argv: list[str]) -> None:
     # 1. Config, checkpoints, prompts, judge.
     config = parse(EvaluateConfig, argv)
     tune_cpu()
-    paths = policy_paths(config)
+    codec = Codec.load(config.sft_path)
+    paths = policy_paths(config, codec)
     if not config.reward_function:
         check_parent(config.reward_model_path, "reward_model_path", ("rm",))
     if not config.rankings_file:
         raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
-    codec = Codec.load(config.sft_path)
     room = context_of(config.sft_path) or sys.maxsize
     prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
     prompts = evenly(prompts, config.num_prompts)
@@ -116,8 +117,9 @@ def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
-    """Checked checkpoints by policy; a PPO folder that was not written counts as not trained."""
+def policy_paths(config: EvaluateConfig, codec: Codec) -> dict[str, str | None]:
+    """Checked checkpoints by policy, which all read SFT's tokens; a PPO folder that was not written counts as not
+    trained."""
     paths = {"base": config.base_path, "sft": config.sft_path}
     for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
         trained = path and (Path(path) / "config.json").exists()
@@ -127,7 +129,9 @@ def policy_paths(config: EvaluateConfig) -> dict[str, str | None]:
     for name, path in paths.items():
         if path:
             check_parent(path, f"{name}_path", {"base": ("base",), "sft": ("sft",)}.get(name, ("ppo",)))
+            require_same_tokens(path, f"{name}_path", codec)
             say_other_temperature(path, config.temperature)
+    say_other_end(config.sft_path, codec)
     return paths
 
 

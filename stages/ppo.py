@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from align.checkpoint import is_finished
 from align.config import PPOConfig
-from align.evaluate.report import plot_overoptimisation
+from align.evaluate.plots import plot_overoptimisation
 from align.interrupt import Interrupted, arrived, deferred
 from align.learn import (
     build_actors,

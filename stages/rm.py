@@ -79,8 +79,8 @@ def main(argv: list[str]) -> None:
     means = normalise_on(model, demonstrations, codec, config.per_device_eval_batch_size)
 
     # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
+    metrics = accuracies(model, held, codec, config) | means
     if is_main_process():
-        metrics = accuracies(model, held, codec, config) | means
         apart = codec.with_own_pad()  # for who loads it with transformers alone
         with deferred("the results are written first"), atomic_contents(output) as folder:
             save_scalar_model(model, folder, apart.pad_id)

@@ -1,5 +1,6 @@
 """align/card.py: the card says what the manifest says, and its code loads what lies beside it."""
 
+import copy
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from align.card import LOAD
 from align.config import RMConfig
 from align.manifest import write_manifest
 from align.models import load_scalar_model, save_scalar_model
@@ -65,6 +67,21 @@ def test_the_cards_code_loads_the_scores(reward_folder, tiny_codec):
     assert names["ids"] == row
     (ours,) = score_rows(load_scalar_model(str(reward_folder)).eval(), [row], tiny_codec.pad_id, 1)
     assert float(names["reward"][0].detach()) == pytest.approx(ours, abs=1e-5)
+
+
+def test_the_cards_code_answers_with_and_without_a_chat_template(tiny_llama, tiny_codec, tmp_path):
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    tiny_llama.generation_config.update(max_new_tokens=4, do_sample=False, eos_token_id=1)
+    plain, chat = copy.deepcopy(tiny_codec.tokenizer), copy.deepcopy(tiny_codec.tokenizer)
+    plain.chat_template, chat.chat_template = None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    answers = []
+    for name, tokenizer in (("plain", plain), ("chat", chat)):
+        tiny_llama.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        names = {"folder": str(tmp_path / name), "prompt": "the opposite of hot"}
+        exec(LOAD, names)
+        answers.append(names["answer"])
+    assert answers[0] == answers[1] and isinstance(answers[0], str)
 
 
 def test_an_accuracy_of_no_pairs_is_no_crash(tmp_path):

@@ -220,6 +220,19 @@ def test_a_system_message_that_the_template_leaves_out_goes_before_the_question(
         codec.render((system, {"role": "assistant", "content": "yes?"}, question))
 
 
+def test_a_tools_answer_that_the_template_leaves_out_is_not_lost_in_silence():
+    asked = {"role": "user", "content": "how warm?"}, {"role": "assistant", "content": "I look it up."}
+    told = {"role": "tool", "content": "21 degrees"}
+    assert "21 degrees" in CODECS["chatml"].render((*asked, told))
+    with pytest.raises(UserError, match="leaves out a tool's answer"):
+        codec_of(DEAF).render((*asked, told))
+
+
+def test_an_answer_of_several_messages_has_blank_lines_between_them():
+    said = tuple({"role": "assistant", "content": text} for text in ("Hello.", "And bye."))
+    assert CODECS["chatml"].response(said) == CODECS["chatml"].response("Hello.\n\nAnd bye.")
+
+
 def test_what_a_template_refuses_is_one_line():
     twice = ({"role": "user", "content": "a"}, {"role": "user", "content": "b"})
     with pytest.raises(UserError, match="refuses a prompt .*roles must alternate"):

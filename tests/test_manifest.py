@@ -14,7 +14,6 @@ from align.manifest import (
     code_version,
     read_manifest,
     redact,
-    require_same_tokenizer,
     tokenizer_sha256,
     weights_sha256,
     write_manifest,
@@ -190,12 +189,3 @@ def test_incomplete_checkpoints(tmp_path):
     (path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
         check_parent(str(path), "role")
-
-
-def test_tokenizers_that_differ_where_they_must_not(tmp_path):
-    one, two = (check_parent(str(model(tmp_path / name)), name) for name in ("policy", "reward"))
-    three = check_parent(str(model(tmp_path / "c", tokenizer={"model": 1})), "value")
-    require_same_tokenizer([one, check_parent("org/name", "hub"), two])
-    with pytest.raises(UserError) as refused:
-        require_same_tokenizer([one, two, three])
-    assert str(tmp_path / "policy") in str(refused.value) and str(tmp_path / "c") in str(refused.value)

@@ -817,6 +817,12 @@ def test_prose_loses_white_space_alone(text, longest):
     assert all(0 < len(document) <= longest and document == document.strip() for document in found)
 
 
+def test_lines_of_a_text_file_may_end_as_on_windows(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one line\r\nanother\r\n\r\na second paragraph\r\n")
+    assert [row for _, row in read_records(str(path))] == [{"text": "one line\nanother\n\na second paragraph\n"}]
+
+
 def test_a_text_file_is_prose(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one two\n\nthree", encoding="utf-8-sig")

@@ -102,6 +102,21 @@ def test_every_key_that_is_compared_has_its_case():
     assert {key for *_, changed in COMPARED for key in changed} == {*SHARED, *RATES, *LORA}
 
 
+@pytest.mark.parametrize("changes", [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}])
+def test_a_trainers_step_keeps_its_rows(run, changes):
+    """Its place in an epoch is counted in steps. The same rows may be cut otherwise, over other processes."""
+    size = RMConfig("out").per_device_train_batch_size
+    config = {"output_dir": str(run / "rm"), "per_device_train_batch_size": size}
+    start_run(RMConfig(**config), PARENTS, REPORTS)
+    own_checkpoint(run / "rm", 1)
+    again = config | {"resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match=f"its per_device_train_batch_size x .* is {size}, not "):
+        start_run(RMConfig(**again | changes), PARENTS, REPORTS)
+    halves = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": 2}
+    assert start_run(RMConfig(**again | halves), PARENTS, REPORTS)[1] == run / "rm" / "checkpoint-1"
+    release_output(run / "rm")
+
+
 OTHER_BEGINNINGS = {
     "its model_name_or_path had other weights; give what it began with": (
         [PARENTS[0] | {"weights_sha256": "bb"}],

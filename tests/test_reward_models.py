@@ -31,7 +31,9 @@ from align.reward_models import (
     check_reward_models,
     load_reward,
     reads_sampled_tokens,
+    require_same_tokens,
     reward_config,
+    say_other_end,
     value_start,
 )
 from align.rewards import ModelReward, PairReward, TextReward
@@ -409,6 +411,34 @@ def test_P2_a_value_model_of_the_users_choice(world, tiny_codec):
     assert value_start(config_of(world, foreign, value_model_path=rm), tiny_codec) == ValueStart(rm, False, None)
     terms = (foreign, ModelTerm(rm, weight=0.5, name="own"))
     assert value_start(config_of(world, *terms, value_model_path=rm), tiny_codec) == ValueStart(rm, False, "own")
+
+
+def test_a_model_that_reads_other_tokens_is_refused_by_name(world, tmp_path, tiny_codec):
+    """With a template of its own it may do; without a tokenizer it was trained on the policy's tokens."""
+    renumbered = copy.deepcopy(tiny_codec.tokenizer)
+    renumbered.chat_template = CHATML
+    renumbered.save_pretrained(tmp_path / "template")
+    require_same_tokens(str(tmp_path / "template"), "value_model_path", tiny_codec)
+    (tmp_path / "bare").mkdir()
+    require_same_tokens(str(tmp_path / "bare"), "value_model_path", tiny_codec)
+    refused(
+        f"value_model_path: {world / 'foreign'}: its tokenizer .* the policy's token '",
+        require_same_tokens, str(world / "foreign"), "value_model_path", tiny_codec,
+    )  # fmt: skip
+    learned = copy.deepcopy(tiny_codec.tokenizer)
+    learned.add_tokens(["<new>"])
+    refused("does not know the policy's token '<new>'", require_same_tokens, str(world / "rm"), "key", Codec(learned))
+
+
+def test_a_policy_whose_template_ends_answers_with_another_token_is_warned_of(world, tmp_path, chatml, capsys):
+    say_other_end(str(world / "foreign"), chatml)
+    assert "warning" not in capsys.readouterr().out
+    other = copy.deepcopy(chatml.tokenizer)
+    other.eos_token = "<fill>"  # as Gemma's <eos>, where <end_of_turn> closes an answer
+    other.save_pretrained(tmp_path / "other")
+    say_other_end(str(tmp_path / "other"), Codec(other))
+    said = capsys.readouterr().out
+    assert "its template ends answers with <|im_end|>, and here EOS, <fill>, ends them" in said
 
 
 # All of it

@@ -1,6 +1,8 @@
 """align/rewards.py: a model, a function, a sum of them, and what is refused."""
 
+import asyncio
 import math
+import signal
 import sys
 import threading
 import types
@@ -188,6 +190,28 @@ def test_what_a_function_raises_in_its_thread_is_what_the_user_reads(functions, 
     functions.reward = lambda prompts, completions, **columns: {}["missing"]
     with pytest.raises(UserError, match="raised KeyError: 'missing'"):
         function_reward(tiny_codec, timeout=30)(PROMPTS, EPISODES)
+
+
+def test_a_function_may_be_async(functions, tiny_codec):
+    async def reward(prompts, completions, **columns):
+        await asyncio.sleep(0)
+        return [float(len(prompt)) for prompt in prompts]
+
+    functions.reward = reward
+    for limits in ({}, {"timeout": 30}):
+        assert function_reward(tiny_codec, **limits)(PROMPTS, EPISODES) == [1.0, 1.0, 1.0]
+
+
+def test_a_function_that_needs_the_main_thread_is_told_how_to_get_it(functions, tiny_codec):
+    def reward(prompts, completions, **columns):
+        before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, before)
+        return [0.0] * len(prompts)
+
+    functions.reward = reward
+    with pytest.raises(UserError, match="main thread.*set reward_timeout: null"):
+        function_reward(tiny_codec, timeout=30)(PROMPTS, EPISODES)
+    assert function_reward(tiny_codec)(PROMPTS, EPISODES) == [0.0] * 3
 
 
 def constant(*scores: float):

@@ -469,6 +469,11 @@ def test_P14_learning_rates():
         assert learner.value_optimizer.param_groups[0]["lr"] == 9e-6
     expected = [0.2e-6, 0.38e-6, 0.56e-6, 0.74e-6, 0.92e-6, 1.1e-6, 1.28e-6, 1.46e-6, 1.64e-6, 1.82e-6] + [2e-6] * 5
     assert rates == pytest.approx(expected, rel=1e-9)
+    later, alone = [], dataclasses.replace(config, value_warmup_iterations=3)
+    for iteration in range(18):
+        set_learning_rates(learner, alone, iteration, 500)
+        later.append(learner.policy_optimizer.param_groups[0]["lr"])
+    assert later == [0.0] * 3 + rates and learner.value_optimizer.param_groups[0]["lr"] == 9e-6
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -24,36 +24,8 @@ from align.evaluate.plots import (
     plot_training,
     plot_use_cases,
 )
-from align.evaluate.summary import (
-    MODES,
-    POLICIES,
-    REWARD_KEYS,
-    Record,
-    check_summary,
-    policy_summary,
-    summarise,
-)
+from align.evaluate.summary import MODES, POLICIES, REWARD_KEYS, Record, summarise
 from align.evaluate.win_rate import Interval, mean_interval, rate_interval
-
-__all__ = [
-    "Table",
-    "check_summary",
-    "pick_transcripts",
-    "plot_calibration",
-    "plot_overoptimisation",
-    "plot_policies",
-    "plot_sft",
-    "plot_training",
-    "plot_use_cases",
-    "policy_summary",
-    "summarise",
-    "tables",
-    "transcripts_table",
-    "verdicts",
-    "write_plots",
-    "write_report",
-    "write_tables",
-]
 
 NUM_TRANSCRIPTS = 20
 WARNING = "Prompts and answers stand as data and models gave them and may offend."

@@ -44,7 +44,7 @@ def read_records(path: str) -> Iterator[Record]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): check the file") from None
     if suffix(path) == ".txt":
-        yield f"{path}", {"text": text}
+        yield f"{path}", {"text": text.replace("\r\n", "\n")}
         return
     yield from table_rows(path, text)
 

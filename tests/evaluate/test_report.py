@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align.evaluate import report
+from align.evaluate import plots, report
+from align.evaluate.summary import POLICIES, summarise
 
 SCRIPT = '<script>alert("x")</script> | a\nb & <img src=x onerror=y>'
 
@@ -21,7 +22,7 @@ def assert_picture(path):
 
 def test_every_plot_is_written(tmp_path, make_evaluation, training_rows, overoptimisation_rows, sft_log):
     evaluation = make_evaluation(n=60, without=("ppo",))
-    summary = report.summarise(evaluation)
+    summary = summarise(evaluation)
     plots = report.write_plots(
         tmp_path, evaluation, summary, {"ppo_ptx": training_rows, "ppo": []}, sft_log, overoptimisation_rows
     )
@@ -39,12 +40,12 @@ def test_every_plot_is_written(tmp_path, make_evaluation, training_rows, overopt
 
 
 EMPTY = {
-    "policies": lambda path: report.plot_policies({"policies": dict.fromkeys(report.POLICIES)}, path),
-    "use_cases": lambda path: report.plot_use_cases({"policies": {}}, path),
-    "training": lambda path: report.plot_training([], path),
-    "overoptimisation": lambda path: report.plot_overoptimisation([{"episode": 1}], path),
-    "calibration": lambda path: report.plot_calibration({}, path),
-    "sft": lambda path: report.plot_sft([], path),
+    "policies": lambda path: plots.plot_policies({"policies": dict.fromkeys(POLICIES)}, path),
+    "use_cases": lambda path: plots.plot_use_cases({"policies": {}}, path),
+    "training": lambda path: plots.plot_training([], path),
+    "overoptimisation": lambda path: plots.plot_overoptimisation([{"episode": 1}], path),
+    "calibration": lambda path: plots.plot_calibration({}, path),
+    "sft": lambda path: plots.plot_sft([], path),
 }
 
 
@@ -56,24 +57,24 @@ def test_plots_of_nothing_say_so(tmp_path, name):
 def test_a_metric_that_was_not_logged_leaves_its_panel(tmp_path, training_rows):
     rows = [{k: v for k, v in row.items() if k in ("episode", "objective/kl")} for row in training_rows]
     rows[3]["objective/kl"] = float("nan")
-    assert_picture(report.plot_training(rows, tmp_path / "training.png"))
+    assert_picture(plots.plot_training(rows, tmp_path / "training.png"))
 
 
 def test_a_use_case_with_one_prompt_is_drawn_and_tabled(tmp_path, make_evaluation):
     evaluation = make_evaluation(n=11)
-    assert_picture(report.plot_use_cases(evaluation, tmp_path / "use_cases.png"))
+    assert_picture(plots.plot_use_cases(evaluation, tmp_path / "use_cases.png"))
     assert "(n=1)" in report.write_tables(evaluation)
 
 
 def test_the_same_numbers_give_the_same_picture(tmp_path, make_evaluation):
-    summary = report.summarise(make_evaluation(n=30))
-    one, two = (report.plot_policies(summary, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    summary = summarise(make_evaluation(n=30))
+    one, two = (plots.plot_policies(summary, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert one == two
 
 
 def test_tables_hold_the_summary(make_evaluation):
     evaluation = make_evaluation(without=("ppo",))
-    summary = report.summarise(evaluation)
+    summary = summarise(evaluation)
     text = report.write_tables(evaluation, summary)
     gold = summary["policies"]["ppo_ptx"]["sampled"]["gold"]
     assert f"| PPO-ptx | {gold['mean']:.2f} [{gold['low']:.2f}, {gold['high']:.2f}] |" in text
@@ -94,7 +95,7 @@ def test_fields_table_by_hand(make_evaluation):
 
 
 def test_verdicts_follow_the_interval_of_the_gain(make_evaluation):
-    summary = report.summarise(make_evaluation())
+    summary = summarise(make_evaluation())
     ppo = summary["policies"]["ppo"]
     ppo["sampled"]["gain_vs_sft"] = {"mean": 0.1, "low": -0.1, "high": 0.3}
     ppo["greedy"]["gain_vs_sft"] = {"mean": -0.3, "low": -0.4, "high": -0.2}
@@ -127,7 +128,7 @@ def page(tmp_path, make_evaluation):
     evaluation = make_evaluation(n=40, without=("ppo",))
     for record in evaluation["policies"]["sft"]["sampled"]:
         record["prompt"] = record["response"] = record["use_case"] = SCRIPT
-    plot = report.plot_policies(report.summarise(evaluation), tmp_path / "report" / "plots" / "policies.png")
+    plot = plots.plot_policies(summarise(evaluation), tmp_path / "report" / "plots" / "policies.png")
     return report.write_report(tmp_path / "report", evaluation, {"Gold score": plot})
 
 
@@ -168,6 +169,6 @@ def test_transcripts_shown_are_of_all_sources_of_a_longer_list():
 
 
 def test_prompts_that_all_gain_alike_prove_nothing(make_evaluation):
-    summary = report.summarise(make_evaluation())
+    summary = summarise(make_evaluation())
     summary["policies"]["ppo"]["sampled"]["gain_vs_sft"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert "does not differ measurably from SFT" in report.verdicts(summary)[0]

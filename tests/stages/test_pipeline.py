@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 import stages.sft
 from align.data import load_rankings
-from align.evaluate.report import check_summary
 from align.evaluate.reward_report import untied_pairs
+from align.evaluate.summary import check_summary
 from align.models import load_scalar_model
 from align.ranking import score_rankings
 from align.text import Codec
-from stages.__main__ import main, seconds_so_far
+from stages.__main__ import main, seconds_so_far, was_finished
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -277,6 +278,16 @@ def test_the_reward_models_report_covers_held_out_labelers(mini):
 def test_a_torn_seconds_file_costs_no_run(mini, tmp_path):
     (tmp_path / "seconds.json").write_text("")
     assert seconds_so_far(str(tmp_path), "sft").keys() == {"sft"}
+
+
+def test_a_finished_stage_that_is_asked_for_again_adds_no_seconds(tmp_path):
+    output = tmp_path / "sft"
+    output.mkdir()
+    assert not was_finished(output)
+    (output / "manifest.json").write_text("{}")
+    assert not was_finished(output), "written by this process"
+    os.utime(output / "manifest.json", (1e9, 1e9))
+    assert was_finished(output)
 
 
 def test_a_resumed_stage_adds_to_the_seconds_it_took_before(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from align.evaluate.summary import check_summary
+from align.text import Codec
 from stages.evaluate import evenly, policy_paths
 
 
@@ -74,12 +75,13 @@ def test_a_temperature_that_is_not_that_of_training_is_said(mini, capsys):
     run = mini.run
     paths = {"base_path": str(run / "base"), "sft_path": str(run / "sft"), "ppo_path": None}
     config = SimpleNamespace(**paths, ppo_ptx_path=str(run / "ppo"), temperature=1.0)
-    policy_paths(config)
+    codec = Codec.load(config.sft_path)
+    policy_paths(config, codec)
     assert "temperature" not in capsys.readouterr().out
     config.temperature = 0.7
-    policy_paths(config)
+    policy_paths(config, codec)
     assert capsys.readouterr().out.count("temperature") == 1
-    policy_paths(config)
+    policy_paths(config, codec)
     assert "was trained on answers drawn at 1, these are drawn at 0.7" in capsys.readouterr().out
 
 
