@@ -134,6 +134,7 @@ class SFTConfig(TrainerConfig):
     pretraining_file: str | None = None
     pretraining_fraction: float = 0.0  # share of the training rows that are pretraining text (C.3: 0.1 for RL init)
     completion_only_loss: bool = True
+    all_answers: bool = False  # of a conversation also the assistant's earlier answers, each a row of its own
     max_length: int = 2048  # rows over it are dropped and counted, never cut
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline

@@ -42,11 +42,12 @@ ONE_OF_SEVERAL = re.compile(  # response_0, answer-b, Response 1
     re.IGNORECASE,
 )
 NO_CALLS = "calls of tools are not learned: take the row out, or write it as text"
+EARLIER = "earlier_answers_not_learned"
 NOTES = {
     "merged_duplicates": "equal completions of one rank were merged",
     "system_used": "has a column `system`, which opens the prompt as its system message",
     "margin_not_used": "has a margin, which the loss does not use: it stays a column",
-    "earlier_answers_not_learned": "the assistant's earlier answers are prompt: the last one alone is learned",
+    EARLIER: "the assistant's earlier answers are prompt: the last one alone is learned, unless all_answers is set",
 }
 
 
@@ -73,7 +74,7 @@ def _message(message: Any, what: str) -> Message:
     content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, (list, tuple)):
         content = _joined(content, what)
-    if isinstance(message, Mapping) and not content and _calls_tools(message):
+    if isinstance(message, Mapping) and not content and calls_tools(message):
         raise BadRow("bad_messages", f"{what} holds a tool call without text", NO_CALLS)
     if not isinstance(content, str):
         remedy = 'write {"role": ..., "content": ...}'
@@ -94,7 +95,7 @@ def _joined(parts: Sequence[Any], what: str) -> str:
     return "".join(texts)
 
 
-def _calls_tools(message: Message) -> bool:
+def calls_tools(message: Message) -> bool:
     return bool(message.get("tool_calls") or message.get("function_call"))
 
 
@@ -136,7 +137,7 @@ def _completion(row: Columns, name: str, what: str | None = None) -> Text:
 
 def _spoken(completion: Text) -> Text:
     """A completion that is text alone: of a tool call beside it nothing would be learned."""
-    if not isinstance(completion, str) and any(_calls_tools(message) for message in completion):
+    if not isinstance(completion, str) and any(calls_tools(message) for message in completion):
         raise BadRow("bad_messages", "an answer holds a tool call", NO_CALLS)
     return completion
 
@@ -179,7 +180,7 @@ def parse_demonstration(row: Columns, notes: Counter[str]) -> Demonstration:
     else:
         record = Demonstration(_prompt(row), _completion(row, "completion"), _rest(row, "prompt", "completion"))
     if not isinstance(record.prompt, str) and any(m["role"] == "assistant" for m in record.prompt):
-        notes["earlier_answers_not_learned"] += 1
+        notes[EARLIER] += 1
     return record
 
 

@@ -1,7 +1,9 @@
 """Demonstrations and pretraining text as the rows a causal-LM trainer reads."""
 
 import random
+from dataclasses import replace
 
+from align.data import EARLIER, calls_tools
 from align.errors import UserError
 from align.rows import DataReport
 from align.text import Codec
@@ -24,6 +26,26 @@ def demonstration_rows(
     if not kept:
         raise UserError(f"{', '.join(report.paths)}: every row is over max_length {max_length} tokens: raise it")
     return kept, report.with_dropped("too_long", len(rows) - len(kept))
+
+
+def every_answer(demonstrations: list[Demonstration], report: DataReport) -> tuple[list[Demonstration], DataReport]:
+    """Also the assistant's earlier answers, each once, as a row of its own behind what was said before it. What is said
+    beside a call of a tool is no answer. The report counts them as rows read."""
+    rows, seen = [], set()
+    for row in demonstrations:
+        turns = () if isinstance(row.prompt, str) else row.prompt
+        for i, (before, message) in enumerate(zip(turns, turns[1:], strict=False), start=1):
+            asked = before["role"] in ("user", "tool")
+            answers = asked and message["role"] == "assistant" and not calls_tools(message)
+            place = tuple((turn["role"], turn["content"]) for turn in turns[: i + 1])
+            if answers and place not in seen:
+                seen.add(place)
+                rows.append(Demonstration(turns[:i], (message,), row.columns))
+        rows.append(row)
+    extra = len(rows) - len(demonstrations)
+    notes = {kind: count for kind, count in report.notes.items() if kind != EARLIER} | {"earlier_answers": extra}
+    counts = {"rows_read": report.rows_read + extra, "rows_used": report.rows_used + extra}
+    return rows, replace(report, notes=notes, **counts)
 
 
 def mix_pretraining(

@@ -70,6 +70,7 @@ ELSEWHERE = {
     "lr_warmup_ratio": ("warmup_iterations", "warmup_steps", "this stage has no warm-up"),
     "lr_scheduler_type": ("lr_decay", "the rate falls by a cosine to a tenth over num_train_epochs"),
     "lr_scheduler": ("lr_decay", "the rate falls by a cosine to a tenth over num_train_epochs"),
+    "assistant_only_loss": "all_answers",
     "freezing_actor_steps": "value_warmup_iterations",
     "critic_warmup": "value_warmup_iterations",
     "entropy_coef": "there is no entropy bonus; kl_coef holds the policy near its start",

@@ -20,7 +20,7 @@ from transformers import set_seed
 from align.checkpoint import is_finished
 from align.config import SFTConfig
 from align.data import load_demonstrations, load_texts
-from align.demonstrations import demonstration_rows, mix_pretraining
+from align.demonstrations import demonstration_rows, every_answer, mix_pretraining
 from align.files import atomic_contents
 from align.interrupt import deferred
 from align.lora import with_lora
@@ -107,6 +107,9 @@ def load_rows(config: SFTConfig, codec: Codec) -> tuple[list[dict], list[dict], 
     held_out, held_out_report = load_demonstrations(config.validation_file, config.on_bad_rows)
     demonstrations, report = load_demonstrations(config.train_file, config.on_bad_rows)
     refuse_eval_only(demonstrations, report)
+    if config.all_answers:
+        held_out, held_out_report = every_answer(held_out, held_out_report)
+        demonstrations, report = every_answer(demonstrations, report)
     demonstrations, report = keep_apart(demonstrations, report, held_out, config.on_bad_rows)
     limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
     train, report = demonstration_rows(demonstrations, codec, limit, report)

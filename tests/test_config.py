@@ -47,7 +47,7 @@ FIELDS = {
     """,
     "SFTConfig": """
         model_name_or_path chat_template_path train_file validation_file pretraining_file pretraining_fraction
-        completion_only_loss max_length residual_dropout num_train_epochs learning_rate
+        completion_only_loss all_answers max_length residual_dropout num_train_epochs learning_rate
         optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
         adam_beta1 adam_beta2 adam_epsilon save_steps reward_model_path selection_prompts
         max_new_tokens temperature use_peft lora_r lora_alpha lora_target_modules

@@ -296,7 +296,7 @@ def test_ppo_resumes_with_other_processes(world, tmp_path, first, then, more):
 def test_a_trainer_resumes_with_other_processes(world, tmp_path, stage, step, first, then):
     """From a checkpoint between two epochs (sft, 3) or in the middle of one to the weights of the uninterrupted run. In
     SFT's second epoch (4) the rows have another order than in its first."""
-    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": step}
+    flags = {"sft": sft_flags, "rm": rm_flags}[stage](world) | {"save_steps": step, "save_total_limit": 9}
     total = {"sft": 8, "rm": 4}[stage]  # rows a step
 
     def size(processes: int) -> dict:

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import stages.sft
 from align.config import SFTConfig
-from align.demonstrations import demonstration_rows
+from align.data import load_demonstrations
+from align.demonstrations import demonstration_rows, every_answer
 from align.packing import PackCollator
 from align.rows import DataReport
 from align.trainer import DemonstrationTrainer, causal_collator
@@ -103,3 +104,27 @@ def test_S6_the_stages_rows_hold_their_share_of_text(tiny_codec, tiny_llama, tmp
     train, validation, reports = stages.sft.load_rows(config, tiny_codec)
     whole = [row for row in train if 0 not in row["completion_mask"]]
     assert (len(train), len(whole), len(validation)) == (8, 2, 1) and "pretraining_file" in reports
+
+
+def said(role: str, text: str, **more) -> dict:
+    return {"role": role, "content": text, **more}
+
+
+def test_every_answer_is_a_row_behind_what_was_said_before_it(tmp_path):
+    system, one, two = said("system", "be kind"), said("user", "hi"), said("user", "and now?")
+    first, second = said("assistant", "hello"), said("assistant", "good night")
+    call = said("assistant", "I look.", tool_calls=[{"id": 1}])
+    talks = [
+        {"messages": [system, one, first, two, second]},
+        {"messages": [system, one, first, said("user", "bye"), second]},  # the first answer again
+        {"prompt": [first, one, call, said("tool", "21"), said("assistant", "warm"), two], "completion": [second]},
+        {"prompt": "p", "completion": "c"},
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks), encoding="utf-8")
+    rows, report = every_answer(*load_demonstrations(str(path)))
+    found = [(len(row.prompt), row.completion) for row in rows]
+    warm = (talks[2]["prompt"][4],)
+    assert found == [(2, (first,)), (4, (second,)), (4, (second,)), (4, warm), (6, (second,)), (1, "c")]
+    assert rows[0].prompt == (system, one)
+    assert (report.rows_read, report.rows_used, report.notes) == (6, 6, {"earlier_answers": 2})
