@@ -21,7 +21,8 @@ if tokenizer.chat_template is None:
 else:
     messages = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = tokenizer.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)"""
+tokens = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+answer = tokenizer.decode(tokens, skip_special_tokens=True)"""
 LOAD_REWARD = """from glob import glob
 import torch
 from safetensors.torch import load_file

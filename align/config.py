@@ -368,6 +368,8 @@ class PPOConfig(TrainingConfig):
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise UserError(f"kl_stop: {self.kl_stop} nats; give more than 0, or null to never stop")
         between("ptx_max_length", self.ptx_max_length, 2, 10**9)  # a document's first token is its query
+        if self.value_warmup_iterations * self.rollout_batch_size >= self.total_episodes:
+            raise UserError("value_warmup_iterations: leaves none for the policy; lower it, or raise total_episodes")
         if self.ptx_coef > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; ptx_coef > 0 needs text (or set ptx_coef: 0 for plain PPO)")
 

@@ -7,7 +7,7 @@ from align.data import EARLIER, calls_tools
 from align.errors import UserError
 from align.rows import DataReport
 from align.text import Codec
-from align.types import Demonstration
+from align.types import Demonstration, Text
 
 Row = dict[str, list[int]]  # input_ids; completion_mask is 1 on tokens that are learned
 
@@ -29,15 +29,15 @@ def demonstration_rows(
 
 
 def every_answer(demonstrations: list[Demonstration], report: DataReport) -> tuple[list[Demonstration], DataReport]:
-    """Also the assistant's earlier answers, each once, as a row of its own behind what was said before it. What is said
-    beside a call of a tool is no answer. The report counts them as rows read."""
-    rows, seen = [], set()
+    """Also the assistant's earlier answers, each a row of its own behind what was said before it, once, and none that
+    is a row's own answer too. What is said beside a call of a tool is no answer. The report counts them as read."""
+    rows, seen = [], {(*spoken(row.prompt, "user"), *spoken(row.completion, "assistant")) for row in demonstrations}
     for row in demonstrations:
         turns = () if isinstance(row.prompt, str) else row.prompt
         for i, (before, message) in enumerate(zip(turns, turns[1:], strict=False), start=1):
             asked = before["role"] in ("user", "tool")
             answers = asked and message["role"] == "assistant" and not calls_tools(message)
-            place = tuple((turn["role"], turn["content"]) for turn in turns[: i + 1])
+            place = spoken(turns[: i + 1])
             if answers and place not in seen:
                 seen.add(place)
                 rows.append(Demonstration(turns[:i], (message,), row.columns))
@@ -46,6 +46,11 @@ def every_answer(demonstrations: list[Demonstration], report: DataReport) -> tup
     notes = {kind: count for kind, count in report.notes.items() if kind != EARLIER} | {"earlier_answers": extra}
     counts = {"rows_read": report.rows_read + extra, "rows_used": report.rows_used + extra}
     return rows, replace(report, notes=notes, **counts)
+
+
+def spoken(text: Text, role: str = "user") -> tuple[tuple[str, str], ...]:
+    """Who says what; a plain text is said by `role`."""
+    return ((role, text),) if isinstance(text, str) else tuple((turn["role"], turn["content"]) for turn in text)
 
 
 def mix_pretraining(

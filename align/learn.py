@@ -22,6 +22,7 @@ from align.lora import (
     save_value_folder,
 )
 from align.manifest import check_parent, weights_sha256, write_manifest
+from align.maths.kl import adapt_kl_coef
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
@@ -189,6 +190,13 @@ def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+
+def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig, iteration: int) -> float:
+    """After an iteration whose rollout had this KL; while the policy stays as it is, its 0 says nothing."""
+    if iteration < config.value_warmup_iterations:
+        return kl_coef
+    return adapt_kl_coef(kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon)
 
 
 def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:

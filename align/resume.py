@@ -24,8 +24,8 @@ RUN = "run.json"
 SCHEMA = 1
 # Keys that make weights, an optimiser's state or an order of rows mean something else.
 SHARED = (
-    "seed", "max_length", "max_prompt_length", "pretraining_fraction", "rollout_batch_size", "vocab_size",
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "seed", "max_length", "max_prompt_length", "all_answers", "pretraining_fraction", "rollout_batch_size",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "use_peft", "value_use_peft", "batch_element", "ema_decay", "optim", "adam_beta1",
     "adam_beta2", "adam_epsilon",
 )  # fmt: skip
@@ -66,6 +66,8 @@ def start_run(
         begin_anew(output)
         checkpoint = None
     if is_main_process():
+        if checkpoint and config.resume_from_checkpoint != "latest":  # else those after it are torn
+            set_later_aside(output, checkpoint)
         claim(output, checkpoint, own)
     wait_for_everyone()
     return output, checkpoint
@@ -75,7 +77,6 @@ def claim(output: Path, checkpoint: Path | None, own: dict[str, Any]) -> None:
     """The folder is this run's from here on."""
     if checkpoint is not None:
         announce(f"resuming from {checkpoint}")
-        set_later_aside(output, checkpoint)
     unknown = checkpoint is not None and is_in(checkpoint, output) and not (output / RUN).exists()
     if not unknown:  # else what it began with would be what it goes on with
         write_json(output / RUN, own)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -160,9 +161,9 @@ def require_same_tokens(path: str, key: str, codec: Codec) -> None:
     """Raises UserError where a model does not know the policy's tokens by the same numbers, but for pad."""
     if has_no_tokenizer(path):  # it was trained on the policy's own sequences
         return
-    theirs = Codec.load(path).tokenizer.get_vocab()
+    theirs, spared = Codec.load(path).tokenizer.get_vocab(), {codec.pad_id} - {codec.eos_id}
     for token, number in codec.tokenizer.get_vocab().items():
-        if theirs.get(token) != number and number != codec.pad_id:
+        if theirs.get(token) != number and number not in spared:
             what = "does not know" if token not in theirs else "has another number for"
             remedy = "give a model that reads the same tokens"
             raise UserError(f"{key}: {path}: its tokenizer {what} the policy's token {token!r}; {remedy}")
@@ -204,7 +205,11 @@ def say_other_end(path: str, codec: Codec) -> None:
     if published_manifest(path) is not None:
         return
     special = {i for i, token in codec.tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((i for i in ClosedCodec(codec.tokenizer).closing if i in special), codec.eos_id)
+    try:
+        closing = ClosedCodec(codec.tokenizer).closing
+    except TemplateError:  # of a template that refuses a question and an answer nothing is known
+        return
+    end = next((i for i in closing if i in special), codec.eos_id)
     if end != codec.eos_id:
         theirs, ours = codec.tokenizer.convert_ids_to_tokens([end, codec.eos_id])
         announce(

@@ -5,6 +5,7 @@ returns is checked, and asked for again where it failed. `align.reward_models` b
 """
 
 import asyncio
+import functools
 import importlib
 import inspect
 import math
@@ -171,7 +172,8 @@ class FunctionReward:
         what = f"{self.key}: {self.path} {fault(error)}"
         if failures > self.retries:
             tries = f", the last of {failures} tries" if failures > 1 else ""
-            in_thread = "main thread" in str(error) or "threaded" in str(error)  # signal.alarm, Python's and others'
+            words = "main thread", "threaded", "in thread 'reward function'"  # signal's, math-verify's, asyncio's
+            in_thread = self.timeout is not None and any(word in str(error) for word in words)
             remedy = "it needs the main thread: set reward_timeout: null" if in_thread else "mend the function"
             raise UserError(f"{what}{tries}; {remedy}") from error
         print(f"warning: {what}; failure {failures}, called again", file=sys.stderr)
@@ -179,14 +181,22 @@ class FunctionReward:
 
 
 def awaited(returned: Any) -> Any:
-    """What a function returned, or what it does once it has been waited for."""
+    """What a function returned, or what it does once it has been waited for, in one loop for the whole run: what it
+    keeps between calls, such as connections, belongs to its loop."""
     if not inspect.isawaitable(returned):
         return returned
 
     async def wait() -> Any:
         return await returned
 
-    return asyncio.run(wait())
+    return asyncio.run_coroutine_threadsafe(wait(), event_loop()).result()
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="async reward functions").start()
+    return loop
 
 
 class Fault(Exception):

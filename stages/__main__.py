@@ -127,8 +127,10 @@ def record_seconds(argv: list[str], stage) -> None:
     flags, name = read_flags(argv, bare=None), Path(sys.modules[stage.__module__].__file__).stem
     if "output_dir" in flags and name != "evaluate_rm":  # whose output may lie in the model's
         name = Path(flags["output_dir"]).name
-    resumed = "resume_from_checkpoint" in flags
-    if "run" in flags and is_main_process() and not (resumed and was_finished(Path(flags["run"]) / name)):
+    if "run" not in flags or not is_main_process():
+        return
+    resumed, output = "resume_from_checkpoint" in flags, flags.get("output_dir", f"{flags['run']}/{name}")
+    if not (resumed and was_finished(Path(output))):
         seconds = seconds_so_far(flags["run"], name, resumed)
         write_json(Path(flags["run"]) / "seconds.json", seconds)
 

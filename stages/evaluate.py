@@ -40,7 +40,7 @@ from align.parse import parse
 from align.reward_models import require_same_tokens, say_other_end
 from align.rewards import import_function
 from align.rows import DataReport
-from align.runtime import Runtime, is_main_process, tune_cpu
+from align.runtime import Runtime, gather_list, is_main_process, my_share, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
 from align.types import Prompt, Ranking
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     # 1. Config, checkpoints, prompts, judge.
     config = parse(EvaluateConfig, argv)
     tune_cpu()
+    check_parent(config.sft_path, "sft_path", ("sft",))
     codec = Codec.load(config.sft_path)
     paths = policy_paths(config, codec)
     if not config.reward_function:
@@ -156,7 +157,8 @@ def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
 
 def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
     pairs = scored(rankings, setting)
-    gold = [gold_scores(ranking, setting) for ranking in rankings] if setting.judge else None
+    mine = [rankings[i] for i in my_share(len(rankings))]
+    gold = gather_list([gold_scores(ranking, setting) for ranking in mine]) if setting.judge else None
     manifest = read_manifest(config.reward_model_path) if config.reward_model_path else None
     report = ranking_accuracy(pairs, config.seed)
     report["gold_accuracy"] = gold_accuracy(pairs, gold, config.seed) if gold else None

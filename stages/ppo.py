@@ -27,11 +27,11 @@ from align.learn import (
     kl_stop_reason,
     load_inputs,
     load_state,
+    next_kl_coef,
     save_policy,
     save_state,
     set_learning_rates,
 )
-from align.maths.kl import adapt_kl_coef
 from align.order import Cursor
 from align.parse import parse
 from align.resume import start_run
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
                 step_zero |= value_head
             stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
             row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
-            kl_coef = adapt_kl_coef(kl_coef, row["objective/kl"], config.kl_target, algebra.rollout, config.kl_horizon)
+            kl_coef = next_kl_coef(kl_coef, row["objective/kl"], config, iteration)
             done = iteration + 1
             row |= judge.score([query.prompt for query in queries], rollout)
             metrics.log(done, {"episode": done * algebra.rollout, **row})

@@ -107,10 +107,10 @@ def load_rows(config: SFTConfig, codec: Codec) -> tuple[list[dict], list[dict], 
     held_out, held_out_report = load_demonstrations(config.validation_file, config.on_bad_rows)
     demonstrations, report = load_demonstrations(config.train_file, config.on_bad_rows)
     refuse_eval_only(demonstrations, report)
-    if config.all_answers:
-        held_out, held_out_report = every_answer(held_out, held_out_report)
-        demonstrations, report = every_answer(demonstrations, report)
     demonstrations, report = keep_apart(demonstrations, report, held_out, config.on_bad_rows)
+    if config.all_answers:  # conversations that differ may begin alike
+        held_out, held_out_report = every_answer(held_out, held_out_report)
+        demonstrations, report = keep_apart(*every_answer(demonstrations, report), held_out, "drop")
     limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
     train, report = demonstration_rows(demonstrations, codec, limit, report)
     validation, held_out_report = demonstration_rows(held_out, codec, limit, held_out_report)

@@ -71,7 +71,7 @@ def test_the_cards_code_loads_the_scores(reward_folder, tiny_codec):
 
 def test_the_cards_code_answers_with_and_without_a_chat_template(tiny_llama, tiny_codec, tmp_path):
     tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
-    tiny_llama.generation_config.update(max_new_tokens=4, do_sample=False, eos_token_id=1)
+    tiny_llama.generation_config.update(do_sample=False, eos_token_id=None)
     plain, chat = copy.deepcopy(tiny_codec.tokenizer), copy.deepcopy(tiny_codec.tokenizer)
     plain.chat_template, chat.chat_template = None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     answers = []
@@ -81,7 +81,13 @@ def test_the_cards_code_answers_with_and_without_a_chat_template(tiny_llama, tin
         names = {"folder": str(tmp_path / name), "prompt": "the opposite of hot"}
         exec(LOAD, names)
         answers.append(names["answer"])
-    assert answers[0] == answers[1] and isinstance(answers[0], str)
+        ids = [int(i) for i in names["inputs"]["input_ids"][0]]
+        assert ids == tiny_codec.tokenizer(names["prompt"])["input_ids"]
+        for _ in range(256):
+            with torch.no_grad():
+                ids.append(int(tiny_llama(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected = tokenizer.decode(ids[-256:], skip_special_tokens=True)
+    assert answers == [expected] * 2 and expected
 
 
 def test_an_accuracy_of_no_pairs_is_no_crash(tmp_path):

@@ -69,7 +69,11 @@ SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hid
 MUON = {"optim": "muon", "muon_learning_rate": 0.1}
 COMPARED = [  # a stage, what it begins with, and each key that then may not change with another value of it
     (BaseConfig, {}, SIZES | {"seed": 1, "learning_rate": 0.5, "muon_learning_rate": 0.5, "adam_beta2": 0.5}),
-    (SFTConfig, {"pretraining_file": "t.txt"}, {"seed": 1, "max_length": 9, "pretraining_fraction": 0.5}),
+    (
+        SFTConfig,
+        {"pretraining_file": "t.txt"},
+        {"seed": 1, "max_length": 9, "pretraining_fraction": 0.5, "all_answers": True},
+    ),
     (SFTConfig, {}, ADAM | {"learning_rate": 0.5, "use_peft": True}),
     (RMConfig, {}, ADAM | {"seed": 1, "max_length": 9, "batch_element": "pair", "learning_rate": 0.5}),
     (PPOConfig, PPO, ADAM | {"seed": 1, "max_prompt_length": 9, "rollout_batch_size": 8, "ema_decay": None}),

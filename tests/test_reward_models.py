@@ -425,6 +425,11 @@ def test_a_model_that_reads_other_tokens_is_refused_by_name(world, tmp_path, tin
         f"value_model_path: {world / 'foreign'}: its tokenizer .* the policy's token '",
         require_same_tokens, str(world / "foreign"), "value_model_path", tiny_codec,
     )  # fmt: skip
+    ends_otherwise = copy.deepcopy(tiny_codec.tokenizer)
+    ends_otherwise.add_special_tokens({"eos_token": "<end>", "pad_token": "<end>"})
+    refused(
+        "does not know the policy's token '<end>'", require_same_tokens, str(world / "rm"), "key", Codec(ends_otherwise)
+    )
     learned = copy.deepcopy(tiny_codec.tokenizer)
     learned.add_tokens(["<new>"])
     refused("does not know the policy's token '<new>'", require_same_tokens, str(world / "rm"), "key", Codec(learned))

@@ -193,13 +193,26 @@ def test_what_a_function_raises_in_its_thread_is_what_the_user_reads(functions, 
 
 
 def test_a_function_may_be_async(functions, tiny_codec):
+    """What it keeps between calls belongs to one loop: a semaphore that had waiters, as a client's connections."""
+    limit = asyncio.Semaphore(1)
+
+    async def one(prompt: str) -> float:
+        async with limit:
+            await asyncio.sleep(0.001)
+            return float(len(prompt))
+
     async def reward(prompts, completions, **columns):
-        await asyncio.sleep(0)
-        return [float(len(prompt)) for prompt in prompts]
+        return await asyncio.gather(*map(one, prompts))
 
     functions.reward = reward
-    for limits in ({}, {"timeout": 30}):
-        assert function_reward(tiny_codec, **limits)(PROMPTS, EPISODES) == [1.0, 1.0, 1.0]
+    scorers = [function_reward(tiny_codec, **limits) for limits in ({}, {"timeout": 30})]
+    for _ in range(2):
+        assert [scorer(PROMPTS, EPISODES) for scorer in scorers] == [[1.0, 1.0, 1.0]] * 2
+
+    async def in_a_notebook():
+        return scorers[0](PROMPTS, EPISODES)
+
+    assert asyncio.run(in_a_notebook()) == [1.0, 1.0, 1.0]
 
 
 def test_a_function_that_needs_the_main_thread_is_told_how_to_get_it(functions, tiny_codec):

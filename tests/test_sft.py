@@ -123,6 +123,7 @@ def test_every_answer_is_a_row_behind_what_was_said_before_it(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps(talk) + "\n" for talk in talks), encoding="utf-8")
     rows, report = every_answer(*load_demonstrations(str(path)))
+    assert every_answer(rows, report)[0] == rows, "an earlier answer that is a row's own is not learned twice"
     found = [(len(row.prompt), row.completion) for row in rows]
     warm = (talks[2]["prompt"][4],)
     assert found == [(2, (first,)), (4, (second,)), (4, (second,)), (4, warm), (6, (second,)), (1, "c")]

@@ -17,7 +17,7 @@ import align.update
 from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
-from align.learn import build_actors, build_learner, set_learning_rates
+from align.learn import build_actors, build_learner, next_kl_coef, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
 from align.reward_models import ValueStart, value_start
 from align.rewards import ModelReward, RewardSum, Term
@@ -510,6 +510,31 @@ def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
     assert before == {name: digest(model) for name, model in names.items()}
     assert all(started[name] != digest(model) for name, model in trained.items())
     assert not any(p.requires_grad for model in names.values() for p in model.parameters())
+
+
+def test_the_value_model_may_learn_alone_first(folder, runtime, tiny_codec):
+    config = dataclasses.replace(
+        config_of(
+            total_episodes=36, learning_rate=1e-3, value_learning_rate=1e-3, value_warmup_iterations=2,
+            warmup_iterations=0,
+        ),
+        model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),), kl_target=6.0,
+    )  # fmt: skip
+    inputs = SimpleNamespace(codec=SimpleNamespace(eos_id=EOS, pad_id=PAD), value_start=value_start(config, tiny_codec))
+    learner = build_learner(config, inputs.value_start, runtime)
+    actors = build_actors(config, inputs, learner, runtime)
+    seen = [(digest(learner.policy), digest(learner.value_model))]
+    kl_coef = config.kl_coef
+    for iteration in range(3):
+        set_learning_rates(learner, config, iteration, 3)
+        rollout = collect_rollout(make_queries(12), actors, config, runtime, kl_coef, iteration)
+        update(rollout, learner, lambda count: [], config, runtime, iteration)
+        kl_coef = next_kl_coef(kl_coef, 0.0, config, iteration)
+        seen.append((digest(learner.policy), digest(learner.value_model)))
+        assert (kl_coef == config.kl_coef) == (iteration < 2), "a KL of 0 that nothing could move adapts nothing"
+    policies, values = zip(*seen, strict=True)
+    assert policies[0] == policies[1] == policies[2] != policies[3]
+    assert len(set(values)) == 4
 
 
 def test_P15_average_takes_one_step_an_optimiser_step(tiny_llama, folder, runtime):

@@ -20,7 +20,7 @@ from align.packing import token_batches
 from align.ranking import score_rankings
 from align.reward_models import load_reward
 from align.rewards import FunctionReward, ModelReward, Reward
-from align.runtime import Runtime
+from align.runtime import Runtime, gather_list, my_share
 from align.text import Codec
 from align.types import Demonstration, Episode, Prompt, Ranking, pad_rows
 
@@ -109,14 +109,16 @@ def require_room(queries: list[list[int]], setting: Setting) -> None:
 
 
 def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, list[float]]]:
-    """Each ranking with its completions' scores."""
+    """Each ranking with its completions' scores. Each process scores its share; all have all scores."""
     reward, codec = setting.reward, setting.codec
     if isinstance(reward, ModelReward):
         return score_rankings(reward.model, rankings, codec, setting.batch_size)
-    prompts = [Prompt(ranking.prompt, ranking.columns) for ranking in rankings for _ in ranking.completions]
-    answers = codec.responses([completion for ranking in rankings for completion in ranking.completions])
-    scores = iter(reward(prompts, [Episode((), tuple(answer), True) for answer in answers]))
-    return [(ranking, [next(scores) for _ in ranking.completions]) for ranking in rankings]
+    mine = [rankings[i] for i in my_share(len(rankings))]
+    prompts = [Prompt(ranking.prompt, ranking.columns) for ranking in mine for _ in ranking.completions]
+    answers = codec.responses([completion for ranking in mine for completion in ranking.completions])
+    scores = iter(reward(prompts, [Episode((), tuple(answer), True) for answer in answers]) if mine else ())
+    found = gather_list([[next(scores) for _ in ranking.completions] for ranking in mine])
+    return list(zip(rankings, found, strict=True))
 
 
 def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:
