@@ -87,6 +87,7 @@ def world(tmp_path_factory, tiny_codec) -> Path:
         write(folder / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": text(1, 9)} for i in range(count)])
     write(folder / "rankings.jsonl", [ranking(i) for i in range(21)])
     write(folder / "rankings_held_out.jsonl", [ranking(i) for i in range(100, 108)])
+    write(folder / "one_ranking.jsonl", [ranking(200)])
     write(folder / "prompts.jsonl", [{"prompt": f"{text(1, 5)} {i}", "id": str(i)} for i in range(16)])
     write(folder / "text.jsonl", [{"text": text(2, 12)} for _ in range(30)])
     return folder
@@ -184,8 +185,8 @@ def rm_flags(world: Path) -> dict:
     return {
         "model_name_or_path": world / "policy", "train_file": world / "rankings.jsonl",
         "validation_file": world / "rankings_held_out.jsonl", "demonstrations_file": world / "demonstrations.jsonl",
-        "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3, "logging_steps": 1,
-        "muon_learning_rate": 1e-4, "eval_steps": 2,
+        "held_out_file": world / "one_ranking.jsonl", "bf16": "false", "learning_rate": 1e-4, "adam_epsilon": 1e-3,
+        "logging_steps": 1, "muon_learning_rate": 1e-4, "eval_steps": 2,
     }  # fmt: skip
 
 
@@ -348,11 +349,12 @@ ADAPTER = {"use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4, "m
     ],
 )  # fmt: skip
 def test_P16_rm_in_several_processes(world, tmp_path, processes, sharded, changes, more):
-    """21 rankings, 4 a step: the last step has one, and a process without any."""
+    """21 rankings, 4 a step: the last step has one, and a process without any; so has scoring one of the files."""
     alone = (1, {"per_device_train_batch_size": 4}, False)
     one, other = outputs("rm", tmp_path, rm_flags(world) | more, alone, (processes, changes, sharded))
     check_metrics(one, other, ("loss", "grad_norm", "accuracy", "margin", "learning_rate", "eval_"))
     check_weights(one, other, world / "policy")
+    check_same(*(json.loads((folder / "report.json").read_text()) for folder in (one, other)), "report.json")
 
 
 @pytest.mark.parametrize(
