@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from align.manifest import read_manifest
 from align.runtime import broadcast, is_main_process, wait_for_everyone
 
 COMPLETE = "complete.json"
+NETWORK_DELAY = 90  # seconds after which a network file system shows a new name on another machine
 # Output folder
 
 
@@ -65,7 +67,17 @@ def start_output(output_dir: str | Path, overwrite: bool = False, resume: str | 
     if is_main_process():
         _claim(folder, overwrite, resume)
     wait_for_everyone()
+    _require_shared(folder)
     return folder
+
+
+def _require_shared(folder: Path) -> None:
+    """The folder that the main process has locked is there on this machine too."""
+    for _ in range(NETWORK_DELAY):
+        if (folder / LOCK).exists():
+            return
+        time.sleep(1)
+    raise UserError(f"output_dir: {folder}: not on this machine; all machines of a run need one shared folder")
 
 
 def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:

@@ -229,7 +229,9 @@ class KeyValues:
             return False
         more = min(self.limit, -(-width // self.step) * self.step) - self.width
         pad = torch.nn.functional.pad
-        self.layers = {i: (pad(k, (0, more)), pad(v, (0, 0, 0, more))) for i, (k, v) in self.layers.items()}
+        for layer in list(self.layers):  # one at a time, so that old and new buffers exist together of one alone
+            keys, values = self.layers.pop(layer)
+            self.layers[layer] = pad(keys, (0, more)), pad(values, (0, 0, 0, more))
         self.width += more
         return True
 
@@ -245,7 +247,9 @@ class KeyValues:
 
     def keep(self, rows: Tensor) -> None:
         self.slots = len(rows)
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        for layer in list(self.layers):
+            keys, values = self.layers.pop(layer)
+            self.layers[layer] = keys[rows], values[rows]
 
 
 def token_rows(pack: Pack) -> Tensor:

@@ -13,6 +13,7 @@ from align.config import PPOConfig, RMConfig, SFTConfig
 from align.errors import UserError
 from align.runtime import full, part_like, sharding
 
+LARGEST = 2**28  # numbers of one batch of matrices, so that sharded ones do not all lie whole at once
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular values to about 1 in five steps
 NEWTON_SCHULZ_STEPS = 5
@@ -40,11 +41,12 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                momenta = torch.stack([full(self._nesterov(p)) for p in params])  # (N, rows, columns)
-                directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
-                scale = -group["lr"] * RMS * max(shape) ** 0.5
-                steps = [part_like(direction, p) for direction, p in zip(directions, params, strict=True)]
-                torch._foreach_add_(params, steps, alpha=scale)
+                together = max(1, LARGEST // shape.numel())
+                for some in (params[i : i + together] for i in range(0, len(params), together)):
+                    momenta = torch.stack([full(self._nesterov(p)) for p in some])  # (N, rows, columns)
+                    directions = orthogonal(momenta, self.dtype).to(momenta.dtype)
+                    steps = [part_like(direction, p) for direction, p in zip(directions, some, strict=True)]
+                    torch._foreach_add_(some, steps, alpha=-group["lr"] * RMS * max(shape) ** 0.5)
 
     def _nesterov(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]

@@ -17,8 +17,9 @@ save.
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,12 @@ class Sequences:
         return Sequences((both[0], both[1]), (max(queries), max(keys)), places)
 
 
+class Kept:
+    """What is computed of a pack once. No dataclass: FSDP's hooks copy those, and with them the pack, at each layer."""
+
+    sequences: Sequences | None = None
+
+
 @dataclass(frozen=True)
 class Pack:
     """Rows as one sequence of N tokens, in parts that follow one another."""
@@ -126,15 +133,18 @@ class Pack:
     starts: Tensor  # (B,) each row's first own token, in the caller's order
     rows: tuple[Row, ...]  # B
     parts: tuple[Group | Block, ...]
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)
 
     def to(self, device: torch.device, **options) -> "Pack":
         moved = {name: getattr(self, name).to(device, **options) for name in ("input_ids", "position_ids", "starts")}
         parts = (replace(p, unseen=p.unseen.to(device, **options)) if isinstance(p, Block) else p for p in self.parts)
-        return replace(self, **moved, parts=tuple(parts))
+        return replace(self, **moved, parts=tuple(parts), kept=Kept())
 
-    @functools.cached_property
+    @property
     def sequences(self) -> Sequences:
-        return Sequences.of(self.rows, len(self.input_ids), self.input_ids.device)
+        if self.kept.sequences is None:
+            self.kept.sequences = Sequences.of(self.rows, len(self.input_ids), self.input_ids.device)
+        return self.kept.sequences
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Each token sees its row's prefix and its row up to itself. (N, H, D), (N, J, D) x 2 -> (N, H, D)"""
@@ -300,7 +310,8 @@ def set_packed(model: PreTrainedModel) -> bool:
     if getattr(model, "_supports_attention_backend", False) and attends_fully(model.config.get_text_config()):
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED)
-        kind = type(model.base_model), model.base_model.config.to_json_string()
+        settings = {name: value for name, value in model.base_model.config.to_dict().items() if name != "dtype"}
+        kind = type(model.base_model), json.dumps(settings, sort_keys=True, default=str)
         if kind not in _reads_packs and model.device.type != "meta":
             _reads_packs[kind] = reads_packs(model.base_model)
         if _reads_packs.get(kind, True):

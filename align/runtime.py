@@ -54,7 +54,8 @@ class Runtime:
         state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants here
+            # Buffers are constants here; a gradient lies in DDP's own buffer, not beside it.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         self.shards: dict[nn.Module, Shards] = {}  # of each sharded model that is trained
 

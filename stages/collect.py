@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     say_other_end(config.model_name_or_path, codec)
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
-    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation).to(runtime.device)
+    dtype = runtime.compute_dtype
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, dtype).to(runtime.device)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_batch_size, "sampling")
 
     # 2. Sample K responses a prompt.

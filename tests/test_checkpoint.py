@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import align.checkpoint
 from align.checkpoint import (
     checkpoint_fault,
     is_finished,
@@ -123,6 +124,18 @@ def test_what_a_kill_left_is_tidied_when_the_folder_is_taken_again(tmp_path):
     start_output(tmp_path, resume="latest")
     release_output(tmp_path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_machine_that_does_not_see_the_folder_is_told(tmp_path, monkeypatch):
+    naps = []
+    monkeypatch.setattr(align.checkpoint.time, "sleep", naps.append)
+    monkeypatch.setattr(align.checkpoint, "_claim", lambda folder, *_: None)  # as on the second machine
+    with pytest.raises(UserError, match="not on this machine; all machines of a run need one shared folder"):
+        start_output(tmp_path / "run")
+    assert len(naps) == align.checkpoint.NETWORK_DELAY
+    (tmp_path / "late").mkdir()
+    monkeypatch.setattr(align.checkpoint.time, "sleep", lambda _: (tmp_path / "late" / "run.lock").touch())
+    assert start_output(tmp_path / "late") == tmp_path / "late"
 
 
 # Resume

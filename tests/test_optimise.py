@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from transformers.optimization import Adafactor
 
+import align.optimise
 import stages.rm
 import stages.sft
 from align.config import OPTIMIZERS, ModelTerm, PPOConfig, RMConfig, SFTConfig
@@ -50,6 +51,21 @@ def test_muon_takes_the_steps_of_torchs_muon():
     for p, q, before in zip(ours, theirs, start, strict=True):
         moved, expected = p.detach() - before, q.detach() - before
         assert (moved - expected).norm() < 0.02 * expected.norm()  # theirs is computed in bfloat16
+
+
+def test_matrices_in_several_batches_take_the_same_steps(monkeypatch):
+    torch.manual_seed(0)
+    together = nn.ParameterList([torch.randn(12, 20) for _ in range(5)])
+    apart = copy.deepcopy(together)
+    for params, largest in ((together, 2**28), (apart, 2 * 12 * 20)):
+        monkeypatch.setattr(align.optimise, "LARGEST", largest)
+        optimizer = Muon(list(params), 0.1)
+        for p in params:
+            p.grad = p.detach().sin()
+        optimizer.step()
+    for p, q in zip(together, apart, strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert not torch.equal(together[0], together[1])
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.utils import _apply_to_tensors
 
 from align import attention, packing
 from align.lora import with_lora
@@ -270,6 +271,15 @@ def test_a_shared_prefix_gives_what_k_whole_rows_give(scalars, monkeypatch, k, p
     same_gradient(gradient((ours * weights).sum(), scalar), gradient((theirs * weights).sum(), own))
     with torch.no_grad():
         assert float((scalar(pack, last) - theirs).abs().max()) < 1e-5
+
+
+def test_a_sharded_models_layers_share_what_a_pack_keeps():
+    """FSDP's hook before a layer makes a new pack of the same numbers; on another device they are others."""
+    pack = pack_continuations([(1, 2)], [[(3,), (4, 5)]])
+    copied = _apply_to_tensors(lambda x: x, pack)
+    assert copied is not pack and copied.sequences is pack.sequences
+    moved = pack.to("meta")
+    assert moved.kept is not pack.kept
 
 
 def loop_over_sequences(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa):

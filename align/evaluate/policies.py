@@ -73,6 +73,8 @@ def answer(
     uniforms = uniform_numbers(len(queries), setting.max_new_tokens, setting.seed, 0)
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
+    if not mine:  # more processes than prompts
+        return runtime.gather_list([])
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
     drawn = [len(episode.response) for episode in episodes]  # without the EOS that closes an answer that is cut
