@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from align.checkpoint import load_training_state, mark_complete, rotate, save_training_state
 from align.config import PPOConfig
@@ -126,18 +127,20 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
             "warning: old_logprobs: sampler, but in half precision the sampler rounds the adapter into the weights, so "
             "that it draws from another policy than the one that learns; set old_logprobs: recompute"
         )
-    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
-    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head, value_dtype)
-    for model, peft in ((policy, config.use_peft), (value_model, config.value_use_peft)):
+
+    def trained(model: PackedModel, peft: bool, rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
         if peft:
             add_adapter(model, config)
         disable_dropout(model)
         if config.gradient_checkpointing:
             model.checkpoint_activations()
-    policy, policy_optimizer = runtime.prepare(policy, lambda m: make_optimizer(m, config.learning_rate, config))
-    value_model, value_optimizer = runtime.prepare(
-        value_model, lambda m: make_optimizer(m, config.value_learning_rate, config)
-    )
+        return runtime.prepare(model, lambda prepared: make_optimizer(prepared, rate, config))
+
+    # The policy is placed before the value model is loaded, so that one of them alone lies whole in each process.
+    policy = load_packed_policy(config.model_name_or_path, config.attn_implementation, policy_dtype)
+    policy, policy_optimizer = trained(policy, config.use_peft, config.learning_rate)
+    value_model = load_scalar_model(start.path, config.attn_implementation, start.fresh_head, value_dtype)
+    value_model, value_optimizer = trained(value_model, config.value_use_peft, config.value_learning_rate)
     ema = EMA(runtime.unwrap(policy), config.ema_decay) if config.ema_decay is not None else None
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
 
