@@ -277,9 +277,9 @@ def test_importing_touches_nothing():
 LAUNCHES = {  # file -> how accelerate starts it, and what the stages' processes then read from their environment
     "cpu": ("simple", {"ACCELERATE_USE_CPU": "True"}),
     "cpu2": ("simple", {"ACCELERATE_USE_CPU": "True"}),
-    "single_gpu": ("simple", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
-    "multi_gpu": ("multi", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
-    "multi_node": ("multi", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    "single_gpu": ("simple", {"ACCELERATE_MIXED_PRECISION": "no"}),
+    "multi_gpu": ("multi", {"ACCELERATE_MIXED_PRECISION": "no"}),
+    "multi_node": ("multi", {"ACCELERATE_MIXED_PRECISION": "no"}),
     "fsdp2": ("multi", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     "zero2": ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
 }
