@@ -137,6 +137,16 @@ def test_rewards_are_computed_in_float32(tiny_llama, tiny_codec, monkeypatch):
     assert seen == [False]
 
 
+def test_a_process_without_a_prompt_scores_nothing_and_has_all_rows(tiny_llama, tiny_codec, monkeypatch):
+    """More processes than prompts: a reward function is not called with nothing."""
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy, called, theirs = Policy(tiny_llama.eval()), [], [{"response": "the other process's"}]
+    monkeypatch.setattr(Runtime, "mine", lambda self, rows: rows[len(rows) :])
+    monkeypatch.setattr(Runtime, "gather_list", lambda self, rows: theirs + rows)
+    setting = Setting(tiny_codec, [Prompt("Say no")], policy, called.append, None, 2, batch_size=2, seed=0)
+    assert answer(policy, setting, 1.0, Runtime(seed=0)) == theirs and not called
+
+
 def test_kl_of_a_prompted_answer_is_of_the_tokens_before_its_newline(tiny_llama, tiny_codec, monkeypatch):
     """The EOS that closes it was never drawn; an answer that ended by itself counts its own."""
     tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
