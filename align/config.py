@@ -165,6 +165,10 @@ class SFTConfig(TrainerConfig):
         between("temperature", self.temperature, 0, 100)
         if self.pretraining_fraction > 0 and not self.pretraining_file:
             raise UserError("pretraining_file: missing; pretraining_fraction > 0 needs text to draw from")
+        if self.all_answers and not self.completion_only_loss:
+            raise UserError(
+                "all_answers: prompts hold earlier answers, and are learned: set completion_only_loss: true"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

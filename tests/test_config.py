@@ -613,11 +613,16 @@ def test_a_bare_flag_of_a_yes_or_no_is_yes():
         (SFTConfig, "learning_rate", "-1e-5"), (RMConfig, "per_device_eval_batch_size", "0"),
         (RMConfig, "eval_steps", "-1"), (PPOConfig, "ptx_coef", "-27.8"), (PPOConfig, "kl_coef", "-0.02"),
         (PPOConfig, "ptx_examples_per_episode", "-8"), (PPOConfig, "save_iterations", "-1"),
-        (CollectConfig, "per_device_batch_size", "0"),
+        (CollectConfig, "per_device_batch_size", "0"), (PPOConfig, "reward_clip", "-5"), (SFTConfig, "seed", "-1"),
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_be_meant_are_refused(cls, key, value):
     assert fails(f"--{key}", value, cls=cls, start=["--output_dir", "x"]).startswith(f"{key}: ")
+
+
+def test_no_answer_is_learned_twice():
+    with pytest.raises(UserError, match="all_answers: .*set completion_only_loss: true"):
+        SFTConfig("out", all_answers=True, completion_only_loss=False)
 
 
 def test_a_base_run_too_short_for_its_schedule_is_refused():
