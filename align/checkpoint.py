@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from align.manifest import read_manifest
 from align.runtime import broadcast, is_main_process, wait_for_everyone
 
 COMPLETE = "complete.json"
+RESUMABLE = ("trainer_state.json", "training_state.pt")  # a Trainer's, PPO's: one of them is in what can be resumed
+STATE = (*RESUMABLE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "sums-*.json")
 NETWORK_DELAY = 90  # seconds after which a network file system shows a new name on another machine
 # Output folder
 
@@ -233,6 +236,18 @@ def checkpoint_fault(folder: str | Path, hashes: bool = True) -> str | None:
     return None
 
 
+def resume_fault(folder: str | Path, hashes: bool = True) -> str | None:
+    """Why no run can go on from a checkpoint, or None."""
+    fault = checkpoint_fault(folder, hashes)
+    if fault is None and not any(name in _listed(folder) for name in RESUMABLE):
+        return "holds weights alone, as SFT's older epochs do"
+    return fault
+
+
+def _listed(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / COMPLETE).read_text(encoding="utf-8"))["files"]
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-N` folders, by N."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
@@ -253,7 +268,7 @@ def latest_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None
 
 
 def _require_whole(folder: Path) -> Path:
-    fault = checkpoint_fault(folder)
+    fault = resume_fault(folder)
     if fault:
         raise UserError(f"resume_from_checkpoint: {folder}: {fault}: give a whole checkpoint, or latest")
     return folder
@@ -277,7 +292,7 @@ def _set_aside(checkpoint: Path) -> Path:
 
 def _newest_whole(output_dir: Path) -> Path | None:
     for folder in reversed(checkpoints(output_dir)):
-        fault = checkpoint_fault(folder)
+        fault = resume_fault(folder)
         if fault is None:
             return folder
         _tell(f"warning: {folder}: {fault}: passed over")
@@ -291,20 +306,32 @@ def _tell(line: str) -> None:
 
 
 def rotate(newest: Path, keep: int, protected: Iterable[Path] = ()) -> None:
-    """After `newest` was written: delete the oldest checkpoints before it so that `keep` remain, it among them.
+    """After `newest` was written: of those before it the last ones stay, so that `keep` can be resumed from, it among
+    them. Older ones are deleted; `protected` ones keep their weights alone.
 
-    `newest` is whole and never deleted. Torn ones, those after it (of a run that was resumed further back) and
-    `protected` ones are left and not counted.
+    `newest` is whole and never touched. Torn ones and those after it (of a run that was resumed further back) are left
+    and not counted.
     """
     if not is_main_process():
         return
-    found = checkpoints(newest.parent)
-    before = [path for path in found[: found.index(newest)] if path not in set(protected)]
-    whole = [path for path in before if checkpoint_fault(path, hashes=False) is None]
+    found, protected = checkpoints(newest.parent), set(protected)
+    whole = [path for path in found[: found.index(newest)] if resume_fault(path, hashes=False) is None]
     for folder in whole[: max(0, len(whole) - max(keep, 1) + 1)]:
+        if folder in protected:
+            _strip(folder)
+            continue
         doomed = folder.with_name(f".{folder.name}.removed")  # renamed first: a kill midway leaves no half checkpoint
         os.rename(folder, doomed)
         remove_folders(doomed)
+
+
+def _strip(checkpoint: Path) -> None:
+    """Remove what only a resume reads, most of it the optimiser's state. A kill midway leaves it whole."""
+    listed = _listed(checkpoint)
+    doomed = {name for name in listed for pattern in STATE if fnmatch(name, pattern)}
+    write_json(checkpoint / COMPLETE, _complete({name: listed[name] for name in listed if name not in doomed}))
+    for name in doomed:
+        (checkpoint / name).unlink()
 
 
 def save_training_state(folder: str | Path, tensors: Mapping[str, Any], name: str = "training_state.pt") -> None:

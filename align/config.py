@@ -76,7 +76,7 @@ class TrainingConfig(StageConfig):
 
     report_to: str = "none"  # or "wandb" (works offline)
     resume_from_checkpoint: str | None = None  # "latest" (without one yet: from the start) or a checkpoint folder
-    save_total_limit: int = 2  # checkpoints to resume from that are kept; those of SFT's epochs are kept besides
+    save_total_limit: int = 2  # checkpoints to resume from that are kept; SFT's older epochs keep their weights
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from align.convert import counted, decorated, prompt_of
 from align.data import parse_row
 from align.errors import UserError
 from align.files import atomic_folder, write_json, write_jsonl
+from align.filters import Cap, Repeats, column, has_personal_data
 from align.parse import parse
 from align.readers import FORMATS, KINDS, Conversion, read
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
@@ -53,16 +54,22 @@ class Source:
     source: str | None = None  # of the rows that name none; null: the file's name
     language: str | None = None
     split: str | None = None  # all rows there; null: by the hash
+    split_column: str | None = None  # hash this column (a customer's id), not the first question
     context_characters: int | None = None  # cut passages and stories before a question; 0: none
     document_characters: int = DOCUMENT_CHARACTERS
     max_characters: int | None = None  # of prompt and longest completion; longer rows are dropped and counted
     max_rows: int | None = None  # drawn by a hash of the prompt, from both sides of the split
     max_validation_rows: int | None = None  # given: so many held-out rows, and max_rows counts training rows alone
+    max_rows_per: Cap | None = None  # {column, rows}: the first so many rows of each customer
+    shared_prefix: int | None = None  # characters: of prompts that begin with the same ones the first is kept
+    drop_personal_data: bool = False  # training rows with an e-mail address, a telephone, card or identity number
     exclude: Exclusion | None = None
 
     def __post_init__(self) -> None:
         if not self.files:
             raise UserError("files: empty; name at least one file under data_dir")
+        if self.shared_prefix is not None and self.shared_prefix < 1:
+            raise UserError(f"shared_prefix: {self.shared_prefix}; give a number of characters, or null")
         choose("format", self.format or "trl", tuple(FORMATS))
         choose("split", self.split or "train", SPLITS)
 
@@ -172,19 +179,29 @@ def fill(part: Part, config: PrepareConfig) -> None:
     """Sort a source's rows into the splits. Raises UserError when one marked `eval_only` would be trained on."""
     source, shares = part.source, {"train": 1 - config.validation_share, "validation": config.validation_share}
     excluded = excluded_values(source.exclude, config.data_dir) if source.exclude else set()
+    repeats = Repeats(source.shared_prefix, source.max_rows_per)
     rows = decorated(part.conversion, source.source, source.language)
     for converted, row in zip(part.conversion.rows, rows, strict=True):
         place = converted.places[0]
         if source.exclude and str(row.get(source.exclude.column)) in excluded:
             part.problems.append(Problem(place, "excluded", f"is named in {source.exclude.file}", "as configured"))
             continue
-        if source.max_characters and characters(part.conversion.kind, place, row) > source.max_characters:
+        prompt, answers = texts(part.conversion.kind, place, row)
+        if source.max_characters and len(prompt) + max(map(len, answers), default=0) > source.max_characters:
             what = f"is over {source.max_characters} characters"
             part.problems.append(Problem(place, "too_long", what, "raise max_characters to keep it"))
             continue
-        split = source.split or split_of(split_key(part.conversion.kind, row), shares, config.seed)
+        problem = repeats.problem(place, prompt_of(row), row)
+        if problem:
+            part.problems.append(problem)
+            continue
+        split = source.split or split_of(split_key(part, place, row), shares, config.seed)
         if split == "train" and row.get("eval_only"):
             raise UserError(f"{place}: is for evaluation only and would be trained on; set split: validation")
+        if split == "train" and source.drop_personal_data and any(map(has_personal_data, (prompt, *answers))):
+            what = "holds an e-mail address, a telephone, card or identity number"
+            part.problems.append(Problem(place, "personal_data", what, "set drop_personal_data: false to keep it"))
+            continue
         part.rows[split].append((place, row))
 
 
@@ -198,19 +215,22 @@ def excluded_values(exclusion: Exclusion, data_dir: str) -> set[str]:
     return found
 
 
-def split_key(kind: str, row: Row) -> Any:
-    """What a row is split by: its prompt; of prose the whole work that a document was cut from, where it has an id."""
-    return str(row["id"]) if kind == "text" and row.get("id") is not None else prompt_of(row)
+def split_key(part: Part, place: str, row: Row) -> Any:
+    """What a row is split by: its prompt, or its customer; of prose the whole work that a document was cut from, where
+    it has an id."""
+    if part.source.split_column:
+        return column(place, row, part.source.split_column)
+    return str(row["id"]) if part.conversion.kind == "text" and row.get("id") is not None else prompt_of(row)
 
 
-def characters(kind: str, place: str, row: Row) -> int:
-    """Of the prompt and the longest completion, or of the document."""
+def texts(kind: str, place: str, row: Row) -> tuple[str, list[str]]:
+    """The prompt (or the document) and the completions."""
     record = parse_row(kind, place, row, Counter())
     if isinstance(record, str):
-        return len(record)
+        return record, []
     answers = [record.completion] if isinstance(record, Demonstration) else []
     answers = record.completions if isinstance(record, Ranking) else answers
-    return len(contents(record.prompt)) + max((len(contents(answer)) for answer in answers), default=0)
+    return contents(record.prompt), [contents(answer) for answer in answers]
 
 
 def opening(row: Row) -> str:

@@ -1,17 +1,14 @@
-"""No prompt in two splits (paper section 3.2); splits and filters by prompt and by user (Appendix A.2)."""
+"""No prompt in two splits (paper section 3.2): which split a prompt is in, and rows that are kept apart by it."""
 
 import hashlib
 import itertools
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from align.errors import UserError
-from align.order import epoch_order
 from align.rows import DataReport, Problem
-from align.types import Text, contents
+from align.types import Text
 
 T = TypeVar("T")
 
@@ -63,28 +60,7 @@ def refuse_eval_only(rows: Iterable[Any], report: DataReport) -> None:
         raise UserError(f"{what}: they must not be trained on; give other rows")
 
 
-# By user and by prompt; at most 200 prompts a user, no long shared prefix, no personal data (Appendix A.2)
-
-
-def split_by(
-    rows: Iterable[T], key: Callable[[T], Hashable], shares: Mapping[str, float], seed: int
-) -> dict[str, list[T]]:
-    """Split so that all rows of one key (a customer's id) are in one split; sizes follow `shares`, near enough.
-
-    Keys are shuffled by `seed` and dealt by the share of rows that came before them. Row order is kept.
-    """
-    _check_shares(shares)
-    rows = list(rows)
-    counts = Counter(key(row) for row in rows)
-    names, ends = list(shares), list(itertools.accumulate(shares.values()))
-    order = list(counts)
-    home: dict[Hashable, str] = {}
-    before = 0
-    for index in epoch_order(len(order), seed, 0):
-        place = before / len(rows)
-        home[order[index]] = next((n for n, end in zip(names, ends, strict=True) if place < end - 1e-9), names[-1])
-        before += counts[order[index]]
-    return {name: [row for row in rows if home[key(row)] == name] for name in names}
+# By a hash, the same in every file
 
 
 def _check_shares(shares: Mapping[str, float]) -> None:
@@ -109,57 +85,3 @@ def split_of(prompt: Text, shares: Mapping[str, float], seed: int = 0) -> str:
     place = int.from_bytes(digest[:8], "big") / 2**64  # uniform on [0, 1)
     ends = zip(shares, itertools.accumulate(shares.values()), strict=True)
     return next((name for name, end in ends if place < end), list(shares)[-1])
-
-
-def cap_per(rows: Iterable[T], key: Callable[[T], Hashable], limit: int = 200) -> list[T]:
-    """The first `limit` rows of each key (A.2: at most 200 prompts of one user)."""
-    seen: Counter[Hashable] = Counter()
-    kept = []
-    for row in rows:
-        seen[key(row)] += 1
-        if seen[key(row)] <= limit:
-            kept.append(row)
-    return kept
-
-
-def _own_prompt(row: Any) -> Text:
-    return row if isinstance(row, str) else row.prompt
-
-
-def dedupe_prefix(rows: Iterable[T], characters: int = 100, text: Callable[[T], Text] = _own_prompt) -> list[T]:
-    """The first of the rows that share their first `characters` characters (A.2: a long common prefix)."""
-    first: dict[str, T] = {}
-    for row in rows:
-        first.setdefault(prompt_key(text(row))[:characters], row)
-    return list(first.values())
-
-
-# No pattern looks twice at one stretch of text: a filter must not take minutes on a file of dots.
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[\w-]+\.)+[A-Za-z]{2,}", re.ASCII)
-PHONE = re.compile(
-    r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}"  # +44 20 7946 0958
-    r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}"  # (555) 010-9999
-    r"|1[3-9]\d-?\d{4}-?\d{4})(?!\w)",  # 138-0013-8000
-    re.ASCII,  # Chinese characters, which are \w otherwise, may stand right beside a number
-)
-LONG_NUMBER = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?!\w)", re.ASCII)
-IDENTITY_NUMBER = re.compile(r"(?<!\w)[1-9]\d{5}(?:19|20)\d{2}[01]\d[0-3]\d\d{3}[\dXx](?!\w)", re.ASCII)
-
-
-def has_pii(text: Text) -> bool:
-    """Whether it holds an e-mail address, a telephone, payment card or identity number. A filter, no guarantee."""
-    plain = contents(text)
-    if EMAIL.search(plain) or PHONE.search(plain) or IDENTITY_NUMBER.search(plain):
-        return True
-    return any(_luhn([int(c) for c in m.group() if c.isdecimal()]) for m in LONG_NUMBER.finditer(plain))
-
-
-def _luhn(digits: list[int]) -> bool:
-    """The check digit of payment cards: every other number from the right doubled, digit sums, divides by 10."""
-    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
-
-
-def drop_pii(rows: Iterable[T], text: Callable[[T], Text] = _own_prompt) -> list[T]:
-    """The rows without personal data (A.2: filtered from the training split)."""
-    return [row for row in rows if not has_pii(text(row))]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
@@ -389,6 +389,14 @@ class SaveEachEpoch(TrainerCallback):
         return control
 
 
+class OwnDropout(TrainerCallback):
+    """Each process draws its own masks. The first one's stay those of a run alone; a resume brings back each one's."""
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        if args.process_index:
+            set_seed(args.seed + args.process_index)
+
+
 class RankingTrainer(ResumesExactly, Sharded, StopsAtNaN, GroupedByLength, Trainer):
     """A Trainer whose batch element is a prompt: losses are summed and divided by the step's prompts, all processes."""
 
@@ -420,8 +428,9 @@ class RankingTrainer(ResumesExactly, Sharded, StopsAtNaN, GroupedByLength, Train
         loss = loss / prompts
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes
-        for name, value in stats.items():
-            self.totals[name] = self.totals.get(name, 0.0) + float(self.accelerator.gather(value).sum())
+        sums = self.accelerator.gather(torch.stack(list(stats.values()))[None]).sum(0)  # of all processes, at one go
+        for name, value in zip(stats, sums.tolist(), strict=True):
+            self.totals[name] = self.totals.get(name, 0.0) + value
         return (loss, None) if return_outputs else loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:

@@ -37,6 +37,7 @@ from align.text import Codec
 from align.track import announce
 from align.trainer import (
     DemonstrationTrainer,
+    OwnDropout,
     SaveEachEpoch,
     causal_collator,
     common_arguments,
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=Dataset.from_list(validation),
         data_collator=collator,
         processing_class=codec.tokenizer,
-        callbacks=[metrics_callback(config, output, checkpoint), SaveEachEpoch()],
+        callbacks=[metrics_callback(config, output, checkpoint), SaveEachEpoch(), OwnDropout()],
     )
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
 

@@ -217,14 +217,28 @@ def test_rotate_keeps_the_newest_and_never_deletes_the_only_good_one(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()  # torn
     rotate(three, 2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5"]
-    rotate(three, 1, protected=[two])
-    assert two.exists()
     rotate(three, 0)
+    assert not two.exists()
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     weights = tmp_path / "checkpoint-5" / "model.safetensors"  # of before a resume, and no longer what it was
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     rotate(three, 1)
     assert latest_checkpoint(tmp_path, "latest") == three
+
+
+def test_a_protected_checkpoint_keeps_its_weights_alone_when_it_is_no_longer_one_to_resume_from(tmp_path, capsys):
+    one, two, three = (own_checkpoint(tmp_path, step) for step in (1, 2, 3))
+    rotate(three, 2, protected=[one, two])
+    assert "training_state.pt" not in names(one) and "training_state.pt" in names(two)
+    assert checkpoint_fault(one) is None and (one / "model.safetensors").exists()
+    rotate(three, 2, protected=[two])  # one is no place to resume from, so it is neither counted nor deleted
+    assert one.exists() and "training_state.pt" in names(two)
+    with pytest.raises(UserError, match=f"{one}: holds weights alone.*: give a whole checkpoint, or latest"):
+        latest_checkpoint(tmp_path, str(one))
+    for newer in (two, three):
+        (newer / "complete.json").unlink()
+    assert latest_checkpoint(tmp_path, "latest") is None
+    assert "checkpoint-1: holds weights alone" in capsys.readouterr().err
 
 
 class Foreign:

@@ -41,7 +41,7 @@ FLOORS = (
     },
     {"attention", "prepack"},
     {"text", "checkpoint", "resume", "manifest", "rows", "splits", "packing", "postmortem", "track"},
-    {"models", "data"},
+    {"models", "data", "filters"},
     {"generate", "ranking", "update", "readers", "lora", "demonstrations"},
     {"rewards", "reward_models", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},

@@ -108,6 +108,33 @@ def test_limits_are_counted_and_draws_repeat(folder):
     assert other != first
 
 
+def test_D1_no_customer_on_two_sides_and_filters_hold(folder):
+    """450 prompts of one customer, fewer of sixty others, one with an address in it, one that repeats an opening."""
+    sizes = {f"c{i}": 1 + (i * 37) % 23 for i in range(60)} | {"heavy": 450}
+    rows = [
+        {"prompt": f"Do task {n} of {name}, in words", "customer": name} for name in sizes for n in range(sizes[name])
+    ]
+    letter = [{"prompt": f"Write to {name}@example.org", "customer": name} for name in sizes]
+    lines(folder / "data" / "customers.jsonl", [*rows, *letter, {"prompt": rows[5]["prompt"] + "!", "customer": "c1"}])
+    source = {
+        "files": ["customers.jsonl"], "split_column": "customer", "max_rows_per": {"column": "customer"},
+        "shared_prefix": 24, "drop_personal_data": True,
+    }  # fmt: skip
+    run = prepare(folder, {"prompts": output("prompt", source)}, validation_share=0.3)
+    train, held = read(run / "prompts.jsonl"), read(run / "prompts_validation.jsonl")
+    homes = {row["customer"] for row in train}, {row["customer"] for row in held}
+    assert homes[0] | homes[1] == set(sizes) and not homes[0] & homes[1] and min(map(len, homes)) > 5
+    assert Counter(row["customer"] for row in train + held)["heavy"] == 200
+    assert not any("@" in row["prompt"] for row in train)
+    assert {row["customer"] for row in held if "@" in row["prompt"]} == homes[1] - {"heavy"}, "held-out rows stay"
+    dropped = read(run / "dropped.jsonl")
+    assert Counter(row["kind"] for row in dropped) == {
+        "over_max_rows_per": 251, "personal_data": len(homes[0] - {"heavy"}), "shared_prefix": 1
+    }  # fmt: skip
+    (repeated,) = (row["place"] for row in dropped if row["kind"] == "shared_prefix")
+    assert repeated.endswith(f"customers.jsonl:{len(rows) + len(letter) + 1}")
+
+
 def test_each_prompt_once_over_all_sources(folder):
     run = prepare(folder, {"prompts": output("prompt", {"files": ["asked.jsonl"]}, {"files": ["held.jsonl"]})})
     prompts = [row["prompt"] for name in ("prompts", "prompts_validation") for row in read(run / f"{name}.jsonl")]

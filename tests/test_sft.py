@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from align.data import load_demonstrations
 from align.demonstrations import demonstration_rows, every_answer
 from align.packing import PackCollator
 from align.rows import DataReport
-from align.trainer import DemonstrationTrainer, causal_collator
+from align.trainer import DemonstrationTrainer, OwnDropout, causal_collator
 from align.types import Demonstration
 
 DEMONSTRATIONS = [
@@ -129,3 +130,15 @@ def test_every_answer_is_a_row_behind_what_was_said_before_it(tmp_path):
     assert found == [(2, (first,)), (4, (second,)), (4, (second,)), (4, warm), (6, (second,)), (1, "c")]
     assert rows[0].prompt == (system, one)
     assert (report.rows_read, report.rows_used, report.notes) == (6, 6, {"earlier_answers": 2})
+
+
+def test_processes_draw_their_own_dropout_and_the_first_that_of_a_run_alone():
+    def draws(process: int) -> list[float]:
+        torch.manual_seed(11)
+        OwnDropout().on_train_begin(SimpleNamespace(seed=0, process_index=process), None, None)
+        return torch.rand(4).tolist()
+
+    torch.manual_seed(11)
+    alone = torch.rand(4).tolist()
+    assert draws(0) == alone and draws(1) == draws(1)
+    assert len({tuple(draws(process)) for process in range(4)}) == 4
