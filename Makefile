@@ -127,7 +127,7 @@ $(PLAIN): $(CONFIGS)/ppo.yaml $(WORLD) $(SFT) $(RM) $(call force,ppo-plain) | $(
 	$(call stage,ppo-plain,ppo,ppo,--ptx_coef 0 --output_dir $(RUN)/ppo-plain)
 
 $(OVEROPTIMISE): $(CONFIGS)/overoptimise.yaml $(WORLD) $(SFT) $(RM) $(call force,overoptimise) | $(READY)
-	$(call stage,overoptimise,ppo,overoptimise)
+	$(call stage,overoptimise,ppo,overoptimise,--output_dir $(RUN)/overoptimise)
 
 # A plain PPO run that exists, or is asked for beside, is evaluated too.
 $(SUMMARY): $(CONFIGS)/evaluate.yaml $(BASE) $(SFT) $(RANKINGS) $(RM) $(PPO) \

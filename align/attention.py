@@ -154,7 +154,7 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 @functools.cache
 def no_mask(device: torch.device) -> Tensor:
-    """Four dimensions: transformers builds none of its own. One a device, for a copy to a GPU would wait for it."""
+    """A mask of four dimensions, which keeps transformers from building one. Cached: a copy to a GPU waits for it."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 

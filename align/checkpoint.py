@@ -45,6 +45,7 @@ COMPLETE = "complete.json"
 RESUMABLE = ("trainer_state.json", "training_state.pt")  # a Trainer's, PPO's: one of them is in what can be resumed
 STATE = (*RESUMABLE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "sums-*.json")
 NETWORK_DELAY = 90  # seconds after which a network file system shows a new name on another machine
+
 # Output folder
 
 
@@ -115,7 +116,7 @@ def _tidy(folder: Path) -> None:
 
 
 def release_output(output_dir: str | Path) -> None:
-    """Give the folder free. Does nothing when another process holds it."""
+    """Release the folder's lock. Does nothing when another process holds it."""
     release_lock(Path(output_dir))
 
 

@@ -65,7 +65,7 @@ def rank_all(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Ranking rows by `per_prompt` labelers a prompt, drawn at random; what gave no ranking is counted by reason."""
     rows, skipped = [], Counter()
-    rng = random.Random(seed)
+    rng = random.Random(f"labelers {seed}")  # a stream of its own: from `draw_k`'s, K would tell who ranked
     for candidate in candidates:
         chosen = rng.sample(labelers, min(per_prompt, len(labelers)))
         if len(candidate.completions) < 2:

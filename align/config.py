@@ -311,7 +311,7 @@ class PPOConfig(TrainingConfig):
     learning_rate: float = 8e-6
     value_learning_rate: float = 9e-6
     warmup_iterations: int = 10  # from 0.1 of peak
-    value_warmup_iterations: int = 0  # the first so many: the value model learns, the policy stays as it is
+    value_warmup_iterations: int = 0  # so many first iterations train the value model alone
     lr_decay: str = "constant"  # or "linear": to 0.1 of peak at the last iteration
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

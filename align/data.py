@@ -321,7 +321,7 @@ def _check_stated(stated: Any, prompt: Text) -> None:
     """A prompt given beside conversations that contain it must be theirs."""
     if isinstance(stated, str) and stated.strip() not in contents(prompt):
         raise BadRow("prompt_mismatch", "'prompt' is not the one in 'chosen'", "give all three one prompt")
-    if isinstance(stated, (list, tuple)) and [dict(m) for m in prompt] != list(stated):
+    if isinstance(stated, (list, tuple)) and _text({"prompt": stated}, "prompt") != prompt:
         raise BadRow("prompt_mismatch", "'prompt' is not the one in 'chosen'", "give all three one prompt")
 
 

@@ -26,7 +26,7 @@ class Cap:
 
 
 class Repeats:
-    """Looks at rows one by one and remembers them: is this one's opening, or its customer, over the limit?"""
+    """The openings and customers of the rows kept so far. Ask `problem` of a row, and tell `keep` when it is kept."""
 
     def __init__(self, prefix_characters: int | None, cap: Cap | None):
         self.prefix_characters, self.cap = prefix_characters, cap
@@ -34,19 +34,24 @@ class Repeats:
         self.seen: Counter[str] = Counter()
 
     def problem(self, place: str, prompt: Text, row: Row) -> Problem | None:
-        """Why the row is left out, or None. A row that is left out counts for nothing after it."""
-        if self.prefix_characters:
-            first = self.first.setdefault(prompt_key(prompt)[: self.prefix_characters], place)
-            if first != place:
-                what = f"begins as {first} does, {self.prefix_characters} characters long"
-                return Problem(place, "shared_prefix", what, "raise shared_prefix to keep it")
-        if self.cap:
-            value = column(place, row, self.cap.column)
-            self.seen[value] += 1
-            if self.seen[value] > self.cap.rows:
-                what = f"its {self.cap.column} has {self.cap.rows} rows already"
-                return Problem(place, "over_max_rows_per", what, "raise max_rows_per to keep it")
+        """Why the row is left out, or None."""
+        first = self.first.get(self.opening(prompt)) if self.prefix_characters else None
+        if first is not None:
+            what = f"begins as {first} does, {self.prefix_characters} characters long"
+            return Problem(place, "shared_prefix", what, "raise shared_prefix to keep it")
+        if self.cap and self.seen[column(place, row, self.cap.column)] >= self.cap.rows:
+            what = f"its {self.cap.column} has {self.cap.rows} rows already"
+            return Problem(place, "over_max_rows_per", what, "raise max_rows_per to keep it")
         return None
+
+    def keep(self, place: str, prompt: Text, row: Row) -> None:
+        if self.prefix_characters:
+            self.first[self.opening(prompt)] = place
+        if self.cap:
+            self.seen[column(place, row, self.cap.column)] += 1
+
+    def opening(self, prompt: Text) -> str:
+        return prompt_key(prompt)[: self.prefix_characters]
 
 
 def column(place: str, row: Row, name: str) -> str:

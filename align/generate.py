@@ -8,21 +8,20 @@ place, prompts are read without padding, logits exist only where a token is draw
 `generate`: the reference, and the engine of models that read no packs.
 """
 
-import functools
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from align.cuda_graph import CudaGraphStep
 from align.maths.logprobs import draw
-from align.models import Decoder, Policy
+from align.models import Decoder, Policy, eval_mode
 from align.packing import Pack, pack_rows, token_batches
-from align.replay import Replay
 from align.types import Episode
 
 PREFILL_TOKENS = 8192  # of queries read in one forward pass
@@ -54,7 +53,7 @@ def make_sampler(
 
 @dataclass(frozen=True)
 class Engine:
-    """What every engine is made of."""
+    """What every engine is made of: `sample` is its own."""
 
     policy: Policy
     eos_id: int
@@ -62,28 +61,22 @@ class Engine:
     batch_size: int
     progress: str | None = None  # the progress bar's name; None: no bar
 
+    @torch.no_grad()
+    def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
+        """In eval mode, with LoRA merged once instead of computed at each token."""
+        if not queries:
+            return []
+        with eval_mode(self.policy), self.policy.merged():
+            return self.sample(queries, uniforms, temperature)
 
-def on_merged_weights(sample: Callable[..., list[Episode]]) -> Callable[..., list[Episode]]:
-    """An engine's call with the policy's LoRA merged once, not computed at each token."""
-
-    @functools.wraps(sample)
-    def merged(self: Engine, *args, **options) -> list[Episode]:
-        with self.policy.merged():
-            return sample(self, *args, **options)
-
-    return merged
+    def sample(self, queries: list[list[int]], uniforms: Tensor, temperature: float) -> list[Episode]:
+        raise NotImplementedError
 
 
 class TorchSampler(Engine):
     """Continuous batching over `batch_size` slots, longest queries first."""
 
-    @torch.no_grad()
-    @on_merged_weights
-    def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
-        if not queries:
-            return []
-        was_training = self.policy.training
-        self.policy.eval()
+    def sample(self, queries: list[list[int]], uniforms: Tensor, temperature: float) -> list[Episode]:
         bar = tqdm(total=len(queries), desc=self.progress, disable=self.progress is None)
         with bar, self.policy.decoding() as decode:
             state = Slots(queries, uniforms.to(self.policy.device), temperature, self, decode)
@@ -91,7 +84,6 @@ class TorchSampler(Engine):
                 state.refill()
                 state.step()
                 bar.update(state.done - bar.n)
-        self.policy.train(was_training)
         return state.episodes()
 
 
@@ -120,7 +112,7 @@ class Slots:
         self.logprobs = torch.zeros(rows, width, device=device)  # (N + 1, R)
         self.counts = torch.zeros(rows, dtype=torch.long, device=device)  # (N + 1,) response lengths
         self.num_free, self.longest = size, 0  # slots; the greatest length of one
-        self.replay = Replay(device)
+        self.replay = CudaGraphStep(device)
 
     @property
     def running(self) -> bool:
@@ -311,18 +303,16 @@ class Writing:
 class GenerateSampler(Engine):
     """transformers' `generate`, told what to draw; left-padded batches of queries of like length."""
 
-    @torch.no_grad()
-    @on_merged_weights
-    def __call__(self, queries: list[list[int]], uniforms: Tensor, temperature: float = 1.0) -> list[Episode]:
-        was_training = self.policy.training
-        self.policy.eval()
+    def sample(self, queries: list[list[int]], uniforms: Tensor, temperature: float) -> list[Episode]:
         episodes: dict[int, Episode] = {}
         batches = token_batches([len(query) for query in queries], self.batch_size)
         for rows in tqdm(batches, desc=self.progress, disable=self.progress is None, leave=False):
             drawn = Drawn(uniforms[rows].to(self.policy.device), temperature)
-            ids, mask = left_pad([queries[i] for i in rows], self.pad_id)
+            picked = [torch.tensor(queries[i], device=self.policy.device) for i in rows]
+            ids = pad_sequence(picked, batch_first=True, padding_value=self.pad_id, padding_side="left")  # (B, T)
+            mask = pad_sequence([torch.ones_like(row) for row in picked], batch_first=True, padding_side="left")
             out = self._generate(
-                ids.to(self.policy.device), attention_mask=mask.to(self.policy.device), do_sample=False,
+                ids, attention_mask=mask, do_sample=False,
                 max_new_tokens=uniforms.shape[1], eos_token_id=self.eos_id, pad_token_id=self.pad_id,
                 logits_processor=LogitsProcessorList([drawn]),
             )[:, ids.shape[1] :].tolist()  # fmt: skip
@@ -331,7 +321,6 @@ class GenerateSampler(Engine):
                 n = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
                 finished = tokens[n - 1] == self.eos_id
                 episodes[row] = Episode(tuple(queries[row]), tuple(tokens[:n]), finished, tuple(probs[:n]))
-        self.policy.train(was_training)
         return [episodes[i] for i in range(len(queries))]
 
     def _generate(self, *args, **options) -> Tensor:
@@ -355,14 +344,3 @@ class Drawn(LogitsProcessor):
         drawn, logprobs = draw(scores, self.uniforms[:, len(self.logprobs)], self.temperature)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn[:, None], 0.0)
-
-
-def left_pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged rows to left-padded (N, longest) ids and their mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[i, width - len(row) :] = 1
-    return ids, mask

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from align.maths.losses import ranking_loss
-from align.models import ScalarModel
-from align.packing import token_batches
-from align.ranking import RankedTokens, RankingCollator, by_prompt
+from align.models import ScalarModel, eval_mode
+from align.ranking import RankedTokens, by_prompt, ranking_batches
 from align.runtime import gather_list, my_share
 
 Autocast = Callable[[], AbstractContextManager]
@@ -31,10 +30,8 @@ def fit_head(
     One forward pass over `elements`, shared out over processes, each with a whole model. Returns `loss` and `accuracy`
     on these very rankings.
     """
-    training = model.training
-    model.eval()
-    features = read_features(model, elements, pad_id, batch_size, autocast)  # (N, d)
-    model.train(training)
+    with eval_mode(model):
+        features = read_features(model, elements, pad_id, batch_size, autocast)  # (N, d)
     rankings = [element["ranking"] for element in elements]
     ranks = torch.tensor([rank for ranking in rankings for rank in ranking.ranks])  # (N,)
     group = torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking.ranks])  # (N,)
@@ -50,16 +47,13 @@ def read_features(
     model: ScalarModel, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, autocast: Autocast
 ) -> Tensor:
     """What the head reads of each completion, the last hidden state at EOS, in the order of `elements`. (N, d)"""
-    device, collate = next(model.parameters()).device, RankingCollator(pad_id)
-    mine = my_share(len(elements))
+    mine = [elements[i] for i in my_share(len(elements))]
     found: list[Tensor] = [torch.empty(0)] * len(mine)
-    for picked in token_batches([elements[i]["ranking"].tokens for i in mine], batch_size):
-        batch = collate([elements[mine[j]] for j in picked])
-        with autocast(), model.half() as cast:
-            hidden = model.states(batch["pack"].to(device), cast)[batch["last_index"].to(device)].float().cpu()
-        sizes = [len(elements[mine[j]]["ranking"].ranks) for j in picked]
-        for j, rows in zip(picked, hidden.split(sizes), strict=True):
-            found[j] = rows
+    for picked, batch in ranking_batches(mine, pad_id, batch_size, next(model.parameters()).device):
+        with autocast(), model.cast_weights() as cast:
+            hidden = model.states(batch["pack"], cast)[batch["last_index"]].float().cpu()
+        for i, rows in zip(picked, hidden.split([len(mine[i]["ranking"].ranks) for i in picked]), strict=True):
+            found[i] = rows
     return torch.cat(gather_list(found))
 
 

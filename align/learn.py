@@ -1,6 +1,6 @@
 """Everything stage 3 loads, builds and saves around its loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from align.reward_models import (
     say_other_end,
     value_start,
 )
-from align.rollout import Actors, Query
+from align.rollout import Query, RolloutModels
 from align.rows import DataReport
 from align.runtime import (
     Runtime,
@@ -83,6 +83,28 @@ class Inputs:
             return [ids[: self.ptx_limit] for ids in self.codec.documents([self.texts[i] for i in cursor.take(count)])]
 
         return draw
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds besides models and optimisers."""
+
+    prompts: Cursor
+    documents: Cursor
+    kl_coef: float  # of the next rollout
+    done: int = 0  # finished iterations
+    step_zero: dict[str, float | None] = field(default_factory=dict)
+    row: dict[str, float] = field(default_factory=dict)  # the log's last
+
+    @staticmethod
+    def at_start(inputs: Inputs, config: PPOConfig) -> "Progress":
+        documents = Cursor(max(len(inputs.texts), 1), config.seed + 1)
+        return Progress(Cursor(len(inputs.queries), config.seed), documents, config.kl_coef)
+
+    def advance(self, row: dict[str, float], config: PPOConfig) -> None:
+        """An iteration has ended with this row."""
+        self.kl_coef = next_kl_coef(self.kl_coef, row["objective/kl"], config, self.done)
+        self.done, self.row = self.done + 1, row
 
 
 def load_inputs(config: PPOConfig) -> Inputs:
@@ -145,19 +167,21 @@ def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Lea
     return Learner(policy, value_model, policy_optimizer, value_optimizer, ema)
 
 
-def build_actors(config: PPOConfig, inputs: Inputs, learner: Learner, runtime: Runtime) -> Actors:
+def build_rollout_models(
+    config: PPOConfig, codec: Codec, start: ValueStart, learner: Learner, runtime: Runtime
+) -> RolloutModels:
     """The frozen reference and reward beside the trained models, and a sampler over the policy."""
     # What is never trained needs no float32 weights when forward passes run in bfloat16.
     dtype = runtime.compute_dtype
     policy, value_model = runtime.unwrap(learner.policy), runtime.unwrap(learner.value_model)
-    codec, loaded = inputs.codec, []
+    loaded: list[PackedModel] = []
 
     def only_scores(model: PackedModel) -> PackedModel:
         loaded.append(model)
         return frozen(model, config, runtime)
 
     def load_scalar(path: str) -> ScalarModel | WithoutAdapter:
-        if config.value_use_peft and path == inputs.value_start.path:
+        if config.value_use_peft and path == start.path:
             return WithoutAdapter(value_model)
         return only_scores(load_scalar_model(path, config.attn_implementation, dtype=dtype))
 
@@ -171,7 +195,7 @@ def build_actors(config: PPOConfig, inputs: Inputs, learner: Learner, runtime: R
     sampler = make_sampler(
         runtime.whole(learner.policy), codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size
     )
-    return Actors(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
+    return RolloutModels(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
 
 
 def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedModel:
@@ -202,8 +226,9 @@ def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig, iteration: int) -
     return adapt_kl_coef(kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon)
 
 
-def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:
-    """Says and returns why the run ends after `done` iterations: KL over the limit, where the reward means little."""
+def stop_for_kl(progress: Progress, config: PPOConfig) -> str | None:
+    """Why the run ends here, which is said too: KL over the limit, where the reward means little. None: it goes on."""
+    kl, done = progress.row.get("objective/kl", 0.0), progress.done
     if config.kl_stop is None or kl <= config.kl_stop:
         return None
     reason = f"stopped after iteration {done}: KL {kl:.3g} nats an episode is over kl_stop {config.kl_stop:g}"
@@ -212,42 +237,40 @@ def kl_stop_reason(kl: float, config: PPOConfig, done: int) -> str | None:
 
 
 def save_state(
-    output: Path, done: int, learner: Learner, prompts: Cursor, documents: Cursor, kl_coef: float,
-    step_zero: dict[str, float], row: dict[str, float], config: PPOConfig, codec: Codec, runtime: Runtime,
-) -> None:  # fmt: skip
+    output: Path, progress: Progress, learner: Learner, config: PPOConfig, codec: Codec, runtime: Runtime
+) -> None:
     """checkpoint-N: the policy as a model folder, and all that an exact resume needs. N counts finished iterations.
 
     Nothing in it depends on the number of processes; all of them call this, the main one writes.
     """
+    checkpoint = output / f"checkpoint-{progress.done}"
     state = {
-        "iteration": done,
-        "kl_coef": kl_coef,
-        "step_zero": step_zero,
-        "row": row,
+        "iteration": progress.done,
+        "kl_coef": progress.kl_coef,
+        "step_zero": progress.step_zero,
+        "row": progress.row,
         "random": runtime.gather_list([random_state()]),
-        "prompts": prompts.state(),
-        "documents": documents.state(),
+        "prompts": progress.prompts.state(),
+        "documents": progress.documents.state(),
         "policy_optimizer": whole_state(learner.policy_optimizer.state_dict()),
         "value_optimizer": whole_state(learner.value_optimizer.state_dict()),
         "ema": whole_state(learner.ema.shadow if learner.ema else {}),
     }
     with runtime.for_saving(learner.policy) as policy, runtime.for_saving(learner.value_model) as value_model:
         if is_main_process():
-            with atomic_folder(output / f"checkpoint-{done}") as folder:
+            with atomic_folder(checkpoint) as folder:
                 save_trained(policy, folder, codec.pad_id)
                 codec.save(folder)
                 save_trained(value_model, folder / "value_model", codec.pad_id)
                 save_training_state(folder, state)
                 save_log_sizes(output, folder)
                 mark_complete(folder)
-            rotate(output / f"checkpoint-{done}", config.save_total_limit)
+            rotate(checkpoint, config.save_total_limit)
     runtime.barrier()  # a process that left before, at a signal, would end the others as they write
 
 
-def load_state(
-    checkpoint: Path, learner: Learner, prompts: Cursor, documents: Cursor, runtime: Runtime
-) -> tuple[int, float, dict[str, float], dict[str, float]]:
-    """Put everything back; returns (finished iterations, kl_coef, step-zero numbers, the last row of metrics)."""
+def load_state(checkpoint: Path, progress: Progress, learner: Learner, config: PPOConfig, runtime: Runtime) -> None:
+    """Put everything back. A KL coefficient that does not adapt is the config's."""
     state = load_training_state(checkpoint)
     for model, folder in ((learner.policy, checkpoint), (learner.value_model, checkpoint / "value_model")):
         with runtime.for_loading(model) as loaded:
@@ -257,15 +280,17 @@ def load_state(
     if learner.ema:
         for name, value in state["ema"].items():
             write(value, learner.ema.shadow[name])
-    for cursor, saved in ((prompts, state["prompts"]), (documents, state["documents"])):
-        cursor.position = Cursor.from_state(saved, cursor.num_rows).position
     same = len(state["random"]) == runtime.world
     set_random_state(state["random"][runtime.rank if same else 0])
-    return state["iteration"], state["kl_coef"], state["step_zero"], state["row"]
+    progress.prompts.load(state["prompts"])
+    progress.documents.load(state["documents"])
+    progress.done, progress.step_zero, progress.row = state["iteration"], state["step_zero"], state["row"]
+    if config.kl_target is not None:
+        progress.kl_coef = state["kl_coef"]
 
 
 def save_policy(
-    output: Path, learner: Learner, codec: Codec, config: PPOConfig, inputs: Inputs, metrics: dict, runtime: Runtime
+    output: Path, learner: Learner, config: PPOConfig, inputs: Inputs, metrics: dict[str, Any], runtime: Runtime
 ) -> None:
     """The averaged policy as a HuggingFace folder, the value model beside it, the manifest last."""
     if learner.ema:
@@ -274,10 +299,10 @@ def save_policy(
         if not is_main_process():
             return
         with deferred("the results are written first"), atomic_contents(output) as folder:
-            save_policy_folder(policy, folder, codec.pad_id)
-            codec.save(folder)
-            base = inputs.value_start.path, inputs.value_start.fresh_head
-            save_value_folder(value_model, *base, config, folder / "value_model", codec.pad_id)
+            save_policy_folder(policy, folder, inputs.codec.pad_id)
+            inputs.codec.save(folder)
+            start, value_folder = inputs.value_start, folder / "value_model"
+            save_value_folder(value_model, start.path, start.fresh_head, config, value_folder, inputs.codec.pad_id)
             if policy.adapted:
                 metrics = metrics | {"adapter_sha256": weights_sha256(folder / "adapter")}
             write_manifest(folder, "ppo", config, config.seed, inputs.parents, inputs.reports, metrics)

@@ -50,7 +50,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def release_lock(folder: Path) -> None:
-    """Give the folder free. Does nothing when this process does not hold it."""
+    """Release the folder's lock. Does nothing when this process does not hold it."""
     descriptor = _held.pop(folder.resolve(), None)
     if descriptor is not None:
         (folder / LOCK).unlink(missing_ok=True)

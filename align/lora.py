@@ -101,15 +101,19 @@ class WithoutAdapter(nn.Module):
         self.adapted = adapted
         self.held = False
 
+    @property
+    def context(self) -> int | None:
+        return self.adapted.context
+
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         with nullcontext() if self.held else self.adapted.model.disable_adapter():
             return self.adapted(*inputs)
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """As `PackedModel.hold`; the adapter is off from one call to the next, for peft takes 20 ms to turn it."""
-        with self.adapted.model.disable_adapter(), self.adapted.hold():
+    def cached_casts(self) -> Iterator[None]:
+        """As `PackedModel.cached_casts`; the adapter stays off from call to call, for peft takes 20 ms to turn it."""
+        with self.adapted.model.disable_adapter(), self.adapted.cached_casts():
             self.held = True
             try:
                 yield

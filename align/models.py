@@ -34,7 +34,6 @@ from align.maths.masks import action_positions, length_mask, response_tokens
 from align.packing import Pack, pack_rows, packed_states, padded_states, rows_of, set_packed
 from align.prepack import prepack
 from align.track import announce
-from align.types import pad_rows
 
 
 def load_policy(
@@ -96,6 +95,17 @@ def require_context(path: str, prompt_tokens: int, response_tokens: int) -> None
         )
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 Cast = Callable[[Tensor], Tensor]
 
 
@@ -135,16 +145,16 @@ class PackedModel(nn.Module):
         """Last hidden states, with every weight as `cast` gives it. (N, d)"""
         read = packed_states if self.packed else padded_states
         hidden = read(self.recast(self.inner.base_model, cast), pack)
-        return hidden if cast is same else hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return hidden if cast is identity else hidden.to(torch.get_autocast_dtype(hidden.device.type))
 
     def recast(self, module: nn.Module, cast: Cast) -> Callable:
         """`module`, called with cast weights; under plain autocast where activations are checkpointed, because a layer
         then runs again in the backward pass, when the casts are gone."""
-        checkpointed = cast is not same and self.inner.is_activation_checkpointing
+        checkpointed = cast is not identity and self.inner.is_activation_checkpointing
         return Autocast(module) if checkpointed else Recast(module, cast)
 
     @contextmanager
-    def half(self) -> Iterator[Cast]:
+    def cast_weights(self) -> Iterator[Cast]:
         """Gives the function that casts a weight to autocast's type, each once, and turns autocast off meanwhile.
 
         Cast whole, a model computes in that type from the embedding to the head; autocast alone keeps the residual
@@ -153,11 +163,11 @@ class PackedModel(nn.Module):
         """
         device = next(self.parameters()).device.type
         if not torch.is_autocast_enabled(device):
-            yield same
+            yield identity
             return
         if self.sharded:
             with torch.autocast(device, enabled=False):
-                yield same
+                yield identity
             return
         casts, dtype = {} if self.casts is None else self.casts, torch.get_autocast_dtype(device)
 
@@ -199,7 +209,7 @@ class PackedModel(nn.Module):
         self.train()
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def cached_casts(self) -> Iterator[None]:
         """Without gradients, and while no weight changes: casts are kept from one call to the next."""
         self.casts = {}
         try:
@@ -209,7 +219,7 @@ class PackedModel(nn.Module):
             self.casts = None
 
 
-def same(weight: Tensor) -> Tensor:
+def identity(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -221,7 +231,7 @@ class Recast:
     cast: Cast
 
     def __call__(self, **inputs: Any) -> Any:
-        if self.cast is same:
+        if self.cast is identity:
             return self.module(**inputs)
         weights = {name: self.cast(p) for name, p in self.module.named_parameters(remove_duplicate=False)}
         return torch.func.functional_call(self.module, weights, kwargs=inputs)
@@ -248,7 +258,7 @@ class Policy(PackedModel):
 
     def forward(self, pack: Pack, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability of `tokens` after the states `at`, and the entropy there. (M,), (M,) -> 2 x (M,), float32"""
-        with self.half() as cast:
+        with self.cast_weights() as cast:
             if not self.plain_head:
                 logits = self.own_logits(pack, at, cast)
                 return token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
@@ -275,7 +285,7 @@ class Policy(PackedModel):
             (self.inner.base_model, self.inner.get_output_embeddings()) if self.plain_head else (self.inner, None)
         )
         linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
-        with torch.no_grad(), self.half() as cast:
+        with torch.no_grad(), self.cast_weights() as cast:
             weights = {name: cast(p) for name, p in model.named_parameters(remove_duplicate=False)}
             weights |= {name: prepack(weights[name]) for name in linears}
             last = () if head is None else (prepack(cast(head.weight)), None if head.bias is None else cast(head.bias))
@@ -318,12 +328,10 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         return False
     if model.device.type == "meta":
         return True
-    was_training = model.training
-    model.eval()
     ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    hidden, head = model.base_model(ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
-    logits = model(ids, use_cache=False).logits
-    model.train(was_training)
+    with eval_mode(model):
+        hidden, head = model.base_model(ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
+        logits = model(ids, use_cache=False).logits
     product = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
     return torch.allclose(product.float(), logits.float(), rtol=1e-4, atol=1e-5)
 
@@ -341,7 +349,7 @@ class ScalarModel(PackedModel):
 
     def forward(self, pack: Pack, at: Tensor) -> Tensor:
         """Scalars at the positions `at`, in float32. (M,) -> (M,)"""
-        with self.half() as cast:
+        with self.cast_weights() as cast:
             hidden = self.states(pack, cast)[at]
             # The head too: bfloat16 knows a score of 20 to 1/8 only, and ties what lies closer.
             scalars = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)
@@ -486,9 +494,9 @@ def response_values(
 
 def document_nll(policy: nn.Module, documents: list[list[int]], device: torch.device) -> Tensor:
     """Negative log-likelihood of every token but each document's first, summed: the first is the query. (,)"""
-    lengths = torch.tensor([len(document) for document in documents], device=device)
-    ids = pad_rows(documents, 0).to(device)
-    return -response_logprobs(policy, ids, torch.ones_like(lengths), lengths - 1, 1.0)[0].sum()
+    pack = pack_rows(documents).to(device)
+    at = torch.cat([torch.arange(row.start, row.start + row.length - 1) for row in pack.rows]).to(device)
+    return -policy(pack, at, pack.input_ids[at + 1], 1.0)[0].sum()
 
 
 def pack_responses(input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor) -> tuple[Pack, Tensor, Tensor]:

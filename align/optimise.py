@@ -19,7 +19,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.'s iteration: singular va
 NEWTON_SCHULZ_STEPS = 5
 RMS = 0.2  # of an update's entries, so that AdamW's rates mean the same (Liu et al. 2025, arXiv 2502.16982)
 
-HEADS = ("lm_head", "score")  # where answers go out; with the embeddings, their rows are no directions
+HEADS = ("lm_head", "score")  # output heads: like embeddings, AdamW's
 
 
 class Muon(torch.optim.Optimizer):

@@ -41,10 +41,9 @@ class Cursor:
     def state(self) -> dict[str, int]:
         return {"num_rows": self.num_rows, "seed": self.seed, "position": self.position}
 
-    @staticmethod
-    def from_state(state: Mapping[str, int], num_rows: int | None = None) -> "Cursor":
+    def load(self, state: Mapping[str, int]) -> None:
         """Raises UserError when the data set no longer has the rows that the state was saved with."""
-        if num_rows is not None and num_rows != state["num_rows"]:
-            what = f"the data set has {num_rows} rows, the checkpoint was written with {state['num_rows']}"
+        if self.num_rows != state["num_rows"]:
+            what = f"the data set has {self.num_rows} rows, the checkpoint was written with {state['num_rows']}"
             raise UserError(f"{what}: resume with the same data and filters")
-        return Cursor(state["num_rows"], state["seed"], state["position"])
+        self.seed, self.position = state["seed"], state["position"]

@@ -364,8 +364,9 @@ def reads_packs(backbone: PreTrainedModel) -> bool:
 
 
 class Once:
-    """A pack that a layer may ask once a pass. A sampler's cache has one place a layer: of two calls, the second would
-    read the first one's keys (differential attention, layers that are run several times)."""
+    """A pack for a trial: raises where a layer attends twice in one forward pass (differential attention, layers that
+    are run several times). A sampler's cache has one place a layer, where the second call would read the first's keys.
+    """
 
     def __init__(self, pack: Pack):
         self.pack, self.asked = pack, set()

@@ -202,6 +202,7 @@ def fill(part: Part, config: PrepareConfig) -> None:
             what = "holds an e-mail address, a telephone, card or identity number"
             part.problems.append(Problem(place, "personal_data", what, "set drop_personal_data: false to keep it"))
             continue
+        repeats.keep(place, prompt_of(row), row)
         part.rows[split].append((place, row))
 
 

@@ -4,7 +4,7 @@ Splitting a prompt's pairs over optimiser steps would use each completion K - 1 
 (paper section 3.5), so a prompt never leaves its element. Its tokens are computed once for all K completions.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -88,6 +88,16 @@ class RankingCollator:
         }
 
 
+def ranking_batches(
+    elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Pack | Tensor]]]:
+    """Collated batches of rankings of like length, each with the numbers of its elements."""
+    collate = RankingCollator(pad_id)
+    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
+        batch = collate([elements[i] for i in picked])
+        yield picked, {name: value.to(device) for name, value in batch.items()}
+
+
 def batch_ranking_loss(model: torch.nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over the batch's prompts of their ranking loss, and its statistics. A score is read at EOS."""
     scores = model(batch["pack"], batch["last_index"])
@@ -99,11 +109,9 @@ def held_out_loss(
     model: torch.nn.Module, elements: list[dict[str, RankedTokens]], pad_id: int, batch_size: int
 ) -> dict[str, float]:
     """loss (mean over prompts), accuracy and margin (over untied pairs), however the prompts are batched."""
-    collate, device = RankingCollator(pad_id), next(model.parameters()).device
     totals: dict[str, float] = {"loss": 0.0}
-    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
-        batch = collate([elements[i] for i in picked])
-        loss, stats = batch_ranking_loss(model, {name: value.to(device) for name, value in batch.items()})
+    for _, batch in ranking_batches(elements, pad_id, batch_size, next(model.parameters()).device):
+        loss, stats = batch_ranking_loss(model, batch)
         for name, value in (stats | {"loss": loss}).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     pairs = max(1.0, totals["pairs"])
@@ -146,12 +154,10 @@ def score_rankings(
     """Each ranking with its completions' scores; `batch_size` prompts a forward pass. All processes call
     this: each scores its share, and has all scores."""
     mine = [rankings[i] for i in my_share(len(rankings))]
-    elements, collate = encode_rankings(mine, codec), RankingCollator(codec.pad_id)
-    device = next(model.parameters()).device
     scores: list[list[float]] = [[] for _ in mine]
-    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
-        batch = collate([elements[i] for i in picked])
-        flat = iter(model(batch["pack"].to(device), batch["last_index"].to(device)).tolist())
+    device = next(model.parameters()).device
+    for picked, batch in ranking_batches(encode_rankings(mine, codec), codec.pad_id, batch_size, device):
+        flat = iter(model(batch["pack"], batch["last_index"]).tolist())
         for i in picked:
             scores[i] = [next(flat) for _ in mine[i].completions]
     return list(zip(rankings, gather_list(scores), strict=True))
@@ -174,7 +180,7 @@ def normalise_on(
     """Demonstrations score 0 on average from here on. Their mean before and after, nothing without demonstrations."""
     if not demonstrations:
         with torch.no_grad():
-            model.head.bias.zero_()  # no pair tells it anything, but Adam steps on what rounding leaves of its gradient
+            model.head.bias.zero_()  # cancels in every pair: what it has is Adam's drift on rounding noise
         return {}
     before = score_demonstrations(model, demonstrations, codec, batch_size)
     mean = normalise(model, before)

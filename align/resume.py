@@ -124,7 +124,8 @@ def why_not(checkpoint: Path, output: Path, own: dict[str, Any], parts: Sequence
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"{path}: is none of ours ({type(error).__name__}: {error}): take it away to resume without its check"
+        what = f"{path}: is no run.json of this project ({type(error).__name__}: {error})"
+        return f"{what}: delete it to resume without its check"
     for part in parts:
         keys = before.get(part, {})
         for key in sorted(keys, key=lambda key: (key in LORA, key)):  # LoRA's go with use_peft

@@ -91,8 +91,7 @@ def load_reward(
         return PairReward(model.to(device), tokenizer, codec, context, batch_size, max_tokens)
     if reads_sampled_tokens(path, codec):
         return ModelReward(load_scalar(path), codec.pad_id, codec.eos_id, batch_size, max_tokens, even)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return TextReward(load_scalar(path), reward_codec(path), codec, context, batch_size, max_tokens, even)
+    return TextReward(load_scalar(path), reward_codec(path), codec, batch_size, max_tokens, even)
 
 
 def load_classifier(

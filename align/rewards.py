@@ -42,54 +42,53 @@ class Reward(Protocol):
         """One score an episode, higher is better."""
 
 
-class ModelReward:
-    """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled, and EOS behind a
-    response that was cut off, since at EOS alone it has learned to say something. Rows over its context lose their
-    first tokens, as one does that this EOS makes too long."""
+class ScalarReward:
+    """A language model with a scalar head. Rows over its context lose their first tokens, whose share is noted: `cut`.
 
-    def __init__(
-        self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, batch_size: int,
-        max_tokens: int | None = None, even: Even | None = None,
-    ):  # fmt: skip
-        self.model, self.pad_id, self.eos_id = model, pad_id, eos_id
-        self.batch_size, self.max_tokens, self.even = batch_size, max_tokens, even
-        self.context = (model.adapted if isinstance(model, WithoutAdapter) else model).context
-        self.notes: dict[str, float] = {}
-
-    def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        rows = [[*e.query, *e.response, *([] if e.finished else [self.eos_id])] for e in episodes]
-        if self.context is not None:
-            rows = [row[-self.context :] for row in rows]
-        with self.model.hold():
-            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
-
-
-class TextReward:
-    """A reward model with a tokenizer, prompt format or end of its own (`codec`): text crosses, its tokens are scored.
-
-    What it reads is closed whether the episode ended or was cut off: there it has learned to say something.
-    Rows over `context` tokens lose their first ones; their share is noted as `cut`.
+    EOS (or what a template closes an answer with) stands behind truncated responses too: the model has learned to score
+    at that position alone.
     """
 
     def __init__(
-        self, model: ScalarModel, codec: Codec, policy_codec: Codec, context: int | None, batch_size: int,
-        max_tokens: int | None = None, even: Even | None = None,
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, batch_size: int, max_tokens: int | None = None,
+        even: Even | None = None,
     ):  # fmt: skip
-        self.model, self.codec, self.policy_codec = model, codec, policy_codec
-        self.context, self.batch_size, self.max_tokens = context, batch_size, max_tokens
-        self.even = even
+        self.model, self.pad_id = model, pad_id
+        self.batch_size, self.max_tokens, self.even = batch_size, max_tokens, even
         self.notes: dict[str, float] = {}
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        rows = self.rows(prompts, episodes)
-        if self.context is not None:
-            self.notes = {"cut": sum(len(row) > self.context for row in rows) / len(rows)}
-            rows = [row[-self.context :] for row in rows]
-        with self.model.hold():
-            return score_rows(self.model, rows, self.codec.pad_id, self.batch_size, self.max_tokens, self.even)
+        rows, context = self.rows(prompts, episodes), self.model.context
+        if context is not None:
+            self.notes = {"cut": sum(len(row) > context for row in rows) / len(rows)}
+            rows = [row[-context:] for row in rows]
+        with self.model.cached_casts():
+            return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
-        """Query and response in this model's own tokens."""
+        """The tokens to read of each episode."""
+        raise NotImplementedError
+
+
+class ModelReward(ScalarReward):
+    """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
+
+    def __init__(self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, *sizes: Any):
+        super().__init__(model, pad_id, *sizes)
+        self.eos_id = eos_id
+
+    def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
+        return [[*e.query, *e.response, *([] if e.finished else [self.eos_id])] for e in episodes]
+
+
+class TextReward(ScalarReward):
+    """A reward model with a tokenizer, prompt format or end of its own (`codec`): text crosses, its tokens are read."""
+
+    def __init__(self, model: ScalarModel, codec: Codec, policy_codec: Codec, *sizes: Any):
+        super().__init__(model, codec.pad_id, *sizes)
+        self.codec, self.policy_codec = codec, policy_codec
+
+    def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
         queries = self.codec.prompts([prompt.prompt for prompt in prompts])
         responses = self.codec.responses([self.policy_codec.decode(episode.response) for episode in episodes])
         return [[*query, *response] for query, response in zip(queries, responses, strict=True)]

@@ -27,11 +27,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    GradientAccumulationPlugin,
     broadcast_object_list,
     gather,
     gather_object,
     is_bf16_available,
     parse_flag_from_env,
+    set_seed,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,11 +51,12 @@ class Runtime:
     """One run's processes. Rank r owns rows r, r + world, r + 2 * world, ... of any global batch."""
 
     def __init__(self, seed: int, bf16: bool = False):
-        seed_everything(seed)
+        set_seed(seed)  # the same in every process: data order must agree
         self.seconds: dict[str, float] = {}  # spent in each phase
         state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
             # Buffers are constants here; a gradient lies in DDP's own buffer, not beside it.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
@@ -139,15 +142,10 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()
 
-    @contextlib.contextmanager
-    def accumulate(self, *models: torch.nn.Module, last: bool) -> Iterator[None]:
+    def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Gradients cross processes in the last microbatch of a step only; sharded ones in each, so that no process
         keeps them whole."""
-        with contextlib.ExitStack() as stack:
-            if not last and not self.sharded:
-                for model in models:
-                    stack.enter_context(self.accelerator.no_sync(model))
-            yield
+        return contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
         """Backward of this process's share of a global loss. Data-parallel wrappers average, so undo it."""
@@ -177,9 +175,9 @@ class Runtime:
             return batches
         wanted = int(self.max(torch.tensor([len(batches)], device=self.device)))
         while len(batches) < wanted:
-            most = max(range(len(batches)), key=lambda i: len(batches[i]))
-            rows = batches.pop(most)
-            batches[most:most] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            rows = batches.pop(largest)
+            batches[largest:largest] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
         return batches
 
     def gather_rows(self, x: Tensor, pad: float = 0) -> Tensor:
@@ -439,13 +437,6 @@ def has_bf16() -> bool:
 
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, x86, ARM, ARM
-
-
-def seed_everything(seed: int) -> None:
-    """One seed for Python, numpy and torch in every process: data order must agree across ranks."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -39,7 +39,7 @@ def keep_apart(
 ) -> tuple[list[T], DataReport]:
     """`rows` without those whose prompt `others` has too: "stop" raises UserError, "drop" counts `in_two_splits`.
 
-    Give the validation rows first and the training rows as `others`.
+    The first argument's rows are the ones left out: training stages give their training rows, evaluation its own.
     """
     taken = {prompt_key(row.prompt) for row in others}
     kept = [row for row in rows if prompt_key(row.prompt) not in taken]

@@ -83,8 +83,10 @@ def resume_argument(checkpoint: Path | None) -> str | None:
 
 
 class LengthGroups(Sampler):
-    """Rows of like length in one global batch, so that little is padding; the same for any number of processes. Last
-    come `fillers` more indices."""
+    """Rows of like length in one global batch, so that little is padding; the same for any number of processes.
+
+    The last `fillers` indices are of rows that teach nothing.
+    """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, fillers: int = 0):
         self.lengths, self.batch_size, self.seed, self.fillers, self.epoch = lengths, batch_size, seed, fillers, 0
@@ -281,8 +283,8 @@ class Sharded:
     """Mixed into a Trainer, whose optimiser `config` names if given. Under FSDP2 the model lies in parts over the
     processes; its checkpoints are those of one process, and resume in any number of them.
 
-    transformers trains a model that it has cut up itself at loading, and wraps it in nothing; it is told that this is
-    one. That it refuses to save such a model's optimiser is what most of this makes up for.
+    transformers is told that it has sharded the model itself at loading: such a model it trains without wrapping it. It
+    would not save such a model's optimiser, which is what most methods here do instead.
     """
 
     def __init__(self, *args: Any, config: SFTConfig | RMConfig | None = None, **kwargs: Any):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
 Text = str | tuple[Message, ...]  # plain text, or a conversation
@@ -118,8 +119,4 @@ class UpdateStats:
 
 def pad_rows(rows: list[list[int]] | list[list[float]], value: float, dtype: torch.dtype = torch.long) -> Tensor:
     """Ragged rows to a right-padded (B, longest) tensor."""
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return out
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value)

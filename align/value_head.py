@@ -100,12 +100,12 @@ def states_by_batch(
     mine = runtime.mine(list(range(len(rollout))))
     ends = rollout.query_lengths + rollout.response_lengths
     lengths = [int(ends[i]) for i in mine]
-    with model.hold():
+    with model.cached_casts():
         for batch in token_batches(lengths, config.per_device_rollout_batch_size, config.microbatch_tokens):
             rows = torch.tensor([mine[i] for i in batch], device=ends.device)
             part = rollout.index(rows)
             pack, _, at = pack_responses(part.input_ids, part.query_lengths, part.response_lengths)
-            with runtime.autocast(), model.half() as cast:
+            with runtime.autocast(), model.cast_weights() as cast:
                 states = model.states(pack, cast)[at].double()
             yield rows, part, states
 

@@ -22,7 +22,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config import ModelTerm, PPOConfig
-from align.learn import build_actors, build_learner
+from align.learn import build_learner, build_rollout_models
 from align.models import load_scalar_model, save_scalar_model
 from align.reward_models import value_start
 from align.rollout import Query, collect_rollout
@@ -82,9 +82,8 @@ def measure(policy: str, reward: str, *settings: str) -> dict[str, int]:
     runtime = Runtime(config.seed, config.bf16)
     before = psutil.Process().memory_info().rss
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
-    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
-    learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    models = build_rollout_models(config, codec, value_start(config, codec), learner, runtime)
     gradients = []
     for model, optimizer in (
         (learner.policy, learner.policy_optimizer),
@@ -92,9 +91,9 @@ def measure(policy: str, reward: str, *settings: str) -> dict[str, int]:
     ):
         count_gradients(model, optimizer, gradients)
     tokens = torch.randint(2, VOCABULARY, (EPISODES, QUERY), generator=torch.Generator().manual_seed(0)).tolist()
-    rollout = collect_rollout([Query(Prompt(""), tuple(ids)) for ids in tokens], actors, config, runtime, 0.1, 0)
+    rollout = collect_rollout([Query(Prompt(""), tuple(ids)) for ids in tokens], models, config, runtime, 0.1, 0)
     update(rollout, learner, lambda count: [], config, runtime, 0)
-    models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.terms[0].members[0].model
+    models = learner.policy, models.ref_policy, learner.value_model, models.reward.terms[0].members[0].model
     return {
         "weights": size([t for model in models for t in (*model.parameters(), *model.buffers())]),
         "gradients": max(gradients),

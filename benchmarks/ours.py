@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
@@ -18,7 +17,7 @@ from transformers import TrainingArguments
 from align.config import ModelTerm, PPOConfig
 from align.files import write_jsonl
 from align.generate import make_sampler, uniform_numbers
-from align.learn import build_actors, build_learner
+from align.learn import build_learner, build_rollout_models
 from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
 from align.ranking import RankingCollator, encode_rankings, split_pairs
 from align.reward_models import value_start
@@ -73,13 +72,12 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
     runtime = Runtime(config.seed, config.bf16)
-    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))  # what is read of stage 3's
-    learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    models = build_rollout_models(config, codec, value_start(config, codec), learner, runtime)
     start, drawn, episodes, steps = time.perf_counter(), 0, 0, 0
     for iteration in range(count // batch):
         part = queries[iteration * batch : (iteration + 1) * batch]
-        rollout = collect_rollout(part, actors, config, runtime, config.kl_coef, iteration)
+        rollout = collect_rollout(part, models, config, runtime, config.kl_coef, iteration)
         steps += int(update(rollout, learner, lambda _: [], config, runtime, iteration).sums["steps"])
         drawn += int(rollout.response_mask.sum())
         episodes += len(rollout)

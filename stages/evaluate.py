@@ -128,8 +128,8 @@ def policy_paths(config: EvaluateConfig, codec: Codec) -> dict[str, str | None]:
         if path and not trained:
             announce(f"{name}_path: {path} holds no model: not evaluated")
     for name, path in paths.items():
-        if path:
-            check_parent(path, f"{name}_path", {"base": ("base",), "sft": ("sft",)}.get(name, ("ppo",)))
+        if path and name != "sft":  # whose own tokens they are; checked before
+            check_parent(path, f"{name}_path", ("base",) if name == "base" else ("ppo",))
             require_same_tokens(path, f"{name}_path", codec)
             say_other_temperature(path, config.temperature)
     say_other_end(config.sft_path, codec)

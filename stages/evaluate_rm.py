@@ -21,11 +21,10 @@ from align.data import load_rankings
 from align.errors import UserError
 from align.evaluate.people import labelers_report
 from align.evaluate.plots import plot_calibration, plot_overfitting, plot_reward_accuracy
-from align.evaluate.reward_report import ranking_accuracy
+from align.evaluate.reward_report import ranking_accuracy, require_scores
 from align.evaluate.rm_report import (
     compare,
     read_scores,
-    require_scores,
     scores_row,
     transfer,
     worst_mistakes,

@@ -22,22 +22,22 @@ from align.config import PPOConfig
 from align.evaluate.plots import plot_overoptimisation
 from align.interrupt import Interrupted, arrived, deferred
 from align.learn import (
-    build_actors,
+    Progress,
     build_learner,
-    kl_stop_reason,
+    build_rollout_models,
     load_inputs,
     load_state,
-    next_kl_coef,
     save_policy,
     save_state,
     set_learning_rates,
+    stop_for_kl,
 )
-from align.order import Cursor
 from align.parse import parse
 from align.resume import start_run
 from align.rewards import GoldJudge
-from align.rollout import check_step_zero, collect_rollout
+from align.rollout import collect_rollout
 from align.runtime import Runtime, tune_cpu
+from align.step_zero import check_step_zero
 from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl
 from align.update import BatchAlgebra, update
 from align.value_head import fit_value_head
@@ -61,48 +61,46 @@ def main(argv: list[str]) -> None:
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
     learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
-    prompts = Cursor(len(inputs.queries), config.seed)
-    documents = Cursor(max(len(inputs.texts), 1), config.seed + 1)
-    first, kl_coef, step_zero, row, stopped = 0, config.kl_coef, {}, {}, None
+    models = build_rollout_models(config, codec, inputs.value_start, learner, runtime)
+    progress = Progress.at_start(inputs, config)
     if checkpoint:
-        first, adapted, step_zero, row = load_state(checkpoint, learner, prompts, documents, runtime)
-        kl_coef = config.kl_coef if config.kl_target is None else adapted
-        stopped = kl_stop_reason(row["objective/kl"], config, first)
+        load_state(checkpoint, progress, learner, config, runtime)
+    stopped = stop_for_kl(progress, config)
     metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output)
     judge = GoldJudge(config.judge, codec)
 
     # 4. Iterate: rollout, update, log.
     with deferred():
-        iterations = range(first, first if stopped else algebra.iterations)
+        iterations = range(progress.done, progress.done if stopped else algebra.iterations)
         for iteration in tqdm(iterations, desc="ppo", disable=not runtime.is_main):
             set_learning_rates(learner, config, iteration, algebra.iterations)
-            queries = [inputs.queries[i] for i in prompts.take(algebra.rollout)]
-            rollout = collect_rollout(queries, actors, config, runtime, kl_coef, iteration)
+            queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
+            rollout = collect_rollout(queries, models, config, runtime, progress.kl_coef, iteration)
             if iteration == 0:
-                step_zero = check_step_zero(rollout, actors, config, runtime, codec.eos_id, inputs.value_start.term)
-                rollout, value_head = fit_value_head(rollout, learner.value_model, config, runtime)
-                step_zero |= value_head
-            stats = update(rollout, learner, inputs.next_documents(documents), config, runtime, iteration)
-            row = ppo_metrics(rollout, stats, kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
-            kl_coef = next_kl_coef(kl_coef, row["objective/kl"], config, iteration)
-            done = iteration + 1
+                checked = check_step_zero(rollout, models, config, runtime, codec.eos_id, inputs.value_start.term)
+                rollout, fitted = fit_value_head(rollout, learner.value_model, config, runtime)
+                progress.step_zero = checked | fitted
+            documents = inputs.next_documents(progress.documents)
+            stats = update(rollout, learner, documents, config, runtime, iteration)
+            row = ppo_metrics(rollout, stats, progress.kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
             row |= judge.score([query.prompt for query in queries], rollout)
-            metrics.log(done, {"episode": done * algebra.rollout, **row})
+            progress.advance(row, config)
+            metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row})
             if config.transcript_iterations and iteration % config.transcript_iterations == 0:
                 transcripts.write(iteration, rollout, codec)
-            stopped, signal = kl_stop_reason(row["objective/kl"], config, done), arrived()
-            if stopped or signal or (config.save_iterations and done % config.save_iterations == 0):
-                save_state(output, done, learner, prompts, documents, kl_coef, step_zero, row, config, codec, runtime)
+            stopped, signal = stop_for_kl(progress, config), arrived()
+            if stopped or signal or (config.save_iterations and progress.done % config.save_iterations == 0):
+                save_state(output, progress, learner, config, codec, runtime)
             if signal:
-                raise Interrupted(signal, output / f"checkpoint-{done}")
+                raise Interrupted(signal, output / f"checkpoint-{progress.done}")
             if stopped:
                 break
 
     # 5. Save the averaged policy, the manifest last.
     if config.judge and runtime.is_main:
         plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")
-    save_policy(output, learner, codec, config, inputs, {"step_zero": step_zero, "stopped": stopped, **row}, runtime)
+    metrics_now = {"step_zero": progress.step_zero, "stopped": stopped, **progress.row}
+    save_policy(output, learner, config, inputs, metrics_now, runtime)
     announce(f"policy in {output}; next: make evaluate")
 
 

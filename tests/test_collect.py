@@ -88,9 +88,21 @@ def test_labelers_are_drawn_without_repeating_one():
     rows, _ = rank_all([candidates("a", "bb", id=i) for i in range(200)], team, 2, seed=3)
     by_prompt = {i: [row["labeler"] for row in rows if row["id"] == i] for i in range(200)}
     assert all(len(set(names)) == 2 for names in by_prompt.values())
-    assert all(count > 50 for count in Counter(row["labeler"] for row in rows).values())
+    counts = Counter(row["labeler"] for row in rows)
+    assert set(counts) == set("abcde") and all(count > 50 for count in counts.values())
     alone, _ = rank_all([candidates("a", "bb")], team[:1], 2, seed=3)
     assert len(alone) == 1
+
+
+@pytest.mark.parametrize("size", [3, 6, 12])
+def test_who_ranks_a_prompt_says_nothing_of_its_k(size):
+    """Drawn from one stream, each labeler of six would see a single K."""
+    team = [ByLength(f"{i:02}") for i in range(size)]
+    sizes = draw_k(3000, 4, 9, seed=5)
+    rows, _ = rank_all([candidates("a", "bb", k=k) for k in sizes], team, 1, seed=5)
+    seen = {labeler.name: Counter(row["k"] for row in rows if row["labeler"] == labeler.name) for labeler in team}
+    assert all(set(counts) == {4, 5, 6, 7, 8, 9} for counts in seen.values())
+    assert all(max(counts.values()) < 2 * counts.total() / 6 for counts in seen.values())
 
 
 def test_a_labeler_that_miscounts_is_named():

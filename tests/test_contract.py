@@ -27,7 +27,7 @@ FLOORS = (
         "types",
         "config",
         "errors",
-        "replay",
+        "cuda_graph",
         "runtime",
         "lock",
         "interrupt",
@@ -45,7 +45,7 @@ FLOORS = (
     {"generate", "ranking", "update", "readers", "lora", "demonstrations"},
     {"rewards", "reward_models", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},
-    {"validate", "convert", "stats", "learn", "value_head"},
+    {"validate", "convert", "stats", "learn", "value_head", "step_zero"},
     {"prepare"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -16,8 +16,9 @@ from align.models import (
 from align.optimise import make_optimizer
 from align.ranking import RankedTokens, RankingCollator, batch_ranking_loss, held_out_loss, normalise, score_rows
 from align.rewards import ModelReward, RewardSum, Term
-from align.rollout import Actors, Query, check_step_zero, collect_rollout
+from align.rollout import Query, RolloutModels, collect_rollout
 from align.runtime import Runtime
+from align.step_zero import check_step_zero
 from align.types import Prompt
 from align.update import Learner, update
 from tests.elsewhere import DEVICE, Elsewhere, move, other_device
@@ -61,7 +62,7 @@ def iteration(folder, runtime: Runtime, place, config: PPOConfig) -> tuple[dict,
     policy, ref_policy = (place(load_packed_policy(str(folder / "policy"))) for _ in range(2))
     value_model, reward_model = (place(load_scalar_model(str(folder / "reward"))) for _ in range(2))
     reward = RewardSum([Term("reward", 1.0, [ModelReward(reward_model, PAD, EOS, 4)])])
-    actors = Actors(policy, ref_policy, value_model, reward, make_sampler(policy, EOS, PAD, 4), PAD)
+    actors = RolloutModels(policy, ref_policy, value_model, reward, make_sampler(policy, EOS, PAD, 4), PAD)
     rollout = collect_rollout(QUERIES, actors, config, runtime, 0.1, 0)
     check_step_zero(rollout, actors, config, runtime, EOS, "reward")
     optimizers = [make_optimizer(model, 1e-3, config) for model in (policy, value_model)]

@@ -7,8 +7,13 @@ from align.filters import Cap, Repeats, has_personal_data
 
 
 def kinds(repeats: Repeats, *rows: tuple[str, str | None]) -> list[str | None]:
-    found = [repeats.problem(f"f:{i}", prompt, {"user": user}) for i, (prompt, user) in enumerate(rows)]
-    return [problem and problem.kind for problem in found]
+    found = []
+    for i, (prompt, user) in enumerate(rows):
+        problem = repeats.problem(f"f:{i}", prompt, {"user": user})
+        found.append(problem and problem.kind)
+        if problem is None:
+            repeats.keep(f"f:{i}", prompt, {"user": user})
+    return found
 
 
 def test_D1_shared_prefix_keeps_the_first():
@@ -21,8 +26,14 @@ def test_D1_shared_prefix_keeps_the_first():
 def test_D1_at_most_so_many_prompts_a_customer():
     rows = [("one", "a"), ("two", "b"), ("three", "a"), ("four", "a"), ("five", "b")]
     assert kinds(Repeats(None, Cap("user", 2)), *rows) == [None, None, None, "over_max_rows_per", None]
-    again = [("one", "a"), ("one", "a"), ("two", "a")]  # what is left out for its opening does not count
-    assert kinds(Repeats(9, Cap("user", 2)), *again) == [None, "shared_prefix", None]
+    again = [
+        ("one", "a"),
+        ("one", "a"),
+        ("two", "a"),
+        ("three", "a"),
+        ("three", "b"),
+    ]  # what is left out does not count
+    assert kinds(Repeats(9, Cap("user", 2)), *again) == [None, "shared_prefix", None, "over_max_rows_per", None]
     assert Cap("user").rows == 200, "the paper's"
     with pytest.raises(UserError, match="f:1: no column 'user'"):
         kinds(Repeats(None, Cap("user", 2)), ("one", "a"), ("two", None))

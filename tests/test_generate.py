@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Config
 
 from align import generate
-from align.generate import GenerateSampler, TorchSampler, left_pad, make_sampler, uniform_numbers
+from align.generate import GenerateSampler, TorchSampler, make_sampler, uniform_numbers
 from align.models import Decoder, Policy, response_logprobs
 
 PAD, EOS = 0, 1
@@ -173,15 +173,15 @@ def test_steps_of_every_slot_change_no_token(policy, monkeypatch, size, temperat
     for uniforms in (uniform_numbers(28, 10, 5), restless(28, 10), uniform_numbers(28, 1, 5)):
         whole = sample(policy, QUERIES * 4, uniforms, size, temperature)
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "Replay", Replayed)
+            patch.setattr(generate, "CudaGraphStep", Replayed)
             assert same(sample(policy, QUERIES * 4, uniforms, size, temperature), whole)
 
 
-@pytest.mark.parametrize("replay", [generate.Replay, Replayed])
+@pytest.mark.parametrize("replay", [generate.CudaGraphStep, Replayed])
 def test_a_slot_that_stays_free_stays_in_the_cache(policy, monkeypatch, replay):
     """16 slots, 31 queries: one slot's response ends at its second token, all others at the tenth. The 15 queries that
     wait then take the other slots, and the first stays free for another ten steps."""
-    monkeypatch.setattr(generate, "Replay", replay)
+    monkeypatch.setattr(generate, "CudaGraphStep", replay)
     with torch.no_grad():
         policy.inner.lm_head.weight.zero_()  # uniform over 64: a number picks its token
     uniforms = torch.full((31, 10), 30.5 / 64)
@@ -373,11 +373,6 @@ def test_sampling_leaves_the_models_mode_and_gradients_alone(policy, engine):
     policy.train()
     sample(policy, QUERIES, uniform_numbers(7, 3, 0), engine=engine)
     assert policy.training and all(p.grad is None for p in policy.parameters())
-
-
-def test_left_pad():
-    ids, mask = left_pad([[1, 2, 3], [4]], 9)
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_sampling_in_half_precision_sees_new_weights_each_time(policy):

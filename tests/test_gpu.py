@@ -12,10 +12,10 @@ import torch
 
 from align import generate
 from align.attention import block_attention, fused_attention, ragged_inputs
+from align.cuda_graph import CudaGraphStep
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
 from align.packing import pack_continuations, packed_states
-from align.replay import Replay
 from align.runtime import Runtime
 from tests.test_elsewhere import config_of, folder, iteration
 
@@ -73,8 +73,8 @@ def test_sampling_by_a_recording_draws_what_the_cpu_draws(tiny_llama, monkeypatc
     """Slots are filled anew, dropped, and the cache grows under it: each time it is recorded anew."""
     monkeypatch.setattr(generate, "GPU_WIDTH_STEP", 8)
     recorded = []
-    record = Replay._recorded
-    monkeypatch.setattr(Replay, "_recorded", lambda self, step: (recorded.append(self), record(self, step))[1])
+    record = CudaGraphStep._recorded
+    monkeypatch.setattr(CudaGraphStep, "_recorded", lambda self, step: (recorded.append(self), record(self, step))[1])
     with torch.no_grad():
         tiny_llama.get_output_embeddings().weight.mul_(15)
     uniforms = uniform_numbers(28, 24, 5) ** 3  # small numbers draw EOS, token 1, more often
@@ -114,7 +114,7 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded():
     def step() -> None:
         total.add_(float((total + 1)[0]))  # the host reads what it adds
 
-    replay = Replay(total.device)
+    replay = CudaGraphStep(total.device)
     for _ in range(3):
         replay(step)
     assert not replay.records and total.tolist() == [7.0] * 3  # 1, then 1 + 2, then 3 + 4
@@ -122,7 +122,7 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded():
 
 def test_what_is_recorded_is_replayed_on_what_the_tensors_hold():
     total, added = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
-    replay = Replay(total.device)
+    replay = CudaGraphStep(total.device)
     for _ in range(4):
         replay(lambda: total.add_(added))
     added.fill_(10.0)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import GenerateSampler, TorchSampler, make_sampler, uniform_numbers
-from align.learn import build_actors, build_learner
+from align.learn import build_learner, build_rollout_models
 from align.lora import (
     WithoutAdapter,
     add_adapter,
@@ -38,8 +38,9 @@ from align.optimise import MuonAdamW
 from align.packing import pack_rows
 from align.reward_models import value_start
 from align.rewards import RewardSum, Term
-from align.rollout import Actors, Query, check_step_zero, collect_rollout
+from align.rollout import Query, RolloutModels, collect_rollout
 from align.runtime import Runtime
+from align.step_zero import check_step_zero
 from align.trainer import RankingTrainer
 from align.types import Prompt
 from align.update import Learner, optimiser_step, update
@@ -47,11 +48,6 @@ from align.update import Learner, optimiser_step, update
 EOS, PAD = 1, 0
 CODEC = SimpleNamespace(eos_id=EOS, pad_id=PAD)
 ROWS = [[5, 6, 7, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 1], [8, 60, 1], [44, 45, 46, 47, 48, 1]]
-
-
-def inputs_of(config: PPOConfig) -> SimpleNamespace:
-    """What `build_actors` takes of stage 3's inputs."""
-    return SimpleNamespace(codec=CODEC, value_start=value_start(config, CODEC))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +152,7 @@ def test_with_its_adapter_off_the_policy_is_the_reference_to_the_bit(folder, att
         shake(policy)
         assert not torch.equal(logprobs_of(policy), expected)
         assert torch.equal(logprobs_of(untouched), expected)
-        with untouched.hold():
+        with untouched.cached_casts():
             assert torch.equal(logprobs_of(untouched), expected)
         assert not torch.equal(logprobs_of(policy), expected), "the adapter is on again"
     assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
@@ -191,7 +187,7 @@ def test_two_trunks_serve_four_models(folder, runtime):
     def counted(**changes) -> tuple[int, Learner]:
         config = config_of(folder, **changes)
         learner = build_learner(config, value_start(config, CODEC), runtime)
-        actors = build_actors(config, inputs_of(config), learner, runtime)
+        actors = build_rollout_models(config, CODEC, value_start(config, CODEC), learner, runtime)
         models = learner.policy, actors.ref_policy, learner.value_model, actors.reward.terms[0].members[0].model
         return bytes_stored(*models), learner
 
@@ -229,7 +225,7 @@ def test_ppo_losses_and_gradients_are_those_of_a_dense_model(folder, runtime, at
         return learner.policy_optimizer.grads, learner.value_optimizer.grads, stats
 
     reward = RewardSum([Term("reward", 1.0, [lambda prompts, episodes: [float(i % 3) for i in range(12)]])])
-    actors = Actors(dense, copy.deepcopy(dense), dense_value, reward, make_sampler(dense, EOS, PAD, 16), PAD)
+    actors = RolloutModels(dense, copy.deepcopy(dense), dense_value, reward, make_sampler(dense, EOS, PAD, 16), PAD)
     rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
     ours, theirs = stepped(policy, value_model, rollout), stepped(dense, dense_value, rollout)
     for name, value in theirs[2].sums.items():
@@ -339,7 +335,7 @@ def test_int8_needs_a_model_that_only_scores(folder, runtime):
         config = config_of(folder, **(both | changes))
         learner = build_learner(config, value_start(config, CODEC), runtime)
         with nullcontext() if left else pytest.raises(UserError, match="frozen_quantization: .*no model is left"):
-            build_actors(config, inputs_of(config), learner, runtime)
+            build_rollout_models(config, CODEC, value_start(config, CODEC), learner, runtime)
 
 
 def test_a_value_adapter_on_the_policy_with_a_fresh_head(folder, runtime, tmp_path):
@@ -360,7 +356,7 @@ def test_P2_P3_P4_step_zero_and_training_under_lora(folder, runtime, value_use_p
     """Ratio 1, KL 0 and value = score at the start; then adapters and head move, and no frozen weight does."""
     config = config_of(folder, value_use_peft=value_use_peft, gradient_checkpointing=checkpointing)
     learner = build_learner(config, value_start(config, CODEC), runtime)
-    actors = build_actors(config, inputs_of(config), learner, runtime)
+    actors = build_rollout_models(config, CODEC, value_start(config, CODEC), learner, runtime)
     before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
     value_before = {name: p.detach().clone() for name, p in learner.value_model.named_parameters()}
     rollout = collect_rollout(make_queries(12), actors, config, runtime, 0.1, 0)
@@ -392,7 +388,9 @@ def test_P17_toy_bandit_with_adapters(tiny_llama, folder, runtime):
     )  # fmt: skip
     learner = build_learner(config, value_start(config, CODEC), runtime)
     reward = RewardSum([Term("low", 1.0, [share_of_low_tokens])])
-    actors = dataclasses.replace(build_actors(config, inputs_of(config), learner, runtime), reward=reward)
+    actors = dataclasses.replace(
+        build_rollout_models(config, CODEC, value_start(config, CODEC), learner, runtime), reward=reward
+    )
     shares, kls = [], []
     for iteration in range(12):
         rollout = collect_rollout(make_queries(64), actors, config, runtime, 0.0, iteration)

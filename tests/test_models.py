@@ -29,6 +29,7 @@ from align.models import (
     EMA,
     Policy,
     add_residual_dropout,
+    context_of,
     disable_dropout,
     document_nll,
     has_plain_head,
@@ -37,6 +38,7 @@ from align.models import (
     load_scalar_model,
     pack_responses,
     refuse_adapter,
+    require_context,
     response_logprobs,
     response_values,
     row_limit,
@@ -102,6 +104,21 @@ def test_R7_fresh_head(tmp_path):
     std = math.sqrt(float(((numbers - numbers.mean()) ** 2).sum()) / (size - 1))
     assert std == pytest.approx(1 / math.sqrt(size + 1), rel=0.05)
     assert abs(float(numbers.mean())) < 4 / size  # 4 standard errors
+
+
+def test_D2_prompt_and_response_just_fit_the_context(policy_folder):
+    context = context_of(policy_folder)
+    require_context(policy_folder, context - 9, 9)
+    with pytest.raises(UserError, match=f"over the {context} tokens"):
+        require_context(policy_folder, context - 9, 10)
+
+
+def test_R7_the_bias_is_counted_among_a_heads_inputs(policy_folder, monkeypatch):
+    """1 / sqrt(d + 1), told from 1 / sqrt(d) where d is small."""
+    asked, normal = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda x, *a, **k: (asked.append(k), normal(x, *a, **k))[1])
+    size = load_scalar_model(policy_folder, fresh_head=True).head.in_features
+    assert asked[-1] == {"std": pytest.approx(1 / math.sqrt(size + 1), rel=1e-9)}
 
 
 def test_a_fresh_head_needs_the_seed_alone(policy_folder):

@@ -29,13 +29,14 @@ def test_resumed_cursor_continues_like_the_uninterrupted_one(num_rows, seed, tak
     want = [whole.take(n) for n in takes]
     cursor = Cursor(num_rows, seed)
     got = [cursor.take(n) for n in takes[:stop]]
-    cursor = Cursor.from_state(json.loads(json.dumps(cursor.state())), num_rows)
+    saved, cursor = json.loads(json.dumps(cursor.state())), Cursor(num_rows, seed)
+    cursor.load(saved)
     got += [cursor.take(n) for n in takes[stop:]]
     assert got == want and cursor.state() == whole.state()
 
 
 def test_cursor_refuses_other_data():
     with pytest.raises(UserError, match="has 4 rows, the checkpoint was written with 5"):
-        Cursor.from_state(Cursor(5, 0).state(), 4)
+        Cursor(4, 0).load(Cursor(5, 0).state())
     with pytest.raises(UserError, match="no rows"):
         Cursor(0, 0)

@@ -632,7 +632,7 @@ def test_held_casts_are_used_again_and_given_up(half_case):
 
     with torch.no_grad():
         expected = read()
-    with policy.hold():
+    with policy.cached_casts():
         first = read()
         kept = dict(policy.casts)
         second = read()

@@ -10,12 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from align.config import ModelTerm, PPOConfig
 from align.errors import UserError
-from align.learn import build_actors, build_learner
+from align.learn import build_learner, build_rollout_models
 from align.models import load_packed_policy, load_scalar_model, response_logprobs, save_scalar_model
 from align.quantise import Int8Linear, quantise
 from align.reward_models import value_start
-from align.rollout import Query, check_step_zero, collect_rollout
+from align.rollout import Query, collect_rollout
 from align.runtime import Runtime
+from align.step_zero import check_step_zero
 from align.types import Prompt
 
 
@@ -109,9 +110,8 @@ def test_stage_3_scores_with_rounded_models_and_trains_the_others(tmp_path):
     )  # fmt: skip
     runtime = Runtime(seed=0)
     codec = SimpleNamespace(eos_id=1, pad_id=0)
-    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
-    learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    actors = build_rollout_models(config, codec, value_start(config, codec), learner, runtime)
     for model in (actors.ref_policy, actors.reward.terms[0].members[0].model):
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14
     assert not any(isinstance(m, Int8Linear) for m in [*learner.policy.modules(), *learner.value_model.modules()])

@@ -194,7 +194,9 @@ def test_a_checkpoint_on_its_own_is_taken(run, tmp_path):
 )
 def test_a_file_that_is_none_of_ours_is_named(run, text):
     (run / "run.json").write_text(text)
-    with pytest.raises(UserError, match="run.json: is none of ours .*take it away to resume without its check"):
+    with pytest.raises(
+        UserError, match="run.json: is no run.json of this project .*delete it to resume without its check"
+    ):
         start_run(sft(run, "latest"), PARENTS, REPORTS)
 
 

@@ -17,17 +17,14 @@ from align.generate import make_sampler
 from align.models import Policy, add_residual_dropout, disable_dropout, load_packed_policy, load_scalar_model
 from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import (
-    CAUSES,
-    Actors,
     Query,
+    RolloutModels,
     apply_eos_rule,
-    check_step_zero,
     collect_rollout,
     shape_rewards,
-    step_zero_limits,
-    warn_of_rewarded_cuts,
 )
 from align.runtime import Runtime
+from align.step_zero import CAUSES, check_step_zero, step_zero_limits, warn_of_rewarded_cuts
 from align.types import Prompt
 
 EOS, PAD, BETA = 1, 0, 0.3
@@ -64,7 +61,7 @@ def sharpen(policy: torch.nn.Module) -> None:
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "padded"])
-def actors(request, tiny_llama, tmp_path) -> Actors:
+def actors(request, tiny_llama, tmp_path) -> RolloutModels:
     sharpen(tiny_llama)
     tiny_llama.save_pretrained(tmp_path)
     reward_model = load_scalar_model(str(tmp_path), None if request.param else "eager", fresh_head=True)
@@ -73,7 +70,7 @@ def actors(request, tiny_llama, tmp_path) -> Actors:
     assert policy.packed == reward_model.packed == request.param
     sampler = make_sampler(policy, EOS, PAD, 4)
     reference, value_model = copy.deepcopy(policy), copy.deepcopy(reward_model)
-    return Actors(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, EOS, 4)), sampler, PAD)
+    return RolloutModels(policy, reference, value_model, rewarded(ModelReward(reward_model, PAD, EOS, 4)), sampler, PAD)
 
 
 def test_a_response_that_fills_the_context(runtime, tmp_path):
@@ -88,7 +85,7 @@ def test_a_response_that_fills_the_context(runtime, tmp_path):
     for model in (policy, scalar):
         disable_dropout(model)
     reward = rewarded(ModelReward(copy.deepcopy(scalar), PAD, EOS, 4))
-    actors = Actors(policy, copy.deepcopy(policy), scalar, reward, make_sampler(policy, EOS, PAD, 4), PAD)
+    actors = RolloutModels(policy, copy.deepcopy(policy), scalar, reward, make_sampler(policy, EOS, PAD, 4), PAD)
     rollout = collect_rollout(make_queries(16), actors, config_of(max_new_tokens=new), runtime, BETA, iteration=0)
     ends = rollout.query_lengths + rollout.response_lengths
     assert bool(((ends == longest + new) & ~rollout.finished).any()), "no row is as long as this test needs"

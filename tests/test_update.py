@@ -17,11 +17,11 @@ import align.update
 from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
 from align.generate import make_sampler
-from align.learn import build_actors, build_learner, next_kl_coef, set_learning_rates
+from align.learn import build_learner, build_rollout_models, next_kl_coef, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
 from align.reward_models import ValueStart, value_start
 from align.rewards import ModelReward, RewardSum, Term
-from align.rollout import Actors, Query, collect_rollout, token_weights
+from align.rollout import Query, RolloutModels, collect_rollout, token_weights
 from align.runtime import Runtime
 from align.types import Episode, Prompt, UpdateStats
 from align.update import BatchAlgebra, Learner, microbatches, optimiser_step, step, update
@@ -79,14 +79,14 @@ def reward_of(folder, packed: bool = True):
     return load_scalar_model(str(folder / "reward"), None if packed else "eager").eval()
 
 
-def actors_of(model, folder, reward=None, packed: bool = True) -> Actors:
+def actors_of(model, folder, reward=None, packed: bool = True) -> RolloutModels:
     policy = Policy(model, packed)
     reward = RewardSum([Term("reward", 1.0, [reward or ModelReward(reward_of(folder, packed), PAD, EOS, 16)])])
     sampler = make_sampler(policy, EOS, PAD, 64)
-    return Actors(policy, copy.deepcopy(policy), reward_of(folder, packed), reward, sampler, PAD)
+    return RolloutModels(policy, copy.deepcopy(policy), reward_of(folder, packed), reward, sampler, PAD)
 
 
-def recorder(actors: Actors) -> Learner:
+def recorder(actors: RolloutModels) -> Learner:
     policy, value_model = actors.policy, actors.value_model
     return Learner(policy, value_model, Recorder(policy.parameters()), Recorder(value_model.parameters()), None)
 
@@ -494,9 +494,8 @@ def test_P1_reference_and_reward_never_change(folder, runtime, tiny_codec):
         model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),),
     )  # fmt: skip
     codec = SimpleNamespace(eos_id=EOS, pad_id=PAD)
-    inputs = SimpleNamespace(codec=codec, value_start=value_start(config, codec))
-    learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
+    learner = build_learner(config, value_start(config, codec), runtime)
+    actors = build_rollout_models(config, codec, value_start(config, codec), learner, runtime)
     reward = actors.reward.terms[0].members[0]
     assert (reward.batch_size, reward.max_tokens) == (16, 40)
     names = {"reference": actors.ref_policy, "reward": reward.model}
@@ -520,9 +519,9 @@ def test_the_value_model_may_learn_alone_first(folder, runtime, tiny_codec):
         ),
         model_name_or_path=str(folder / "policy"), reward=(ModelTerm(str(folder / "reward")),), kl_target=6.0,
     )  # fmt: skip
-    inputs = SimpleNamespace(codec=SimpleNamespace(eos_id=EOS, pad_id=PAD), value_start=value_start(config, tiny_codec))
-    learner = build_learner(config, inputs.value_start, runtime)
-    actors = build_actors(config, inputs, learner, runtime)
+    ends = SimpleNamespace(eos_id=EOS, pad_id=PAD)
+    learner = build_learner(config, value_start(config, tiny_codec), runtime)
+    actors = build_rollout_models(config, ends, value_start(config, tiny_codec), learner, runtime)
     seen = [(digest(learner.policy), digest(learner.value_model))]
     kl_coef = config.kl_coef
     for iteration in range(3):

@@ -191,7 +191,7 @@ def test_with_lora_the_reward_keeps_its_head(value_model, runtime):
     kept = reward.adapted.inner.score.original_module.weight.clone()
     rollout = episodes(6)
     fitted, _ = fit_value_head(rollout, value_model, config_of(), runtime)
-    with reward.hold():
+    with reward.cached_casts():
         assert torch.equal(reward.adapted.head.weight, kept)
     assert not torch.equal(value_model.head.weight, kept)
     assert float(fitted.values[rollout.response_mask].mean()) < 2  # the returns' mean, not the bias of 5

@@ -68,8 +68,9 @@ def summarise_folds(
 ) -> dict[str, Any]:
     """Accuracy within and outside the groups learned from, of each fold and of all.
 
-    Keys: folds_by, in_group and held_out (all folds' pairs together, clustered by prompt; null where there are none),
-    drop (mean over folds of in_group - held_out, Student's t), folds (groups, train, in_group, held_out each).
+    Keys: folds_by, in_group and held_out (all folds' pairs together, clustered by prompt: of these groups; null where
+    there are none), others (mean of the folds' held-out accuracies, Student's t: of groups like these), drop (the same
+    of in_group - held_out), folds (groups, train, in_group, held_out each).
     """
     rows = [
         {"groups": list(fold.groups), "train": len(fold.train)}
@@ -78,10 +79,12 @@ def summarise_folds(
     ]
     both = [row for row in rows if row["in_group"] and row["held_out"]]
     drops = [row["in_group"]["accuracy"].mean - row["held_out"]["accuracy"].mean for row in both]
+    others = [row["held_out"]["accuracy"].mean for row in rows if row["held_out"]]
     together = {name: [pair for part in scored for pair in part[name]] for name in ("in_group", "held_out")}
     return {
         "folds_by": by,
         **{name: pooled_accuracy(pairs, seed) for name, pairs in together.items()},
+        "others": mean_interval(others) if len(others) > 1 else None,
         "drop": mean_interval(drops) if len(drops) > 1 else None,
         "folds": rows,
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align.config import EvaluateConfig
 from align.errors import UserError
-from align.evaluate.rm_report import require_scores
+from align.evaluate.reward_report import require_scores
 from align.generate import make_sampler, uniform_numbers
 from align.maths.masks import length_mask
 from align.maths.reduce import masked_row_sum

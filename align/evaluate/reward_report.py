@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from align.errors import UserError
 from align.evaluate.win_rate import Interval, accuracy_gain, accuracy_interval, numbered, text_key
 from align.types import Ranking, contents
 
@@ -252,3 +253,9 @@ def _natural(label: str) -> tuple[float, str]:
     if label in RATIOS:
         return float(list(RATIOS).index(label)), label
     return float(label) if label.replace(".", "", 1).isdecimal() else np.inf, label
+
+
+def require_scores(scores: Sequence[Sequence[float]], role: str) -> None:
+    """Raises UserError, naming the config key, when a score is no number: such a model was trained to nothing."""
+    if not all(np.isfinite(row).all() for row in scores):
+        raise UserError(f"{role}: gives scores that are NaN or infinite; train it anew, or try bf16: false")

@@ -121,12 +121,6 @@ def _mark(ranking: Ranking) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def require_scores(scores: Sequence[Sequence[float]], role: str) -> None:
-    """Raises UserError, naming the config key, when a score is no number: such a model was trained to nothing."""
-    if not all(np.isfinite(row).all() for row in scores):
-        raise UserError(f"{role}: gives scores that are NaN or infinite; train it anew, or try bf16: false")
-
-
 def worst_mistakes(scored: Sequence[Scored], count: int) -> str:
     """The pairs with the largest gap the wrong way, at most one a prompt, as Markdown with their texts."""
     wrong = sorted((p for p in untied_pairs(scored) if p.gap < 0), key=lambda p: p.gap)

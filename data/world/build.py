@@ -1,8 +1,10 @@
-"""Builds the world's files: held-out prompts first, then all that must not repeat them."""
+"""Builds the world's files: prompts of one pool, their customers dealt to the splits, and text that repeats none."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from align.errors import UserError
@@ -10,7 +12,7 @@ from align.files import atomic_folder, write_json, write_jsonl
 from data.world import labelers, policies, prompts
 from data.world.config import WorldConfig
 from data.world.judge import judge
-from data.world.prompts import Row, stream
+from data.world.prompts import MAX_PER_CUSTOMER, Row, stream
 from data.world.text import spoken, write_text
 
 Files = dict[str, list[dict[str, Any]]]
@@ -19,29 +21,49 @@ FEW_SHOT_FAMILIES = ("story_two", "colour", "list", "opposite_phrase", "greet", 
 
 def build(config: WorldConfig) -> tuple[Files, dict[str, Any]]:
     """Every file's rows by name, and the data card."""
-    seed, taken = config.seed, set()
-    files: Files = {}
-    for name, number in (
-        ("test", config.num_test_prompts),
-        ("validation", config.num_validation_prompts),
-        ("rm_validation", config.num_rm_prompts_validation),
-    ):
-        files[f"prompts_{name}"] = prompts.write_prompts(seed, name, number, taken)
-    asked = prompts.write_prompts(seed, "demonstrations_validation", config.num_demonstrations_validation, taken)
-    files["demonstrations_validation"] = demonstrate(seed, asked)
-    held_out = frozenset(taken)
-
+    seed = config.seed
+    wanted = {
+        "prompts_test": config.num_test_prompts,
+        "prompts_validation": config.num_validation_prompts,
+        "prompts_rm_validation": config.num_rm_prompts_validation,
+        "demonstrations_validation": config.num_demonstrations_validation,
+    }
     sizes = (config.num_demonstrations, config.num_rm_prompts, config.num_ppo_prompts)
-    pool = prompts.write_prompts(seed, "train", sum(sizes), taken)
-    stream(seed, "shuffle").shuffle(pool)
-    first, second = sizes[0], sizes[0] + sizes[1]
-    files["demonstrations"] = demonstrate(seed, pool[:first])
-    files["prompts_rm"], files["prompts_ppo"] = pool[first:second], pool[second:]
-    files["few_shot"] = few_shot(pool[:first], config.num_few_shot)
+    spare = MAX_PER_CUSTOMER * len(wanted)  # what of a file's last customer no longer fits is nobody's
+    pool = prompts.write_prompts(seed, "all", sum(wanted.values()) + sum(sizes) + spare, set())
+    files, train = deal(pool, wanted, stream(seed, "shuffle"))
+    held_out = frozenset(row["prompt"] for rows in files.values() for row in rows)
+    files["demonstrations_validation"] = demonstrate(seed, files["demonstrations_validation"])
+
+    first, second, end = accumulate(sizes)
+    files["demonstrations"] = demonstrate(seed, train[:first])
+    files["prompts_rm"], files["prompts_ppo"] = train[first:second], train[second:end]
+    files["few_shot"] = few_shot(train[:first], config.num_few_shot)
 
     for name, number in (("text", config.num_documents), ("text_validation", config.num_text_validation)):
         files[name] = [{"text": text} for text in write_text(seed, name, number, held_out)]
     return files, card(config, files)
+
+
+def deal(pool: list[Row], wanted: Mapping[str, int], rng: Random) -> tuple[Files, list[Row]]:
+    """Customers drawn for the held-out files until each has the rows it wants, and the rows of all others, shuffled.
+
+    Small families run out of new prompts towards the pool's end; dealt so, every file has the same mixture.
+    """
+    by_customer: dict[str, list[Row]] = {}
+    for row in pool:
+        by_customer.setdefault(row["customer"], []).append(row)
+    customers = list(by_customer)
+    rng.shuffle(customers)
+    files: Files = {}
+    for name, number in wanted.items():
+        files[name] = []
+        while len(files[name]) < number:
+            files[name] += by_customer[customers.pop()]
+        del files[name][number:]
+    train = [row for customer in customers for row in by_customer[customer]]
+    rng.shuffle(train)
+    return files, train
 
 
 def demonstrate(seed: int, rows: list[Row]) -> list[Row]:

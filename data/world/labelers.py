@@ -21,9 +21,6 @@ from data.world.prompts import WEIGHTS, Row
 FIRM = 0.65  # share of a labeler's noise that is left on a response worth nothing
 TIE = 0.35  # responses whose felt scores lie this close get the same rank
 
-FIRM = 0.65  # share of a labeler's noise that is left on a response worth nothing
-TIE = 0.35  # responses whose felt scores lie this close get the same rank
-
 
 @dataclass(frozen=True)
 class Habit:

@@ -56,7 +56,7 @@ def _endless(row: Row) -> str:
 
 
 def degenerate_policies() -> dict[str, Policy]:
-    """Name -> policy. All but the last five must score below any honest mediocre policy."""
+    """Name -> policy. All but those of HONEST must score below any honest mediocre policy."""
     fixed = {
         "sorry": lx.REFUSAL,
         "hello": "hello anna , nice to meet you .",

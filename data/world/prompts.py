@@ -135,26 +135,38 @@ def draw_prompt(rng: Random, use_case: str, language: str, customer: Customer) -
 def write_prompts(seed: int, split: str, number: int, taken: set[str]) -> list[Row]:
     """`number` distinct prompts of new customers; none is in `taken`, to which they are added.
 
-    Duplicates go by the whole text: these prompts are too short for a long common prefix to mean anything less."""
+    Duplicates go by the whole text: these prompts are too short for a long common prefix to mean anything less.
+    """
     rng = stream(seed, "prompts", split)
-    line = customers(stream(seed, "customers", split), split)
-    customer = next(line)
-    used, failures, rows = 0, 0, []
-    while len(rows) < number:
-        use_case = _choose(rng, USE_CASES)
-        language = "zh" if rng.random() < CHINESE.get(use_case, 0.0) else "en"
-        if used == customer.budget:
-            customer, used = next(line), 0
-        row = _new_prompt(rng, use_case, language, customer, taken)
-        failures = failures + 1 if row is None else 0
+    rows: list[Row] = []
+    for customer in _authors(seed, split, number):
+        row = _new_row(rng, customer, taken)
         if row is None:
-            if failures == MAX_FAILURES:
-                raise UserError(f"the world holds no {number} new prompts for {split}: ask for fewer")
-            continue
+            raise UserError(f"the world holds no {number} new prompts for {split}: ask for fewer")
         taken.add(row["prompt"])
-        used += 1
         rows.append({"id": f"{split}-{len(rows):06d}", **row})
     return rows
+
+
+def _authors(seed: int, split: str, number: int) -> list[Customer]:
+    """Who writes each of `number` prompts: at random, each up to their budget. In turn, the first would write most of
+    the prompts of families that run out."""
+    line, authors = customers(stream(seed, "customers", split), split), []
+    while len(authors) < number:
+        customer = next(line)
+        authors += [customer] * customer.budget
+    stream(seed, "authors", split).shuffle(authors)
+    return authors[:number]
+
+
+def _new_row(rng: Random, customer: Customer, taken: set[str]) -> Row | None:
+    for _ in range(MAX_FAILURES):
+        use_case = _choose(rng, USE_CASES)
+        language = "zh" if rng.random() < CHINESE.get(use_case, 0.0) else "en"
+        row = _new_prompt(rng, use_case, language, customer, taken)
+        if row is not None:
+            return row
+    return None
 
 
 def _new_prompt(rng: Random, use_case: str, language: str, customer: Customer, taken: set[str]) -> Row | None:

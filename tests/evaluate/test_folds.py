@@ -1,11 +1,15 @@
 """R12: folds by labeler and by source share nothing with what a model learned from, and are not swapped."""
 
+import json
+
 import pytest
 
+from align.config import RMConfig
 from align.errors import UserError
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.manifest import write_manifest
 from align.types import Ranking
+from stages import rm
 
 
 def ranking(prompt: str, labeler: str | None = None, **columns) -> Ranking:
@@ -54,6 +58,42 @@ def test_R12_in_group_and_held_out_are_not_swapped():
     assert report["in_group"]["accuracy"].mean == 1.0 and report["held_out"]["accuracy"].mean == 0.0
     assert report["drop"].mean == 1.0 and report["folds"][0]["groups"] == ["ann", "dan"]
     assert (report["in_group"]["pairs"], report["held_out"]["pairs"]) == (4, 6 + 6)
+
+
+def test_R12_the_stage_trains_on_a_folds_own_rankings_and_reports_each_test_under_its_name(monkeypatch, tmp_path):
+    """With a model that is right on the labelers whose rankings it was given, and wrong on all others."""
+
+    def train(config, codec, rankings, *_):
+        return {row.labeler for row in rankings}
+
+    def score_rankings(learned, rows, *_):
+        return [(row, [1.0, 0.0] if row.labeler in learned else [0.0, 1.0]) for row in rows]
+
+    monkeypatch.setattr(rm, "train", train)
+    monkeypatch.setattr(rm, "score_rankings", score_rankings)
+    config = RMConfig(
+        output_dir=str(tmp_path / "folds"), model_name_or_path="sft", train_file="train", validation_file="validation",
+        folds_by="labeler", num_folds=2,
+    )  # fmt: skip
+    rm.cross_validate(config, None, TRAIN, {"validation": VALIDATION}, [], {})
+    report = json.loads((tmp_path / "folds" / "folds.json").read_text())
+    assert (report["in_group"]["accuracy"]["mean"], report["held_out"]["accuracy"]["mean"]) == (1.0, 0.0)
+    for fold in report["folds"]:
+        assert (fold["in_group"]["accuracy"]["mean"], fold["held_out"]["accuracy"]["mean"]) == (1.0, 0.0)
+
+
+def test_other_labelers_are_as_far_apart_as_the_folds_are():
+    """Pairs are many and labelers few: of labelers never seen the folds' own spread tells, not the prompts'."""
+    folds = make_folds(TRAIN, VALIDATION, "labeler", 2)
+    right = ([1.0, 0.0], [0.0, 1.0])  # the first fold's labelers are all right, the second's all wrong
+    scored = [
+        {"in_group": [], "held_out": [(r, list(scores)) for r in fold.held_out]}
+        for fold, scores in zip(folds, right, strict=True)
+    ]
+    report = summarise_folds(folds, scored, "labeler", seed=0)
+    # Two folds: mean 0.5, standard error 0.5, Student's t with one degree of freedom 12.706.
+    assert report["others"].mean == 0.5 and report["others"].high == pytest.approx(0.5 + 0.5 * 12.7062, rel=1e-4)
+    assert report["held_out"]["accuracy"].high < 1
 
 
 def test_folds_by_source():

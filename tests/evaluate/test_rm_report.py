@@ -9,11 +9,10 @@ from PIL import Image
 from align.errors import UserError
 from align.evaluate.people import labelers_report
 from align.evaluate.plots import plot_overfitting, plot_reward_accuracy
-from align.evaluate.reward_report import ranking_accuracy
+from align.evaluate.reward_report import ranking_accuracy, require_scores
 from align.evaluate.rm_report import (
     compare,
     read_scores,
-    require_scores,
     scores_row,
     tables,
     transfer,

@@ -86,6 +86,10 @@ def test_K2_expected_gradient(estimator):
         assert got.abs().max() > 1e-3  # the check above is not 0 = 0
 
 
+def test_P18_without_a_target_it_stays():
+    assert adapt_kl_coef(0.02, 50.0, target=None, episodes=512, horizon=10_000) == 0.02
+
+
 def test_P18_no_change_at_the_target():
     assert adapt_kl_coef(0.2, 6.0, target=6.0, episodes=512, horizon=10_000) == 0.2
 

@@ -22,7 +22,7 @@ KEYS = {
     "kl_horizon": 20, "cliprange": 0.03, "cliprange_value": 0.05, "max_grad_norm": 0.4, "lr_decay": "linear",
     "warmup_iterations": 2, "gamma": 0.9, "lam": 0.8, "ema_decay": 0.6, "ptx_coef": 0.7,
     "ptx_examples_per_episode": 0.5, "ptx_max_length": 9, "missing_eos_mode": "subtract", "missing_eos_penalty": -0.4,
-    "reward_clip": 0.6, "whiten_rewards": True, "learning_rate": 3e-3, "value_learning_rate": 6e-3,
+    "reward_clip": 0.3, "whiten_rewards": True, "learning_rate": 3e-3, "value_learning_rate": 6e-3,
     "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4, "max_new_tokens": 6,
 }  # fmt: skip
 C = SimpleNamespace(**KEYS)
@@ -199,6 +199,11 @@ def test_the_log_is_that_of_plain_loops(run, by_hand):
     for ours, theirs in zip(log, by_hand.log, strict=True):
         for name, expected in theirs.items():
             assert ours[name] == pytest.approx(expected, rel=2e-4, abs=2e-5), name
+
+
+def test_P6_answers_are_drawn_at_the_temperature_of_their_log_probabilities(run):
+    log = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in log) and C.temperature != 1
 
 
 def test_the_averaged_policy_and_the_value_model_are_those_of_plain_loops(run, by_hand):

@@ -67,6 +67,21 @@ def test_customers_write_at_most_200_and_stay_in_their_split(world):
         assert not one & two
 
 
+def test_held_out_prompts_are_of_the_mixture_that_is_trained_on(world):
+    """Families run out of new prompts: drawn one file after the other, the first would have other shares."""
+    files, _ = world
+    for test in (
+        lambda row: row["constraint"] is not None,
+        prompts.is_sensitive,
+        prompts.only_looks_sensitive,
+        lambda row: row["language"] == "zh",
+    ):
+        trained = [test(row) for name in TRAIN for row in files[name]]
+        held = [test(row) for name in HELD_OUT for row in files[name]]
+        share = sum(trained) / len(trained)
+        assert sum(held) / len(held) == pytest.approx(share, abs=4 * (share * (1 - share) / len(held)) ** 0.5)
+
+
 def test_no_prompt_comes_twice(world):
     files, _ = world
     asked = [row["prompt"] for name in (*HELD_OUT, *TRAIN) for row in files[name]]

@@ -1,4 +1,4 @@
-"""A GPU's kernels recorded once and replayed: a decoding step is thousands of them, launched slower than they run."""
+"""One decoding step recorded as a CUDA graph and replayed: its thousands of kernels run faster than they launch."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 Step = Callable[[], None]
 
 
-class Replay:
+class CudaGraphStep:
     """Calls one step, without arguments or result, many times, on tensors that keep their places.
 
     On a GPU the first call runs it, the second records it as a CUDA graph, and from then on the recording is replayed,
