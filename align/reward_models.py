@@ -57,22 +57,30 @@ def check_reward_models(terms: tuple[RewardTerm, ...]) -> list[dict[str, Any]]:
 
 def build_reward(config: PPOConfig, codec: Codec, load_scalar: LoadScalar, runtime: Runtime) -> RewardSum:
     """The weighted sum that `reward` asks for, and a line for the user on each term."""
-    sizes = config.per_device_rollout_batch_size, config.microbatch_tokens
     terms = []
     for i, term in enumerate(config.reward):
         place, name = f"reward[{i}]", term_name(term)
         if isinstance(term, FunctionTerm):
-            limits = config.reward_timeout, config.reward_retries
-            members: list[Reward] = [FunctionReward(term.function, codec, f"{place}.function", *limits)]
+            key = f"{place}.function"
+            members: list[Reward] = [
+                FunctionReward(term.function, codec, key, config.reward_timeout, config.reward_retries)
+            ]
             what = [f"function {term.function}"]
         else:
             paths = model_paths(term, place)
-            how = *sizes, runtime.compute_dtype, runtime.device, runtime.as_many
-            members = [load_reward(path, key, codec, load_scalar, *how) for key, path in paths.items()]
+            members = [
+                load_reward(
+                    path, key, codec, load_scalar, config.per_device_rollout_batch_size, config.microbatch_tokens,
+                    runtime.compute_dtype, runtime.device, runtime.as_many,
+                )
+                for key, path in paths.items()
+            ]  # fmt: skip
             what = [describe(path, member) for path, member in zip(paths.values(), members, strict=True)]
         announce(f"reward {name}, weight {term.weight:g}: {'; '.join(what)}")
-        how = (term.combine, term.coef) if isinstance(term, EnsembleTerm) else ()
-        terms.append(Term(name, term.weight, members, *how))
+        if isinstance(term, EnsembleTerm):
+            terms.append(Term(name, term.weight, members, term.combine, term.coef))
+        else:
+            terms.append(Term(name, term.weight, members))
     return RewardSum(terms)
 
 

@@ -73,8 +73,11 @@ class ScalarReward:
 class ModelReward(ScalarReward):
     """A reward model that shares the policy's tokenizer: it reads the very tokens that were sampled."""
 
-    def __init__(self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, *sizes: Any):
-        super().__init__(model, pad_id, *sizes)
+    def __init__(
+        self, model: ScalarModel | WithoutAdapter, pad_id: int, eos_id: int, batch_size: int,
+        max_tokens: int | None = None, even: Even | None = None,
+    ):  # fmt: skip
+        super().__init__(model, pad_id, batch_size, max_tokens, even)
         self.eos_id = eos_id
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
@@ -84,8 +87,11 @@ class ModelReward(ScalarReward):
 class TextReward(ScalarReward):
     """A reward model with a tokenizer, prompt format or end of its own (`codec`): text crosses, its tokens are read."""
 
-    def __init__(self, model: ScalarModel, codec: Codec, policy_codec: Codec, *sizes: Any):
-        super().__init__(model, codec.pad_id, *sizes)
+    def __init__(
+        self, model: ScalarModel, codec: Codec, policy_codec: Codec, batch_size: int, max_tokens: int | None = None,
+        even: Even | None = None,
+    ):  # fmt: skip
+        super().__init__(model, codec.pad_id, batch_size, max_tokens, even)
         self.codec, self.policy_codec = codec, policy_codec
 
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:

@@ -130,8 +130,8 @@ def llama_config(config: BaseConfig, codec: Codec) -> LlamaConfig:
 
 
 def muon(model: LlamaForCausalLM, config: BaseConfig) -> MuonAdamW:
-    rates = config.muon_learning_rate, config.learning_rate
-    return MuonAdamW(model, *rates, (0.9, config.adam_beta2), bf16=config.bf16)
+    betas = 0.9, config.adam_beta2
+    return MuonAdamW(model, config.muon_learning_rate, config.learning_rate, betas, bf16=config.bf16)
 
 
 def training_arguments(config: BaseConfig, output: Path) -> TrainingArguments:

@@ -72,8 +72,9 @@ def main(argv: list[str]) -> None:
     sft = load(config.sft_path, config, runtime)
     reward = load_proxy(config, codec, runtime)
     judge = import_function(config.judge, "judge") if config.judge else None
-    sizes = (config.max_new_tokens, config.per_device_batch_size)
-    setting = Setting(codec, prompts, sft, reward, judge, *sizes, config.seed, context=room)
+    setting = Setting(
+        codec, prompts, sft, reward, judge, config.max_new_tokens, config.per_device_batch_size, config.seed, room
+    )
 
     # 2. Every policy answers every prompt, sampled and greedy.
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}

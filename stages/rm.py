@@ -131,8 +131,8 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
         announce(
             f"fold {i + 1} of {len(folds)}: {len(fold.train)} rankings to learn from, {len(fold.held_out)} held out"
         )
-        begun = start_run(replace(config, output_dir=str(output / f"fold-{i + 1}")), parents, reports)
-        model = train(config, codec, fold.train, held["validation"], *begun)
+        folder, checkpoint = start_run(replace(config, output_dir=str(output / f"fold-{i + 1}")), parents, reports)
+        model = train(config, codec, fold.train, held["validation"], folder, checkpoint)
         tests = {"in_group": fold.in_group, "held_out": fold.held_out}
         size = config.per_device_eval_batch_size
         scored.append({name: score_rankings(model, rows, codec, size) for name, rows in tests.items()})
