@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from align.evaluate.summary import POLICIES
+from align.evaluate.schema import POLICIES
 from align.evaluate.win_rate import mean_interval
 from align.files import plain
 

@@ -24,7 +24,8 @@ from align.evaluate.plots import (
     plot_training,
     plot_use_cases,
 )
-from align.evaluate.summary import MODES, POLICIES, REWARD_KEYS, Record, summarise
+from align.evaluate.schema import MODES, POLICIES, REWARD_KEYS
+from align.evaluate.summary import Record, summarise
 from align.evaluate.win_rate import Interval, mean_interval, rate_interval
 
 NUM_TRANSCRIPTS = 20

@@ -1,27 +1,5 @@
-"""The stable summary of a run (schema 1): made from an evaluation, and checked before it is written.
+"""The summary of a run (`align.evaluate.schema`), made from an evaluation, and checked before it is written."""
 
-    {"schema": 1, "preset": str, "seconds": {"base", "sft", "collect", "rm", "ppo", "evaluate", "total"},
-     "labelers": {"agreement": I},
-     "rm": {"accuracy": I, "gold_accuracy": I, "demonstration_mean", "pairs"},
-     "policies": {"base": P, "prompted": P, "sft": P, "ppo": P, "ppo_ptx": P},
-     "step_zero": {"ratio_max_deviation", "kl", "value_minus_score"}}
-    P = {"sampled": D, "greedy": D, "proxy", "kl", "perplexity", "response_tokens", "finished"} or null
-    D = {"gold": I, "gain_vs_sft": I, "win_rate_vs_sft": I};  I = {"mean", "low", "high"}
-
-Without a judge every D holds nulls and "by_reward_model" is added, {policy: {mode: R, "perplexity_vs_sft"}}: what the
-reward model, which is also what PPO climbed, says of the same answers, and perplexity as a ratio to SFT's.
-    R = {"score": I, "gain_vs_sft": I, "gain_in_deviations": I, "win_rate_vs_sft": I, "kl": I or null,
-         "response_tokens": I, "finished": I, "finished_gain_vs_sft": I, "repetition": I}
-"gain_in_deviations" is the gain over the standard deviation of SFT's scores, taken as known. "kl" is null for greedy
-answers: the mean log-ratio estimates a KL where the answers were sampled, at their own temperature.
-
-Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
-no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
-policy comes from stage ppo, and for its `value_minus_score` when the value model started from no term of the
-reward. All else is a finite number.
-"""
-
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
@@ -29,22 +7,21 @@ from typing import Any
 import numpy as np
 
 from align.errors import UserError
+from align.evaluate.schema import (
+    GOLD_KEYS,
+    MODES,
+    POLICIES,
+    REWARD_KEYS,
+    RM_KEYS,
+    SCHEMA,
+    STAGES,
+    STEP_ZERO_KEYS,
+    check_summary,
+)
 from align.evaluate.win_rate import Interval, accuracy_gain, mean_interval, paired_gain, rate_interval, win_rate
 from align.files import plain
 
-SCHEMA = 1
-POLICIES = ("base", "prompted", "sft", "ppo", "ppo_ptx")
-STAGES = ("base", "sft", "collect", "rm", "ppo", "evaluate")
-MODES = ("sampled", "greedy")
 RECORD_MEANS = ("proxy", "kl", "response_tokens", "finished")
-RM_KEYS = ("accuracy", "gold_accuracy", "demonstration_mean", "pairs")
-STEP_ZERO_KEYS = ("ratio_max_deviation", "kl", "value_minus_score")
-
-REWARD_KEYS = (
-    "score", "gain_vs_sft", "gain_in_deviations", "win_rate_vs_sft", "kl", "response_tokens", "finished",
-    "finished_gain_vs_sft", "repetition",
-)  # fmt: skip
-GOLD_KEYS = ("gold", "gain_vs_sft", "win_rate_vs_sft")
 
 Record = Mapping[str, Any]  # one prompt's answer: id, prompt, response, likert, fields, finished, proxy, kl, ...
 
@@ -142,17 +119,6 @@ def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def check_summary(summary: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming every place, where `summary` leaves the schema above."""
-    sections = ("schema", "preset", "seconds", "labelers", "rm", "policies", "step_zero")
-    unjudged = isinstance(summary, Mapping) and "by_reward_model" in summary
-    problems = _keys(summary, (*sections, "by_reward_model") if unjudged else sections, "summary")
-    if not problems:
-        problems = _check_sections(summary)
-    if problems:
-        raise ValueError("summary breaks schema 1: " + "; ".join(problems))
-
-
 def _policy(policy: Mapping[str, Any] | None, sft: Mapping[str, Any], seed: int) -> dict[str, Any] | None:
     if not policy:
         return None
@@ -166,128 +132,3 @@ def _policy(policy: Mapping[str, Any] | None, sft: Mapping[str, Any], seed: int)
         "response_tokens": means["response_tokens"],
         "finished": means["finished"],
     }
-
-
-def _check_sections(summary: Mapping[str, Any]) -> list[str]:
-    policies = summary["policies"]
-    problems = [] if summary["schema"] == SCHEMA else [f"schema is {summary['schema']!r}, not {SCHEMA}"]
-    if not isinstance(summary["preset"], str):
-        problems.append("preset is not a string")
-    problems += _check_seconds(summary["seconds"])
-    problems += _check_labelers(summary["labelers"])
-    problems += _check_rm(summary["rm"])
-    policy_keys = _keys(policies, POLICIES, "policies")
-    if policy_keys:
-        return problems + policy_keys
-    for name, policy in policies.items():
-        problems += _check_policy(policy, f"policies.{name}")
-    problems += _check_by_reward_model(summary.get("by_reward_model", {}))
-    if summary["step_zero"] is not None:
-        problems += _check_step_zero(summary["step_zero"])
-    return problems
-
-
-def _check_step_zero(numbers: Any) -> list[str]:
-    problems = _keys(numbers, STEP_ZERO_KEYS, "step_zero")
-    if problems:
-        return problems
-    compared = [key for key in STEP_ZERO_KEYS if key != "value_minus_score" or numbers[key] is not None]
-    return [problem for key in compared for problem in _number(numbers[key], f"step_zero.{key}")]
-
-
-def _check_by_reward_model(table: Any) -> list[str]:
-    problems = []
-    for name, modes in table.items():
-        problems += _number(modes.get("perplexity_vs_sft"), f"by_reward_model.{name}.perplexity_vs_sft", low=0.0)
-        for mode in MODES:
-            place = f"by_reward_model.{name}.{mode}"
-            rates = ("win_rate_vs_sft", "finished")
-            problems += _keys(modes[mode], REWARD_KEYS, place) or [
-                problem
-                for key in REWARD_KEYS
-                if (key, mode) != ("kl", "greedy") or modes[mode][key] is not None
-                for problem in _interval(modes[mode][key], f"{place}.{key}", rate=key in rates)
-            ]
-    return problems
-
-
-def _check_seconds(seconds: Any) -> list[str]:
-    problems = _keys(seconds, (*STAGES, "total"), "seconds")
-    if problems:
-        return problems
-    for stage, value in seconds.items():
-        if value is not None or stage == "total":
-            problems += _number(value, f"seconds.{stage}", low=0.0)
-    return problems
-
-
-def _check_labelers(labelers: Any) -> list[str]:
-    problems = _keys(labelers, ("agreement",), "labelers")
-    if problems or labelers["agreement"] is None:
-        return problems
-    return _interval(labelers["agreement"], "labelers.agreement", rate=True)
-
-
-def _check_rm(rm: Any) -> list[str]:
-    problems = _keys(rm, RM_KEYS, "rm")
-    if problems:
-        return problems
-    problems += _interval(rm["accuracy"], "rm.accuracy", rate=True)
-    if rm["gold_accuracy"] is not None:
-        problems += _interval(rm["gold_accuracy"], "rm.gold_accuracy", rate=True)
-    if rm["demonstration_mean"] is not None:
-        problems += _number(rm["demonstration_mean"], "rm.demonstration_mean")
-    if type(rm["pairs"]) is not int or rm["pairs"] < 0:
-        problems.append(f"rm.pairs is {rm['pairs']!r}, not a count")
-    return problems
-
-
-def _check_policy(policy: Any, place: str) -> list[str]:
-    if policy is None:
-        return []
-    problems = _keys(policy, (*MODES, "proxy", "kl", "perplexity", "response_tokens", "finished"), place)
-    if problems:
-        return problems
-    for mode in MODES:
-        problems += _check_mode(policy[mode], f"{place}.{mode}")
-    problems += _number(policy["proxy"], f"{place}.proxy")
-    problems += _number(policy["kl"], f"{place}.kl")
-    problems += _number(policy["perplexity"], f"{place}.perplexity", low=0.0)
-    problems += _number(policy["response_tokens"], f"{place}.response_tokens", low=0.0)
-    return problems + _number(policy["finished"], f"{place}.finished", low=0.0, high=1.0)
-
-
-def _check_mode(mode: Any, place: str) -> list[str]:
-    problems = _keys(mode, GOLD_KEYS, place)
-    if problems or all(mode[key] is None for key in GOLD_KEYS):
-        return problems
-    problems += _interval(mode["gold"], f"{place}.gold")
-    problems += _interval(mode["gain_vs_sft"], f"{place}.gain_vs_sft")
-    return problems + _interval(mode["win_rate_vs_sft"], f"{place}.win_rate_vs_sft", rate=True)
-
-
-def _interval(value: Any, place: str, rate: bool = False) -> list[str]:
-    low, high = (0.0, 1.0) if rate else (-math.inf, math.inf)
-    problems = _numbers(value, ("mean", "low", "high"), place, low, high)
-    if not problems and not value["low"] <= value["mean"] <= value["high"]:
-        problems.append(f"{place} is not ordered: {value['low']} <= {value['mean']} <= {value['high']} fails")
-    return problems
-
-
-def _numbers(value: Any, keys: Sequence[str], place: str, low: float = -math.inf, high: float = math.inf) -> list[str]:
-    problems = _keys(value, keys, place)
-    return problems or [p for key in keys for p in _number(value[key], f"{place}.{key}", low, high)]
-
-
-def _number(value: Any, place: str, low: float = -math.inf, high: float = math.inf) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return [f"{place} is {value!r}, not a finite number"]
-    return [] if low <= value <= high else [f"{place} is {value}, outside [{low:g}, {high:g}]"]
-
-
-def _keys(value: Any, keys: Sequence[str], place: str) -> list[str]:
-    if not isinstance(value, Mapping):
-        return [f"{place} is {value!r}, not an object"]
-    missing, extra = [k for k in keys if k not in value], [k for k in value if k not in keys]
-    problems = [f"{place} lacks {missing}"] if missing else []
-    return problems + ([f"{place} has unknown {extra}"] if extra else [])

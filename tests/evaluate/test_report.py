@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from align.evaluate import plots, report
-from align.evaluate.summary import POLICIES, summarise
+from align.evaluate.schema import POLICIES
+from align.evaluate.summary import summarise
 
 SCRIPT = '<script>alert("x")</script> | a\nb & <img src=x onerror=y>'
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from align.errors import UserError
-from align.evaluate.summary import MODES, POLICIES, by_reward_model, check_summary, policy_summary, summarise
+from align.evaluate.schema import MODES, POLICIES, check_summary
+from align.evaluate.summary import by_reward_model, policy_summary, summarise
 
 
 def answers(*likert):
@@ -160,14 +161,14 @@ def test_summarise_names_what_it_cannot_use(make_evaluation):
 
 BREAKS = {
     "schema is 2": lambda s: s.update(schema=2),
-    "preset is not": lambda s: s.update(preset=None),
+    "preset is not a string": lambda s: s.update(preset=None),
     "summary lacks ['rm']": lambda s: s.pop("rm"),
     "summary has unknown ['extra']": lambda s: s.update(extra=1),
     "seconds lacks ['ppo']": lambda s: s["seconds"].pop("ppo"),
     "seconds.total is None": lambda s: s["seconds"].update(total=None),
     "seconds.sft is -1": lambda s: s["seconds"].update(sft=-1),
     "labelers.agreement.low is -0.1, outside": lambda s: s["labelers"]["agreement"].update(low=-0.1),
-    "rm.pairs is 3.5": lambda s: s["rm"].update(pairs=3.5),
+    "rm.pairs is not a count: 3.5": lambda s: s["rm"].update(pairs=3.5),
     "rm.accuracy.high is 1.2, outside": lambda s: s["rm"]["accuracy"].update(high=1.2),
     "policies lacks ['ppo']": lambda s: s["policies"].pop("ppo"),
     "policies has unknown ['dpo']": lambda s: s["policies"].update(dpo=None),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import stages.sft
 from align.data import load_rankings
 from align.evaluate.reward_report import untied_pairs
-from align.evaluate.summary import check_summary
+from align.evaluate.schema import check_summary
 from align.models import load_scalar_model
 from align.ranking import score_rankings
 from align.text import Codec

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.evaluate.summary import check_summary
+from align.evaluate.schema import check_summary
 from align.text import Codec
 from stages.evaluate import evenly, policy_paths
 
