@@ -42,6 +42,7 @@ from align.manifest import read_manifest
 from align.runtime import broadcast, is_main_process, wait_for_everyone
 
 COMPLETE = "complete.json"
+OURS = (MANIFEST, "run.json", "metrics.jsonl")  # one of them is in a folder where a stage has run
 RESUMABLE = ("trainer_state.json", "training_state.pt")  # a Trainer's, PPO's: one of them is in what can be resumed
 STATE = (*RESUMABLE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "sums-*.json")
 NETWORK_DELAY = 90  # seconds after which a network file system shows a new name on another machine
@@ -95,6 +96,8 @@ def _claim(folder: Path, overwrite: bool, resume: str | None) -> None:
             if not overwrite:
                 remedy = "set overwrite_output_dir: true to replace it, resume_from_checkpoint: latest to go on"
                 raise UserError(f"output_dir: {folder}: already holds another run: {remedy}, or choose another folder")
+            if not _holds_start(folder):
+                raise UserError(f"output_dir: {folder}: holds a model that no stage wrote; choose another folder")
             _empty(folder)
         if resume and _holds_run(folder) and not _holds_start(folder):
             raise UserError(f"output_dir: {folder}: holds a model but no run to go on with; choose another folder")
@@ -149,8 +152,8 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _holds_start(folder: Path) -> bool:
-    """A run of ours began here: it logged, or saved a checkpoint."""
-    return (folder / "metrics.jsonl").is_file() or bool(checkpoints(folder))
+    """A run of ours began here: it wrote its manifest, its start or its log, or saved a checkpoint."""
+    return any((folder / name).is_file() for name in OURS) or bool(checkpoints(folder))
 
 
 def begin_anew(folder: Path) -> None:

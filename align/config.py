@@ -8,6 +8,8 @@ import dataclasses
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 from align.errors import UserError
 
@@ -61,6 +63,20 @@ class StageConfig:
         """Paths that the stage can do without, as it is asked here."""
         return ()
 
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        """(key, path or hub id) of everything that the stage reads."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str) and (f.name.endswith(("_file", "_path")) or f.name == "model_name_or_path"):
+                yield from ((f.name, path.strip()) for path in value.split(",") if path.strip())
+
+    def _keep_inputs(self) -> None:
+        """A folder that is written, and may be emptied first, holds nothing that is read."""
+        output = Path(self.output_dir).resolve()
+        for key, path in self.inputs():
+            if Path(path).exists() and Path(path).resolve().is_relative_to(output):
+                raise UserError(f"output_dir: {self.output_dir} holds {key} {path}; choose another folder")
+
     def __post_init__(self) -> None:
         for key, bounds in BOUNDS.items():
             if getattr(self, key, None) is not None:
@@ -68,6 +84,7 @@ class StageConfig:
         choose("on_bad_rows", self.on_bad_rows, ("stop", "drop"))
         if not self.output_dir:
             raise UserError("output_dir: empty; name the folder this stage writes, e.g. --output_dir runs/tiny/sft")
+        self._keep_inputs()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +360,12 @@ class PPOConfig(TrainingConfig):
     transcript_iterations: int = 10
     judge: str | None = None  # import path; its score of each rollout is logged as eval/gold, never trained on
 
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        yield from super().inputs()
+        for i, term in enumerate(self.reward):
+            own = (term.model,) if isinstance(term, ModelTerm) else getattr(term, "models", ())
+            yield from ((f"reward[{i}]", path) for path in own)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
@@ -446,6 +469,10 @@ class EvaluateRMConfig(StageConfig):
     per_device_batch_size: int = 64  # prompts
     num_mistakes: int = 20
     num_spread_prompts: int = 64  # scored in several batchings, to see whether it moves them
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        """Nothing to keep apart: the report is written beside the model, and empties nothing."""
+        return iter(())
 
     def __post_init__(self) -> None:
         super().__post_init__()

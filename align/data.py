@@ -32,7 +32,10 @@ from align.types import Demonstration, Message, Prompt, Ranking, Text, contents
 T = TypeVar("T")
 Columns = Mapping[str, Any]
 
-ASKED = ("question", "instruction", "input", "query")  # what others call a prompt
+ASKED = (  # what others call a prompt, or what it may be in
+    "question", "instruction", "input", "query", "context", "history", "conversation", "conversations", "dialogue",
+    "trajectory", "post", "problem",
+)  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REPLY = "\n\nAssistant:"  # the turn marker of Anthropic's HH dialogues
 ANSWERED = ("completion", "completions", "chosen", "rejected", "messages")  # our own names of answers
@@ -435,7 +438,13 @@ def drop_long(
 
     Raises UserError when none is left.
     """
-    kept = [row for row in rows if length(row, codec) <= max_tokens]
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            if length(row, codec) <= max_tokens:
+                kept.append(row)
+        except UserError as error:
+            raise UserError(f"{', '.join(report.paths)}: row {number} of {len(rows)} in use: {error}") from None
     if rows and not kept:
         remedy = "raise max_prompt_length or max_length"
         raise UserError(f"{', '.join(report.paths)}: every row is over {max_tokens} tokens: {remedy}")

@@ -32,6 +32,7 @@ from align.models import (
     disable_dropout,
     load_packed_policy,
     load_scalar_model,
+    refuse_adapter,
     require_context,
     row_limit,
 )
@@ -115,6 +116,8 @@ def load_inputs(config: PPOConfig) -> Inputs:
     if config.value_model_path:
         parents.append(check_parent(config.value_model_path, "value_model_path", ("rm",)))
     parents += check_reward_models(config.reward)
+    if config.use_peft:
+        refuse_adapter(config.model_name_or_path)
     codec = Codec.load(config.model_name_or_path)
     say_other_end(config.model_name_or_path, codec)
     if config.value_model_path:

@@ -42,7 +42,7 @@ def load_policy(
     """A causal LM from a folder or hub id; a LoRA adapter is merged into its base."""
     auto = AutoPeftModelForCausalLM if (Path(path) / "adapter_config.json").exists() else AutoModelForCausalLM
     model = _load(auto, path, attn_implementation, dtype)
-    return model.merge_and_unload() if auto is AutoPeftModelForCausalLM else model
+    return model.merge_and_unload().requires_grad_(True) if auto is AutoPeftModelForCausalLM else model
 
 
 def save_chosen(checkpoint: Path, folder: Path) -> None:
@@ -55,13 +55,11 @@ def save_chosen(checkpoint: Path, folder: Path) -> None:
     copy_weights(checkpoint, folder / "adapter")
 
 
-def refuse_adapter(path: str) -> None:
+def refuse_adapter(path: str, remedy: str = "merge it into its base first, or set use_peft: false") -> None:
     """Raises UserError where a folder holds an adapter alone, and another is to lie on it: saved, the second names the
     first one's base, and the first would be lost."""
     if (Path(path) / "adapter_config.json").exists():
-        raise UserError(
-            f"model_name_or_path: {path} is an adapter; merge it into its base first, or set use_peft: false"
-        )
+        raise UserError(f"model_name_or_path: {path} is an adapter; {remedy}")
 
 
 def context_of(path: str) -> int | None:
@@ -429,6 +427,8 @@ def _load(auto: type, path: str, attn_implementation: str | None, dtype: torch.d
     options |= {"use_safetensors": True, "trust_remote_code": False}
     try:
         return auto.from_pretrained(path, dtype=dtype, **options, **kwargs)
+    except ImportError as error:
+        raise UserError(f"attn_implementation: {attn_implementation}: {first_line(error)}") from None
     except (OSError, ValueError, json.JSONDecodeError) as error:
         what = f"no model could be loaded ({first_line(error)})"
         if auto is AutoModelForSequenceClassification and "Unrecognized configuration class" in what:

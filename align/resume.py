@@ -18,7 +18,7 @@ from align.manifest import redact
 from align.optimise import takes_muon, trainer_optim
 from align.rows import DataReport
 from align.runtime import broadcast, is_main_process, num_processes, wait_for_everyone
-from align.track import announce
+from align.track import announce, say_dropped
 
 RUN = "run.json"
 SCHEMA = 1
@@ -51,6 +51,7 @@ def start_run(
     for "latest" with `overwrite_output_dir`, as `make` has it, the run begins anew instead, whatever key has changed.
     """
     output = start_output(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint)
+    say_dropped(reports)
     own = beginning(config, parents, reports)
     checkpoint = latest_checkpoint(output, config.resume_from_checkpoint)
     anew = config.overwrite_output_dir and config.resume_from_checkpoint == "latest"

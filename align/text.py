@@ -16,11 +16,12 @@ encoded as plain characters, so no token spans a cut.
 
 import copy
 import re
+import warnings
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from align.errors import UserError, first_line
 from align.types import Text, pad_rows
@@ -59,11 +60,26 @@ class Codec:
             raise UserError(
                 f"{path}: no tokenizer could be loaded ({first_line(error)}); give a checkpoint folder"
             ) from None
+        codec._require_embeddings(path)
         if chat_template_path:
             codec.tokenizer.chat_template = _read_template(chat_template_path)
             if "question" not in codec.render("question"):
                 raise UserError(f"chat_template_path: {chat_template_path}: leaves the question out; mend the template")
         return codec
+
+    def _require_embeddings(self, path: str) -> None:
+        """Raises UserError where the model beside the tokenizer has no embedding for some of its tokens."""
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError):  # a tokenizer alone
+            return
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        beyond = [token for token, number in self.tokenizer.get_vocab().items() if size and number >= size]
+        if beyond:
+            what = (
+                f"its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, beyond the model's {size} embeddings"
+            )
+            raise UserError(f"{path}: {what}; call resize_token_embeddings and save the model, or take them out")
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -99,7 +115,19 @@ class Codec:
                     "chat_template_path: FILE, which it saves with the model, or use plain text"
                 )
             return self._plain(prompts)
-        return self._encode([self._rendered(prompt) for prompt in prompts])
+        if any(isinstance(prompt, str) and prompt.lstrip().startswith("Human:") for prompt in prompts):
+            warnings.warn(
+                "prompts that begin with 'Human:' are wrapped once more, by the chat template: `align convert` makes "
+                "conversations of them", stacklevel=2,
+            )  # fmt: skip
+        rendered = []
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                rendered.append(self._rendered(prompt))
+            except UserError as error:
+                where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise UserError(f"{where}{error}") from None
+        return self._encode(rendered)
 
     def render(self, prompt: Text) -> str:
         """The text of the query, generation prompt included; plain text as it stands without a chat template."""

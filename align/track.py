@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from align.manifest import redact
 from align.maths.masks import response_tokens
 from align.maths.reduce import masked_row_sum, masked_var
 from align.maths.repetition import repeated_ngrams
+from align.rows import DataReport
 from align.runtime import is_main_process
 from align.text import Codec
 from align.types import Rollout, UpdateStats
 
+MANY_DROPPED = 0.05  # of a data set's rows: a warning
 TRACKER_WAIT = 60.0  # seconds that wandb gets to start, and to send what is left
 LOGS = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")  # what a stage appends to while it trains
 CLOCKED = ("_runtime", "_per_second", "total_flos", "time/")
@@ -257,6 +259,16 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def say_dropped(reports: Mapping[str, DataReport]) -> None:
+    """A line for each data set of which rows are not used: nobody should train on a part without knowing."""
+    for name, report in reports.items():
+        left_out = report.rows_read - report.rows_used
+        if left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in report.dropped.items())
+            loud = "warning: " if left_out > MANY_DROPPED * report.rows_read else ""
+            announce(f"{loud}{name}: {left_out} of {report.rows_read} rows are not used: {kinds}")
 
 
 def announce(line: str) -> None:

@@ -14,6 +14,7 @@ from align.checkpoint import start_output
 from align.collect import TOO_FEW, Candidates, draw_k, group, load_labelers, own_columns, rank_all
 from align.config import CollectConfig
 from align.data import drop_long, load_prompts
+from align.errors import UserError
 from align.files import atomic_contents, write_jsonl
 from align.generate import Sampler, make_sampler, uniform_numbers
 from align.manifest import check_parent, write_manifest
@@ -23,7 +24,7 @@ from align.reward_models import say_other_end
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.splits import refuse_eval_only
 from align.text import Codec
-from align.track import announce
+from align.track import announce, say_dropped
 from align.types import Prompt
 from stages.__main__ import run
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
     refuse_eval_only(*loaded["train"])
     limit = config.max_prompt_length
     loaded = {name: drop_long(prompts, codec, limit, report) for name, (prompts, report) in loaded.items()}
+    say_dropped({f"{name}_prompts": report for name, (_, report) in loaded.items()})
     say_other_end(config.model_name_or_path, codec)
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
@@ -91,6 +93,9 @@ def rank(candidates: dict[str, list[Candidates]], config: CollectConfig) -> tupl
         source = candidates.get("validation" if name == "held_out" else name, [])
         tables[name], skipped = rank_all(source, labelers, per_prompt, config.seed)
         metrics[name] = {"prompts": len(source), "rankings": len(tables[name]), "skipped": dict(skipped)}
+    if not tables["train"]:
+        why = ", ".join(f"{count} {kind}" for kind, count in metrics["train"]["skipped"].items())
+        raise UserError(f"labelers: no prompt gave a ranking ({why}); raise temperature or max_k")
     return tables, metrics
 
 

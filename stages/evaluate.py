@@ -43,7 +43,7 @@ from align.rows import DataReport
 from align.runtime import Runtime, gather_list, is_main_process, my_share, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
-from align.types import Prompt, Ranking
+from align.types import Prompt, Ranking, contents
 from align.validate import training_leaks
 from stages.__main__ import run, seconds_so_far
 
@@ -60,17 +60,18 @@ def main(argv: list[str]) -> None:
     if not config.rankings_file:
         raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     room = context_of(config.sft_path) or sys.maxsize
+    if room <= config.max_new_tokens + 1:
+        raise UserError(f"max_new_tokens: {config.max_new_tokens} leaves a prompt no room in {room} tokens; lower it")
     prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
     prompts = evenly(prompts, config.num_prompts)
     rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
-    shown = [row.prompt for row in (*prompts, *rankings)]
-    for leak in training_leaks([*paths.values(), config.reward_model_path or None], shown):
+    models = [*paths.values(), config.reward_model_path or None]
+    for leak in training_leaks(models, [row.prompt for row in (*prompts, *rankings)]):
         announce(leak)
     documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
-    sft = load(config.sft_path, config, runtime)
-    reward = load_proxy(config, codec, runtime)
+    sft, reward = load(config.sft_path, config, runtime), load_proxy(config, codec, runtime)
     judge = import_function(config.judge, "judge") if config.judge else None
     setting = Setting(
         codec, prompts, sft, reward, judge, config.max_new_tokens, config.per_device_batch_size, config.seed, room
@@ -170,8 +171,8 @@ def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranki
 
 def gold_scores(ranking: Ranking, setting: Setting) -> list[float]:
     row, finished = {"prompt": ranking.prompt, **ranking.columns}, ranking.columns.get("finished")
-    done = finished or [True] * len(ranking.completions)
-    return [setting.judge(row, text, end).likert for text, end in zip(ranking.completions, done, strict=True)]
+    done = finished if isinstance(finished, (list, tuple)) else [True] * len(ranking.completions)  # collect's list
+    return [setting.judge(row, contents(c), end).likert for c, end in zip(ranking.completions, done, strict=True)]
 
 
 def step_zero(config: EvaluateConfig) -> dict[str, float] | None:

@@ -31,7 +31,7 @@ from align.head import fit_head
 from align.interrupt import deferred
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
-from align.models import ScalarModel, disable_dropout, load_scalar_model, row_limit, save_scalar_model
+from align.models import ScalarModel, disable_dropout, load_scalar_model, refuse_adapter, row_limit, save_scalar_model
 from align.optimise import trainer_optim
 from align.parse import parse
 from align.ranking import RankingCollator, encode_rankings, normalise_on, score_rankings, split_pairs
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     tune_cpu()
     refuse_several_gpus()
     parents = [check_parent(config.model_name_or_path, "model_name_or_path", ("sft", "base", "ppo"))]
+    refuse_adapter(config.model_name_or_path, "merge it into its base first")
     codec = Codec.load(config.model_name_or_path)
     limit = row_limit(config.model_name_or_path, "max_length", config.max_length)
     rankings, held, reports = load_all(config, codec, limit)

@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from align.config import SFTConfig
+from align.data import drop_long
 from align.demonstrations import demonstration_rows
 from align.errors import UserError
 from align.ranking import encode_rankings
 from align.rows import DataReport
 from align.text import Codec
-from align.types import Demonstration, Ranking
+from align.types import Demonstration, Prompt, Ranking
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
@@ -239,6 +240,17 @@ def test_what_a_template_refuses_is_one_line():
         CODECS["mistral"].prompt(twice)
     with pytest.raises(UserError, match="refuses a prompt"):
         CODECS["mistral"].prompt(({"role": "system", "content": "s"}, *twice))
+    with pytest.raises(UserError, match="prompt 2 of 3: the chat template refuses a prompt"):
+        CODECS["mistral"].prompts(["a", twice, "b"])
+    report = DataReport(("file.jsonl",), 2, 2, {})
+    with pytest.raises(UserError, match="file.jsonl: row 2 of 2 in use: the chat template refuses a prompt"):
+        drop_long([Prompt("a"), Prompt(twice)], CODECS["mistral"], 9, report)
+
+
+def test_dialogues_in_a_string_are_warned_of():
+    """As a user's message, 'Human: ...' would be wrapped twice."""
+    with pytest.warns(UserWarning, match="`align convert` makes conversations of them"):
+        CODECS["chatml"].prompt("\n\nHuman: hot\n\nAssistant:")
 
 
 def test_a_template_of_the_users_own_is_saved_with_the_policy(tmp_path):

@@ -65,6 +65,13 @@ def test_other_files_in_the_folder_stay(tmp_path):
     release_output(tmp_path)
 
 
+def test_overwriting_spares_a_model_that_no_stage_wrote(tmp_path):
+    model(tmp_path)
+    with pytest.raises(UserError, match="holds a model that no stage wrote; choose another folder"):
+        start_output(tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_overwriting_never_empties_the_working_directory(tmp_path, monkeypatch):
     finished(tmp_path)
     (tmp_path / "below").mkdir()

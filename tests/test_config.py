@@ -629,3 +629,19 @@ def test_a_base_run_too_short_for_its_schedule_is_refused():
     """Of a rate that rises for 100 steps and falls for 900, 500 steps would jump from 1 to 0.44 between two."""
     with pytest.raises(UserError, match="max_steps: 500 is under warmup_steps 100 . decay_steps 900"):
         BaseConfig(output_dir="x", max_steps=500)
+
+
+def test_what_a_stage_reads_does_not_lie_in_the_folder_that_it_may_empty(tmp_path):
+    for name in ("rm", "own"):
+        (tmp_path / name).mkdir()
+    mine = tmp_path / "own" / "demonstrations.jsonl"
+    mine.write_text("")
+    SFTConfig(str(tmp_path / "sft"), model_name_or_path="org/name", train_file=f"org/data,{mine}")
+    with pytest.raises(UserError, match=r"output_dir: .*own holds train_file .*demonstrations.jsonl; choose another"):
+        SFTConfig(str(tmp_path / "own"), model_name_or_path="org/name", train_file=f"org/data,{mine}")
+    with pytest.raises(UserError, match="holds model_name_or_path"):
+        RMConfig(str(tmp_path / "rm"), model_name_or_path=str(tmp_path / "rm"))
+    for reward in (ModelTerm(str(tmp_path / "rm")), EnsembleTerm((str(tmp_path / "own"), str(tmp_path / "rm")))):
+        with pytest.raises(UserError, match=r"holds reward\[0\] .*rm; choose another"):
+            PPOConfig(str(tmp_path / "rm"), reward=(reward,), ptx_coef=0, missing_eos_penalty=None)
+    EvaluateRMConfig(str(tmp_path / "rm"), reward_model_path=str(tmp_path / "rm"))  # its report lies beside the model

@@ -18,6 +18,7 @@ from align.data import (
     load_prompts,
     load_rankings,
     load_texts,
+    parse_ranking,
     parse_row,
     ranking_length,
 )
@@ -565,3 +566,11 @@ def test_an_answer_labelled_bad_is_no_demonstration(tmp_path):
     path = lines(tmp_path / "kto.jsonl", *said)
     rows, report = load_demonstrations(path, "drop")
     assert [row.completion for row in rows] == ["good"] and report.dropped == {"labelled_bad": 1}
+
+
+@pytest.mark.parametrize("extra", [{"name": None}, {"content": [{"type": "text", "text": "hi"}]}])
+def test_a_stated_prompt_may_hold_nulls_and_content_parts(extra):
+    """As Parquet's columns and newer data sets have them; it is the prompt that the conversations begin with."""
+    user = USER | extra
+    row = {"prompt": [user], "chosen": [user, REPLY | {"name": None}], "rejected": [user, OTHER | {"name": None}]}
+    assert parse_ranking(row, Counter()).prompt == (USER,)

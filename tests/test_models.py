@@ -46,6 +46,7 @@ from align.models import (
 )
 from align.packing import pack_rows
 from align.ranking import normalise, score_rows
+from align.text import Codec
 
 PAD, EOS = 0, 1
 LORA = SimpleNamespace(lora_r=4, lora_alpha=8, lora_target_modules=())
@@ -266,6 +267,28 @@ def test_an_adapter_does_not_go_on_an_adapter(tiny_llama, tmp_path):
     with_lora(load_policy(str(tmp_path / "base")), LORA).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="adapter is an adapter; merge it into its base first, or set use_peft: false"):
         refuse_adapter(str(tmp_path / "adapter"))
+    merged = load_policy(str(tmp_path / "adapter"))
+    assert all(p.requires_grad for p in merged.parameters()), "merged, it can be trained whole"
+
+
+def test_another_attention_that_is_not_installed_is_one_line(policy_folder):
+    with pytest.raises(UserError, match="attn_implementation: flash_attention_2: "):
+        load_policy(policy_folder, "flash_attention_2")
+
+
+def test_tokens_without_an_embedding_are_named(tiny_llama, tiny_codec, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    codec = Codec(copy.deepcopy(tiny_codec.tokenizer))
+    size = len(codec.tokenizer)
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny_llama.config.to_dict(), "vocab_size": size}))
+    codec.tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    model.save_pretrained(tmp_path)
+    codec.save(tmp_path)
+    with pytest.raises(UserError, match=r"has 1 tokens, such as '<\|new\|>', beyond the .*resize_token_embeddings"):
+        Codec.load(str(tmp_path))
+    model.resize_token_embeddings(size + 1)
+    model.save_pretrained(tmp_path)
+    assert len(Codec.load(str(tmp_path)).tokenizer) == size + 1
 
 
 def test_S4_an_unknown_architecture_is_refused():

@@ -533,11 +533,25 @@ def test_argilla_with_a_context_beside_the_prompt(tmp_path):
 
 
 def test_a_list_beside_its_own_ranks_or_labels_is_not_read_as_best_first(tmp_path):
-    rows = [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}]
-    rows += [{"prompt": "p", "responses": ["a", "b"], "labels": [True, False]}]
+    rows = [{"prompt": "p", "output": ["a", "b"]}, {"prompt": "p", "output": ["a", "b"], "ranks": [2, 1]}]
+    rows += [{"prompt": "p", "output": ["a", "b"], "labels": [True, False]}]
+    rows += [{"prompt": "p", "ranked_responses": ["a", "b"], "best": 1}]
     conversion = one(tmp_path, rows)
     assert rows_of(conversion) == [ranking("p", ("a", 0), ("b", 1))]
-    assert faults(conversion) == [("2", "wrong_type"), ("3", "wrong_type")]
+    assert faults(conversion) == [("2", "wrong_type"), ("3", "wrong_type"), ("4", "wrong_type")]
+
+
+@pytest.mark.parametrize("name", ["scores", "rewards", "ratings", "reward_scores"])
+def test_numbers_beside_a_list_of_answers_are_their_scores(tmp_path, name):
+    row = {"prompt": "p", "responses": ["bad", "good", "bad too"], name: [-3, 2.5, -3]}
+    assert rows_of(one(tmp_path, [row])) == [ranking("p", ("bad", 1), ("good", 0), ("bad too", 1))]
+
+
+def test_samples_in_no_order_are_no_ranking(tmp_path):
+    rows = [{"prompt": "p", "responses": ["a", "b"]}]
+    assert faults(one(tmp_path, rows)) == [("1", "unread_answers")]
+    (said,) = read([str(tmp_path / "a.jsonl")], "ranked_list")
+    assert rows_of(said) == [ranking("p", ("a", 0), ("b", 1))], "unless one says so"
 
 
 def test_a_pair_whose_question_has_another_name_gets_no_made_up_prompt(tmp_path):
@@ -548,6 +562,45 @@ def test_a_pair_whose_question_has_another_name_gets_no_made_up_prompt(tmp_path)
     assert [row["prompt"] for row in rows_of(conversion)] == ["Say a colour:"]
 
 
+@pytest.mark.parametrize("name", ["context", "history", "trajectory", "post", "conversation"])
+def test_nor_does_one_whose_question_lies_in_another_column(tmp_path, name):
+    said = "What is the capital of France?"
+    value = said if name in ("context", "post") else [{"role": "user", "content": said}]
+    row = {name: value, "chosen": "The capital of France is Paris.", "rejected": "The capital of France is Lyon."}
+    conversion = one(tmp_path, [row])
+    assert faults(conversion) == [("1", "missing_field")] and repr(name) in conversion.problems[0].what
+
+
+def test_a_winner_of_0_or_1_alone_is_not_guessed_at(tmp_path):
+    row = {"prompt": "p", "response_a": "a", "response_b": "b"}
+    guessed = one(tmp_path, [row | {"winner": 1}, row | {"winner": 0}])
+    assert faults(guessed) == [("1", "bad_judgement"), ("2", "bad_judgement")]
+    others = [row | {"prompt": "q", "winner": 2}, row | {"prompt": "r", "winner": 0}]
+    conversion = one(tmp_path, [row | {"winner": 1}, *others])
+    assert rows_of(conversion) == [ranking("p", ("a", 0), ("b", 1)), ranking("q", ("b", 0), ("a", 1))]
+    assert faults(conversion) == [("3", "all_ties")]
+
+
+def test_llama_factorys_preferences_are_pairs(tmp_path):
+    talk = [{"from": who, "value": text} for who, text in (("human", "Hello"), ("gpt", "Hi."), ("human", "A colour?"))]
+    pair = {"chosen": {"from": "gpt", "value": "Blue."}, "rejected": {"from": "gpt", "value": "No."}}
+    conversion = one(tmp_path, [{"conversations": talk, "system": "Be kind.", **pair}])
+    (row,) = rows_of(conversion)
+    assert [turn["role"] for turn in row["prompt"]] == ["system", "user", "assistant", "user"]
+    assert (row["prompt"][-1]["content"], row["chosen"], row["rejected"]) == ("A colour?", "Blue.", "No.")
+    assert conversion.kind == "ranking" and not conversion.problems
+
+
+def test_a_dialogue_as_prompt_beside_answers_alone_becomes_a_conversation(tmp_path):
+    """Dahoas/rm-static's shape."""
+    prompt = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: A colour?\n\nAssistant:"
+    (row,) = rows_of(one(tmp_path, [{"prompt": prompt, "chosen": " Blue.", "rejected": " No."}]))
+    assert [(turn["role"], turn["content"]) for turn in row["prompt"]] == [
+        ("user", "Hello"), ("assistant", "Hi."), ("user", "A colour?")
+    ]  # fmt: skip
+    assert (row["chosen"].strip(), row["rejected"].strip()) == ("Blue.", "No.")
+
+
 def test_columns_that_are_null_in_every_row_do_not_make_a_pair(tmp_path):
     """As Parquet files joined from several kinds have them."""
     conversion = one(tmp_path, [{"prompt": "p", "completion": "c", "chosen": None, "rejected": None}])
@@ -556,7 +609,7 @@ def test_columns_that_are_null_in_every_row_do_not_make_a_pair(tmp_path):
 
 @pytest.mark.parametrize("name", ["notes", "place", "judgements", "ranked"])
 def test_a_column_may_have_any_name(tmp_path, name):
-    rows = [{"prompt": "p", "responses": ["a", "b"], name: "x"}]
+    rows = [{"prompt": "p", "output": ["a", "b"], name: "x"}]
     assert rows_of(one(tmp_path, rows)) == [ranking("p", ("a", 0), ("b", 1)) | {name: "x"}]
     rows = [{"prompt": "p", "response_a": "a", "response_b": "b", "winner": "a", name: "x"}]
     assert rows_of(one(tmp_path, rows)) == [ranking("p", ("a", 0), ("b", 1)) | {name: "x"}]
@@ -633,6 +686,17 @@ def test_label_studio_ranker_and_pairwise(tmp_path):
     assert rows_of(one(tmp_path, [turned])) == [ranking("p", ("b", 0), ("a", 1), labeler="4", id=1)]
     assert conversion.format == "label_studio"
     assert rows_of(conversion) == [ranking("p", ("a", 1), ("b", 0), labeler="4", id=1)]
+
+
+def test_a_conversation_stays_the_prompt_in_annotation_tools(tmp_path):
+    """No other text field takes its place, and a field that is no conversation is named."""
+    for extra in ({"answer": "x"}, {"guidelines": "Rank by helpfulness", "model": "gpt"}, {}):
+        row = task({"ranker": {"rank": ["y", "x"]}})
+        row["data"] = {"prompt": TALK, "items": ITEMS, "id": "mine", **extra}
+        (found,) = rows_of(one(tmp_path, [row]))
+        assert found["prompt"] == TALK and found["id"] == "mine"
+    row["data"] |= {"prompt": [3], "answer": "x"}
+    assert faults(one(tmp_path, [row]))[0][1] == "wrong_type"
 
 
 def test_label_studio_names_what_holds_no_ranking(tmp_path):

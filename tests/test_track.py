@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from align.config import SFTConfig
-from align.track import Metrics, MetricsCallback, Transcripts, ppo_metrics, read_jsonl, run_name, save_log_sizes
+from align.rows import DataReport
+from align.track import (
+    Metrics,
+    MetricsCallback,
+    Transcripts,
+    ppo_metrics,
+    read_jsonl,
+    run_name,
+    save_log_sizes,
+    say_dropped,
+)
 from align.types import Rollout, UpdateStats
 
 
@@ -243,3 +253,13 @@ def test_a_wandb_run_is_called_after_its_folders(monkeypatch):
     assert run_name(Path("runs/tiny/ppo")) == "tiny/ppo"
     monkeypatch.setenv("WANDB_NAME", "mine")
     assert run_name(Path("runs/tiny/ppo")) == "mine"
+
+
+def test_rows_that_are_not_used_are_said(capsys):
+    few = DataReport(("a",), 100, 97, {}, {"too_long": 3})
+    most = DataReport(("b",), 48, 12, {}, {"too_long": 30, "empty_field": 6})
+    say_dropped({"train_file": few, "validation_file": most, "other": DataReport(("c",), 5, 5, {})})
+    assert capsys.readouterr().out.splitlines() == [
+        "train_file: 3 of 100 rows are not used: 3 too_long",
+        "warning: validation_file: 36 of 48 rows are not used: 30 too_long, 6 empty_field",
+    ]

@@ -54,7 +54,9 @@ def _texts(row: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 
 def _is_hh(row: Any) -> bool:
-    return _has("chosen", "rejected")(row) and str(row["chosen"]).lstrip().startswith("Human:")
+    """Dialogues whole, or (rm-static) the answers alone beside the dialogue as `prompt`."""
+    texts = [str(row.get(name) or "").lstrip() for name in ("chosen", "prompt")] if isinstance(row, Mapping) else []
+    return _has("chosen", "rejected")(row) and any(text.startswith("Human:") for text in texts)
 
 
 def _is_scored(row: Any) -> bool:
@@ -64,12 +66,13 @@ def _is_scored(row: Any) -> bool:
     if not isinstance(answers, list) or not answers:
         return False
     objects = all(isinstance(one, Mapping) and "rank" not in one for one in answers)
-    return isinstance(row.get("scores"), list) or (objects and any(name in answers[0] for name in ranked.SCORES))
+    beside = any(isinstance(row.get(name), list) for name in ranked.SCORE_LISTS)
+    return beside or (objects and any(name in answers[0] for name in ranked.SCORES))
 
 
 def _is_ranked_list(row: Any) -> bool:
     asked = isinstance(row, Mapping) and any(name in row for name in ("instruction", "prompt", "question"))
-    return asked and _texts(row, ranked.LISTS)
+    return asked and _texts(row, ranked.BEST_FIRST)
 
 
 def _is_nectar(row: Any) -> bool:
@@ -144,6 +147,7 @@ FORMATS: dict[str, Format] = {
         lambda row: _has("data", "annotations")(row) or _has("annotation_id")(row), {"ranking": annotation.label_studio}
     ),
     "argilla": Format(_is_argilla, {"ranking": annotation.argilla}),
+    "sharegpt_pairs": Format(_has("conversations", "chosen", "rejected"), {"ranking": chat.sharegpt_pairs}),
     "sharegpt": Format(_has("conversations"), {"demonstration": chat.sharegpt_rows}),
     "scores": Format(_is_scored, {"ranking": ranked.scored_rows}),
     "unpaired": Format(

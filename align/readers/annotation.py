@@ -8,7 +8,19 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from align.readers.base import Expand, Notes, Options, Row, field, nested, ranking_row, with_context
+from align.readers.base import (
+    Expand,
+    Notes,
+    Options,
+    Row,
+    as_prompt,
+    field,
+    items,
+    message,
+    nested,
+    ranking_row,
+    with_context,
+)
 from align.rows import BadRow
 
 PROMPTS = ("prompt", "instruction", "question", "query", "request", "input", "context")
@@ -99,15 +111,20 @@ def _argilla_row(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     options_named = {_plain(option) for option, _ in pairs}
     asked, context = _asked(texts, options_named), texts.get("context")
     if isinstance(context, str) and context.strip() and context != asked and "context" not in options_named:
+        if not isinstance(asked, str):
+            raise BadRow("wrong_type", "has a context beside a conversation", "write it into the first message")
         asked = with_context(context, asked, options)
     return ranking_row(asked, ranked, notes, labeler=labeler, id=task.get("id"))
 
 
-def _asked(texts: Mapping[str, Any], ranked: set[str]) -> str:
-    """The prompt: the field of a usual name, or the only text left that is not ranked."""
-    for name in PROMPTS:
+def _asked(texts: Mapping[str, Any], ranked: set[str]) -> Any:
+    """The prompt: the field of a usual name, text or messages, or the only text left that is not ranked."""
+    for name in (*PROMPTS, "messages"):
         if isinstance(texts.get(name), str):
             return field(texts, name)
+        if texts.get(name):  # never another field in its place
+            turns = [message(field(turn, "role"), field(turn, "content")) for turn in items(texts, name)]
+            return as_prompt(turns)
     left = [n for n, v in texts.items() if isinstance(v, str) and n not in NO_FIELDS and _plain(n) not in ranked]
     if len(left) != 1:
         raise BadRow("missing_field", "which field is the prompt cannot be told", f"name it {PROMPTS[0]!r}")
@@ -143,7 +160,8 @@ def _studio_row(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     ranked = _selected(data, selected, _sides(results)) if selected is not None else _ordered(data, values)
     used = {name for name, value in data.items() if value in [text for text, _ in ranked]}
     asked = _asked(data, {_plain(name) for name in used})
-    return ranking_row(asked, ranked, notes, labeler=labeler, id=task.get("id"))
+    own = task.get("id") if data.get("id") is None else data["id"]  # ours, before the tool's number
+    return ranking_row(asked, ranked, notes, labeler=labeler, id=own)
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:

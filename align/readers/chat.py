@@ -126,16 +126,34 @@ def _instance(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     return {"prompt": prompt, "completion": field(row["instance"], "output"), **rest}
 
 
+def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, str]:
+    role = SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role"))).lower())
+    if role is None:
+        raise BadRow("bad_messages", "a turn is of an unknown role", f"use one of {', '.join(SHAREGPT_ROLES)}")
+    return message(role, field(turn, "value", "content"))
+
+
+def _sharegpt_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    system = [message("system", field(row, "system"))] if row.get("system") else []
+    return system + [_sharegpt_turn(turn) for turn in items(row, "conversations")]
+
+
+def sharegpt_pair(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """LLaMA-Factory's preferences: a conversation that waits for an answer, and two answers as turns or texts."""
+    pair = {}
+    for name in ("chosen", "rejected"):
+        answer = row[name]
+        turn = _sharegpt_turn(answer) if isinstance(answer, Mapping) else message("assistant", field(row, name))
+        if turn["role"] != "assistant":
+            raise BadRow("bad_messages", f"{name!r} is not the assistant's", "give two answers")
+        pair[name] = turn["content"]
+    prompt = as_prompt(merge_turns(_sharegpt_turns(row), notes))
+    return {"prompt": prompt, **pair, **columns(row, "conversations", "system", "chosen", "rejected")}
+
+
 def sharegpt(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """A ShareGPT conversation as messages that end with the assistant's last answer."""
-    turns = []
-    for turn in items(row, "conversations"):
-        role = SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role"))).lower())
-        if role is None:
-            raise BadRow("bad_messages", "a turn is of an unknown role", f"use one of {', '.join(SHAREGPT_ROLES)}")
-        turns.append(message(role, field(turn, "value", "content")))
-    if row.get("system"):
-        turns.insert(0, message("system", field(row, "system")))
+    turns = _sharegpt_turns(row)
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
     if any(turn["role"] != "system" for turn in turns[:first]):
         notes.append(("cut_turns", "what the assistant says before the first question was cut"))
@@ -150,6 +168,9 @@ def sharegpt(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
 
 def hh(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """Two HH dialogues that differ in the last reply, as a prompt of messages and two completions."""
+    if isinstance(row.get("prompt"), str) and row["prompt"].strip():  # the answers stand alone
+        pair = {name: field(row, name) for name in ("chosen", "rejected")}
+        return {"prompt": waiting_prompt(row, "prompt", notes), **pair, **columns(row, "prompt", "chosen", "rejected")}
     dialogues = {name: _dialogue(row, name) for name in ("chosen", "rejected")}
     for name, turns in dialogues.items():
         if turns[-1]["role"] != "assistant":
@@ -170,7 +191,7 @@ def hh(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
 
 def waiting_prompt(row: Mapping[str, Any], name: str, notes: Notes) -> Any:
     """The prompt in an HH dialogue that ends where the assistant is to answer; other text as it stands."""
-    text = field(row, name)
+    text = field(row, name).lstrip()
     if not text.startswith("Human:"):
         return text
     turns = _dialogue(row, name)
@@ -202,5 +223,6 @@ def strings(records: Iterable[Record], options: Options) -> Iterator[Output]:
 
 
 trl_rows, alpaca_rows, sharegpt_rows, hh_rows = each(trl), each(alpaca), each(sharegpt), each(hh)
+sharegpt_pairs = each(sharegpt_pair)
 unpaired_demonstrations = each(unpaired_demonstration)
 self_instruct = nested(_instances, _instance)

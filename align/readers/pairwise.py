@@ -105,7 +105,13 @@ def pandalm_pairs(records: Iterable[Record], options: Options) -> Iterator[Outpu
 
 
 def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
-    """{"prompt", "response_a", "response_b", "winner"[, "labeler"]}: winner a, b or tie, in any of the usual words."""
+    """{"prompt", "response_a", "response_b", "winner"[, "labeler"]}: winner a, b or tie, in any of the usual words.
+
+    1 and 2 are the first and the second, 0 a tie; where all are 0 or 1, which answer is 0 cannot be told.
+    """
+    records = list(records)
+    said = {str(row.get("winner")) for _, row in records if isinstance(row, Mapping)}
+    winners = WINNERS if said - {"0", "1"} else {}
 
     def read(row: Mapping[str, Any]) -> Judged:
         prompt = field(row, *ASKED)
@@ -113,7 +119,7 @@ def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
         about = columns(row, *ASKED, *ANSWERS, *OTHERS, *LABELERS, "winner")
         return prompt, one, other, {_labeler(row): str(row.get("winner"))}, about
 
-    yield from _table(records, read, WINNERS)
+    yield from _table(records, read, winners)
 
 
 def safe_rlhf_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:

@@ -32,6 +32,8 @@ from align.readers.chat import alpaca_prompt, waiting_prompt
 from align.rows import BadRow, Problem
 
 LISTS = ("output", "ranked_responses", "responses", "completions")
+BEST_FIRST = LISTS[:2]  # the others may be in any order, unless --format ranked_list says so
+SCORE_LISTS = ("scores", "rewards", "ratings", "reward_scores", "overall_scores")  # beside a list of texts
 SCORES = ("score", "overall_score", "rating", "fine-grained_score")
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -39,7 +41,9 @@ OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 def ranked_list(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """An instruction (with input, history) and its answers as a list of texts, the best first."""
     name = next((n for n in LISTS if isinstance(row.get(n), (list, tuple))), LISTS[0])
-    other = next((n for n in ("rank", "ranks", "ranking", "labels") if row.get(n) is not None), None)
+    other = next(
+        (n for n in ("rank", "ranks", "ranking", "labels", "best", *SCORE_LISTS) if row.get(n) is not None), None
+    )
     if other:
         raise BadRow(
             "wrong_type", f"{name!r} is read as best first, and {other!r} says otherwise", "write our rankings"
@@ -54,12 +58,13 @@ def scored(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """Answers with scores, higher is better, as ranks: equal scores are a tie.
 
     `completions` holds objects with a text and a score (UltraFeedback's names too), or `responses` texts beside a list
-    `scores`.
+    of numbers, `scores` or `rewards`.
     """
     prompt = field(row, "prompt", "instruction", "question")
-    if isinstance(row.get("scores"), (list, tuple)):
+    beside = next((n for n in SCORE_LISTS if isinstance(row.get(n), (list, tuple))), None)
+    if beside:
         name = "responses" if "responses" in row else "completions"
-        texts, scores = items(row, name, str), list(row["scores"])
+        texts, scores = items(row, name, str), list(row[beside])
     else:
         name = "completions" if "completions" in row else "responses"
         found = items(row, name)
@@ -69,7 +74,7 @@ def scored(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
         raise BadRow("bad_score", "a score is missing or no number", "give each answer a number")
     levels = sorted(set(scores), reverse=True)
     ranked = [(text, float(levels.index(score))) for text, score in zip(texts, scores, strict=True)]
-    rest = columns(row, name, "prompt", "instruction", "question", "scores", "completions", "responses")
+    rest = columns(row, name, "prompt", "instruction", "question", *SCORE_LISTS, "completions", "responses")
     return ranking_row(prompt, ranked, notes, **rest)
 
 
