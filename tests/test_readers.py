@@ -409,6 +409,31 @@ def test_oasst_rankings_of_every_depth(tmp_path):
     ]
 
 
+def test_oasst_a_message_a_row_as_on_the_hub(tmp_path):
+    """In any order; a reply that nobody ranked and a tree without a ranking are named or counted, none is lost."""
+
+    def said(number: str, parent: str | None, role: str, rank: int | None = None, tree: str = "t") -> dict[str, Any]:
+        return {
+            "message_id": number, "parent_id": parent, "message_tree_id": tree, "role": role, "rank": rank,
+            "text": f"text {number}", "synthetic": False, "deleted": False, "lang": "en",
+        }  # fmt: skip
+
+    rows = [
+        said("b", "a", "assistant", 1), said("a", None, "prompter"), said("c", "a", "assistant", 0),
+        said("d", "c", "prompter"), said("e", "d", "assistant", 1), said("f", "d", "assistant", 0),
+        said("g", "d", "assistant"), said("h", None, "prompter", tree="u"), said("i", "h", "assistant", tree="u"),
+    ]  # fmt: skip
+    conversion = one(tmp_path, rows)
+    first, second = rows_of(conversion)
+    assert first == ranking("text a", ("text c", 0), ("text b", 1), id="a", language="en")
+    assert [turn["content"] for turn in second["prompt"]] == ["text a", "text c", "text d"]
+    assert [item["completion"] for item in second["completions"]] == ["text f", "text e"]
+    assert faults(conversion) == [("8, message h", "one_reply"), ("9", "no_rank")]
+    best = one(tmp_path, rows, to="demonstration")
+    assert [row["completion"] for row in rows_of(best)] == ["text c", "text f"]
+    assert [row["prompt"] for row in rows_of(one(tmp_path, rows, to="prompt"))] == ["text a", "text h"]
+
+
 def test_oasst_groups_without_a_ranking_are_named(tmp_path):
     rows = [
         tree(bot("a", None)), tree(bot("a", None), bot("b", None)), tree(),

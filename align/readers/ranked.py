@@ -14,6 +14,7 @@ from align.readers.base import (
     Notes,
     Options,
     Output,
+    Reader,
     Record,
     Row,
     as_prompt,
@@ -239,6 +240,47 @@ def _reviews(place: str, key: str, answers: Any, story: Mapping[str, Any], optio
             )
 
 
+def _messages_too(read: Reader) -> Reader:
+    """A reader of trees that also takes them as the hub has them, a message a row: `parent_id` says what it answers."""
+
+    def flat_or_whole(records: Iterable[Record], options: Options) -> Iterator[Output]:
+        messages: list[Record] = []
+        for place, row in records:
+            if isinstance(row, Mapping) and "prompt" not in row and "parent_id" in row:
+                messages.append((place, row))
+            else:
+                yield from read([(place, row)], options)
+        for place, tree, others in _assembled(messages):
+            outputs = list(read([(place, tree)], options))
+            used = next((i for i, one in enumerate(outputs) if isinstance(one, Converted)), None)
+            if used is None:
+                why = "no_rank", "its tree holds no ranking", "nothing is compared"
+                outputs += [Problem(other, *why) for other in others]
+            else:
+                outputs[used] = replace(outputs[used], partners=tuple(others))
+            yield from outputs
+
+    return flat_or_whole
+
+
+def _assembled(messages: list[Record]) -> Iterator[tuple[str, Row, list[str]]]:
+    """Of each tree its root's place, the tree, and the places of its other messages."""
+    nodes = {str(row.get("message_id")): {**row, "replies": [], "place": place} for place, row in messages}
+    roots = []
+    for node in nodes.values():
+        parent = nodes.get(str(node["parent_id"])) if node["parent_id"] is not None else None
+        (roots if parent is None else parent["replies"]).append(node)
+    for root in roots:
+        others, left = [], list(root["replies"])
+        while left:
+            node = left.pop()
+            others.append(node["place"])
+            left += node["replies"]
+        yield root["place"], {"prompt": root}, others
+
+
 ranked_lists, scored_rows, nectar_rankings = each(ranked_list), each(scored), each(nectar)
-oasst_groups, oasst_demonstrations = nested(_groups, _oasst_ranking), nested(_groups, _oasst_best)
-oasst_prompts = each(_oasst_root)
+oasst_groups, oasst_demonstrations = (
+    _messages_too(nested(_groups, convert)) for convert in (_oasst_ranking, _oasst_best)
+)
+oasst_prompts = _messages_too(each(_oasst_root))
