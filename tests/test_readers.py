@@ -606,6 +606,18 @@ def test_a_winner_of_0_or_1_alone_is_not_guessed_at(tmp_path):
     assert faults(conversion) == [("3", "all_ties")]
 
 
+def test_a_prompt_and_its_response_are_a_demonstration(tmp_path):
+    rows = [{"prompt": "p", "response": "r", "id": 3, "source": "x"}]
+    assert rows_of(one(tmp_path, rows)) == [{"prompt": "p", "completion": "r", "id": 3, "source": "x"}]
+    for rating in ({"helpfulness": 2}, {"score": 0.5}, {"response_b": "s"}):
+        assert faults(one(tmp_path, [{"prompt": "p", "response": "r", **rating}])) == [("1", "unread_answers")]
+
+
+def test_limas_texts_are_said_in_turns(tmp_path):
+    (row,) = rows_of(one(tmp_path, [{"conversations": ["hi", "yes", "so?", "no"], "source": "x"}]))
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2 and row["source"] == "x"
+
+
 def test_llama_factorys_preferences_are_pairs(tmp_path):
     talk = [{"from": who, "value": text} for who, text in (("human", "Hello"), ("gpt", "Hi."), ("human", "A colour?"))]
     pair = {"chosen": {"from": "gpt", "value": "Blue."}, "rejected": {"from": "gpt", "value": "No."}}

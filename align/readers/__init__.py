@@ -101,6 +101,15 @@ def _is_unpaired(row: Any) -> bool:
     return _has("prompt", "completion", "label")(row) and isinstance(row["label"], bool)
 
 
+def _is_answered(row: Any) -> bool:
+    """A prompt and a `response`, with no other answer, and no number that may rate it."""
+    if not _has("prompt", "response")(row) or not all(isinstance(row[name], str) for name in ("prompt", "response")):
+        return False
+    rated = any(isinstance(value, (int, float)) for name, value in row.items() if "id" not in str(name).lower())
+    named = any(row.get(name) is not None for name in OURS if name != "prompt")
+    return not rated and not named and answer_columns(row) == ["response"]
+
+
 def _prompts(reader: Reader, matches: Callable[[Any], bool]) -> Format:
     return Format(matches, {"prompt": reader})
 
@@ -161,6 +170,7 @@ FORMATS: dict[str, Format] = {
         lambda row: _has("instruction", "output")(row) or _has("instruction", "response")(row),
         {"demonstration": chat.alpaca_rows},
     ),
+    "response": Format(_is_answered, {"demonstration": chat.answered_rows}),
     "mt_bench": _prompts(benchmarks.turns, _has("question_id", "turns")),
     "truthfulqa": _prompts(benchmarks.truthfulqa, _has("Best Answer", "Correct Answers")),
     "truthfulqa_mc": _prompts(benchmarks.truthfulqa_mc, _has("question", "mc1_targets")),

@@ -99,6 +99,16 @@ def alpaca(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     return {"prompt": alpaca_prompt(row), "completion": completion, **columns(row, *used)}
 
 
+def answered(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
+    """A prompt and its one `response`, as many sets of demonstrations name it."""
+    completion = field(row, "response")
+    return {
+        "prompt": waiting_prompt(row, "prompt", notes),
+        "completion": completion,
+        **columns(row, "prompt", "response"),
+    }
+
+
 def alpaca_prompt(row: Mapping[str, Any]) -> Any:
     asked = with_input(field(row, "instruction"), field(row, "input", "context", optional=True))
     system = field(row, "system", optional=True)
@@ -135,6 +145,11 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, str]:
 
 def _sharegpt_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
     system = [message("system", field(row, "system"))] if row.get("system") else []
+    said = row["conversations"]
+    if (
+        isinstance(said, (list, tuple)) and said and all(isinstance(text, str) for text in said)
+    ):  # LIMA: the user begins
+        return system + [message(("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(said)]
     return system + [_sharegpt_turn(turn) for turn in items(row, "conversations")]
 
 
@@ -223,6 +238,6 @@ def strings(records: Iterable[Record], options: Options) -> Iterator[Output]:
 
 
 trl_rows, alpaca_rows, sharegpt_rows, hh_rows = each(trl), each(alpaca), each(sharegpt), each(hh)
-sharegpt_pairs = each(sharegpt_pair)
+sharegpt_pairs, answered_rows = each(sharegpt_pair), each(answered)
 unpaired_demonstrations = each(unpaired_demonstration)
 self_instruct = nested(_instances, _instance)
