@@ -36,7 +36,7 @@ def output(tmp_path):
 
 
 def config_of(output, **changes) -> SFTConfig:
-    return SFTConfig(output_dir=str(output), model_name_or_path="m", **changes)
+    return SFTConfig(output_dir=str(output / "out"), model_name_or_path="m", **changes)
 
 
 def test_S5_the_highest_mean_reward_wins_though_its_loss_is_worse(output, monkeypatch):

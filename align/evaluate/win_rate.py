@@ -4,18 +4,21 @@ Legend: n prompts, K completions of a prompt. Everything is numpy; an interval o
 is an error, not a guess.
 """
 
+from __future__ import annotations
+
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from align.types import Ranking, Text
+if TYPE_CHECKING:  # align.types imports torch, which nothing here needs
+    from align.types import Ranking, Text
 
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))  # 1.96

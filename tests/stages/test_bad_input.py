@@ -201,7 +201,8 @@ def test_output_folder_that_holds_another_run(refused, mini, stage, folder):
         return {p: p.read_bytes() for p in (mini.run / folder).rglob("*") if p.is_file() and p.name != "run.lock"}
 
     before = content()
-    refused(stage, "already holds another run", "overwrite_output_dir", output_dir=mini.run / folder)
+    why = ("holds ppo_ptx_path",) if stage == "evaluate" else ("already holds another run", "overwrite_output_dir")
+    refused(stage, *why, output_dir=mini.run / folder)
     assert before == content()
 
 

@@ -90,7 +90,7 @@ def test_a_peer_by_its_model_and_by_its_scores_is_the_same(mini, report_of, tmp_
 
 
 def test_long_rankings_are_counted_and_keep_their_line(mini, report_of, tmp_path):
-    whole, cut = report_of(output_dir=tmp_path / "whole"), report_of(output_dir=tmp_path / "cut", max_length=24)
+    whole, cut = report_of(output_dir=tmp_path / "whole"), report_of(output_dir=tmp_path / "cut", max_length=32)
     dropped = cut["data"]["dropped"]["too_long"]
     assert dropped > 0 and cut["data"]["rows_used"] == whole["data"]["rows_used"] - dropped
     rows = [json.loads(line)["scores"] for line in (tmp_path / "cut" / "scores.jsonl").read_text().splitlines()]

@@ -231,7 +231,8 @@ def test_ppo_resume_from_an_earlier_checkpoint_cuts_what_came_after(mini, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "stage, changes", [("base", {"save_steps": 15}), ("sft", {"save_steps": 3}), ("rm", {"save_steps": 2})]
+    "stage, changes",
+    [("base", {"save_steps": 15}), ("sft", {"save_steps": 3, "save_total_limit": 9}), ("rm", {"save_steps": 2})],
 )
 def test_a_trainers_resume_equals_the_uninterrupted_run(mini, tmp_path, stage, changes):
     mini.stage(stage, mini.run, output_dir=tmp_path, **changes)
