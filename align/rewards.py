@@ -60,7 +60,7 @@ class ScalarReward:
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         rows, context = self.rows(prompts, episodes), self.model.context
         if context is not None:
-            self.notes = {"cut": sum(len(row) > context for row in rows) / len(rows)}
+            self.notes = {"cut": sum(len(row) > context for row in rows) / max(1, len(rows))}
             rows = [row[-context:] for row in rows]
         with self.model.cached_casts():
             return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)

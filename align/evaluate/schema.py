@@ -100,7 +100,7 @@ def this_schema(value: Any, place: str) -> list[str]:
 
 def by_the_judge(value: Any, place: str) -> list[str]:
     """D: all null without a judge."""
-    if isinstance(value, Mapping) and set(value) == set(GOLD_KEYS) and all(number is None for number in value.values()):
+    if isinstance(value, Mapping) and set(value) == set(GOLD_KEYS) and all(x is None for x in value.values()):
         return []
     return faults(value, {"gold": interval(), "gain_vs_sft": interval(), "win_rate_vs_sft": RATE}, place)
 

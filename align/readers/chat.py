@@ -146,9 +146,8 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, str]:
 def _sharegpt_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
     system = [message("system", field(row, "system"))] if row.get("system") else []
     said = row["conversations"]
-    if (
-        isinstance(said, (list, tuple)) and said and all(isinstance(text, str) for text in said)
-    ):  # LIMA: the user begins
+    if isinstance(said, (list, tuple)) and said and all(isinstance(text, str) for text in said):
+        # LIMA's texts, the user's first.
         return system + [message(("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(said)]
     return system + [_sharegpt_turn(turn) for turn in items(row, "conversations")]
 
