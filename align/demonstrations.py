@@ -7,7 +7,8 @@ from align.data import EARLIER, calls_tools
 from align.errors import UserError
 from align.rows import DataReport
 from align.text import Codec
-from align.types import Demonstration, Text
+from align.track import announce
+from align.types import Demonstration, Text, contents
 
 Row = dict[str, list[int]]  # input_ids; completion_mask is 1 on tokens that are learned
 
@@ -16,6 +17,7 @@ def demonstration_rows(
     demonstrations: list[Demonstration], codec: Codec, max_length: int, report: DataReport
 ) -> tuple[list[Row], DataReport]:
     """Query + response + EOS, with the response marked. Rows over `max_length` are dropped and counted, never cut."""
+    warn_of_no_gap(demonstrations, codec)
     queries = codec.prompts([d.prompt for d in demonstrations])
     responses = codec.responses([d.completion for d in demonstrations])
     rows = [
@@ -26,6 +28,16 @@ def demonstration_rows(
     if not kept:
         raise UserError(f"{', '.join(report.paths)}: every row is over max_length {max_length} tokens: raise it")
     return kept, report.with_dropped("too_long", len(rows) - len(kept))
+
+
+def warn_of_no_gap(demonstrations: list[Demonstration], codec: Codec) -> None:
+    """Without a chat template a prompt and its answer are one text, and most data sets leave what parts them to one."""
+    if codec.tokenizer.chat_template is not None:
+        return
+    glued = sum(not (contents(d.prompt)[-1:].isspace() or contents(d.completion)[:1].isspace()) for d in demonstrations)
+    if glued > len(demonstrations) / 2:
+        remedy = "end prompts with a line break, or give sft a chat_template_path"
+        announce(f"warning: no white space stands between prompt and answer in {glued} rows: {remedy}")
 
 
 def every_answer(demonstrations: list[Demonstration], report: DataReport) -> tuple[list[Demonstration], DataReport]:

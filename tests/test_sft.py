@@ -15,6 +15,7 @@ from align.data import load_demonstrations
 from align.demonstrations import demonstration_rows, every_answer
 from align.packing import PackCollator
 from align.rows import DataReport
+from align.text import Codec
 from align.trainer import DemonstrationTrainer, OwnDropout, causal_collator
 from align.types import Demonstration
 
@@ -130,6 +131,19 @@ def test_every_answer_is_a_row_behind_what_was_said_before_it(tmp_path):
     assert found == [(2, (first,)), (4, (second,)), (4, (second,)), (4, warm), (6, (second,)), (1, "c")]
     assert rows[0].prompt == (system, one)
     assert (report.rows_read, report.rows_used, report.notes) == (6, 6, {"earlier_answers": 2})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "warned"), [("p", "c", True), ("p\n", "c", False), ("p", " c", False)]
+)
+def test_a_base_model_is_warned_of_answers_glued_to_their_prompts(tiny_codec, capsys, prompt, completion, warned):
+    tokenizer = copy.deepcopy(tiny_codec.tokenizer)
+    tokenizer.chat_template = None
+    rows = [Demonstration(prompt, completion)] * 3
+    for codec in (Codec(tokenizer), tiny_codec):
+        demonstration_rows(rows, codec, 99, DataReport(("f",), 3, 3, {}))
+        assert ("no white space stands between prompt and answer in 3 rows" in capsys.readouterr().out) == warned
+        warned = False  # a template parts the two
 
 
 def test_processes_draw_their_own_dropout_and_the_first_that_of_a_run_alone():
