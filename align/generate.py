@@ -8,6 +8,7 @@ place, prompts are read without padding, logits exist only where a token is draw
 `generate`: the reference, and the engine of models that read no packs.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,8 +53,8 @@ def make_sampler(
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What every engine is made of: `sample` is its own."""
+class Engine(ABC):
+    """What every engine is made of."""
 
     policy: Policy
     eos_id: int
@@ -69,8 +70,9 @@ class Engine:
         with eval_mode(self.policy), self.policy.merged():
             return self.sample(queries, uniforms, temperature)
 
+    @abstractmethod
     def sample(self, queries: list[list[int]], uniforms: Tensor, temperature: float) -> list[Episode]:
-        raise NotImplementedError
+        """As `Sampler`, of at least one query."""
 
 
 class TorchSampler(Engine):

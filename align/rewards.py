@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Reward(Protocol):
         """One score an episode, higher is better."""
 
 
-class ScalarReward:
+class ScalarReward(ABC):
     """A language model with a scalar head. Rows over its context lose their first tokens, whose share is noted: `cut`.
 
     EOS (or what a template closes an answer with) stands behind truncated responses too: the model has learned to score
@@ -65,9 +66,9 @@ class ScalarReward:
         with self.model.cached_casts():
             return score_rows(self.model, rows, self.pad_id, self.batch_size, self.max_tokens, self.even)
 
+    @abstractmethod
     def rows(self, prompts: list[Prompt], episodes: list[Episode]) -> list[list[int]]:
         """The tokens to read of each episode."""
-        raise NotImplementedError
 
 
 class ModelReward(ScalarReward):
