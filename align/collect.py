@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from align.errors import UserError
-from align.rewards import import_function
 from align.text import Codec
 from align.types import Episode, Prompt
+from align.user_code import blamed, import_function
 
 
 class Labeler(Protocol):
@@ -54,7 +54,9 @@ def group(prompts: list[Prompt], sizes: list[int], episodes: list[Episode], code
 
 
 def load_labelers(path: str, key: str, seed: int) -> list[Labeler]:
-    labelers = import_function(path, key)(seed)
+    made = import_function(path, key)
+    with blamed(f"{key}: {path}", path):
+        labelers = made(seed)
     if not labelers or not all(hasattr(labeler, "rank") and hasattr(labeler, "name") for labeler in labelers):
         raise UserError(f"{key}: {path} must return a list of objects with a name and a rank method")
     return labelers
@@ -88,7 +90,8 @@ def own_columns(prompt: Prompt) -> dict[str, Any]:
 def ranking_row(candidate: Candidates, labeler: Labeler) -> dict[str, Any]:
     columns = own_columns(candidate.prompt)
     shown = {"prompt": candidate.prompt.prompt, **columns}
-    ranks = labeler.rank(shown, list(candidate.completions), list(candidate.finished))
+    with blamed(f"labelers: {labeler.name}", type(labeler).__module__):
+        ranks = labeler.rank(shown, list(candidate.completions), list(candidate.finished))
     if len(ranks) != len(candidate.completions):
         raise UserError(
             f"labelers: {labeler.name} gave {len(ranks)} ranks for {len(candidate.completions)} completions"

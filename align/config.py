@@ -431,8 +431,8 @@ class EvaluateConfig(StageConfig):
     judge: str | None = None  # import path, e.g. data.world.judge:judge; null: the reward model compares instead
     prompts_file: str = ""
     few_shot_file: str | None = None
-    text_file: str = ""
-    rankings_file: str | None = None  # held-out rankings; several labelers a prompt also give their agreement
+    text_file: str | None = None  # plain text to measure perplexity on
+    rankings_file: str | None = None  # held-out rankings: the reward's accuracy; of several labelers their agreement
     num_prompts: int = 0  # evenly spaced over the file; 0: all
     max_new_tokens: int = 256
     temperature: float = 1.0  # of the sampled answers; PPO's own, else another policy than the trained one is measured

@@ -78,10 +78,21 @@ def claim(output: Path, checkpoint: Path | None, own: dict[str, Any]) -> None:
     """The folder is this run's from here on."""
     if checkpoint is not None:
         announce(f"resuming from {checkpoint}")
+        say_changed(checkpoint, own["settings"])
     unknown = checkpoint is not None and is_in(checkpoint, output) and not (output / RUN).exists()
     if not unknown:  # else what it began with would be what it goes on with
         write_json(output / RUN, own)
     (output / MANIFEST).unlink(missing_ok=True)  # a run that goes on is not finished
+
+
+def say_changed(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Name the keys that may change on the way, such as PPO's learning_rate, and did."""
+    try:
+        before = json.loads((checkpoint.resolve().parent / RUN).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):  # `why_not` judges it
+        return
+    for key in sorted(key for key in settings.keys() & before.keys() if settings[key] != before[key]):
+        announce(f"{key}: {json.dumps(before[key])} until here, {json.dumps(settings[key])} from here on")
 
 
 def is_in(checkpoint: Path, output: Path) -> bool:

@@ -28,11 +28,12 @@ from align.errors import UserError, first_line
 from align.manifest import check_parent, published_manifest, tokenizer_sha256
 from align.models import ScalarModel
 from align.ranking import Even
-from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward, import_function
+from align.rewards import FunctionReward, ModelReward, PairReward, Reward, RewardSum, Term, TextReward
 from align.runtime import Runtime
 from align.text import Codec
 from align.track import announce
 from align.types import Text
+from align.user_code import import_function
 
 LoadScalar = Callable[[str], ScalarModel]
 PROBES = ("Name three animals.", "用中文说出三种水果。", "def f(x):\n    return 2 * x  # twice")

@@ -6,7 +6,6 @@ returns is checked, and asked for again where it failed. `align.reward_models` b
 
 import asyncio
 import functools
-import importlib
 import inspect
 import math
 import queue
@@ -22,14 +21,14 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.errors import UserError, first_line
+from align.errors import UserError
 from align.lora import WithoutAdapter
 from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import Even, score_rows
-from align.runtime import broadcast, is_main_process
 from align.text import Codec
-from align.types import Episode, Prompt, Rollout, Text
+from align.types import Episode, Prompt, Text
+from align.user_code import import_function, raised
 
 RETRY_WAIT = 1.0  # seconds before a failed function is called again; doubles with each failure
 
@@ -175,7 +174,7 @@ class FunctionReward:
                 self.give_up_or_wait(error, failures)
 
     def give_up_or_wait(self, error: Exception, failures: int) -> None:
-        what = f"{self.key}: {self.path} {fault(error)}"
+        what = f"{self.key}: {self.path} {fault(error, self.path)}"
         if failures > self.retries:
             tries = f", the last of {failures} tries" if failures > 1 else ""
             words = "main thread", "threaded", "in thread 'reward function'"  # signal's, math-verify's, asyncio's
@@ -209,10 +208,8 @@ class Fault(Exception):
     """What a reward function did wrong without raising."""
 
 
-def fault(error: Exception) -> str:
-    if isinstance(error, Fault):
-        return str(error)
-    return f"raised {type(error).__name__}: {first_line(error)}"
+def fault(error: Exception, path: str) -> str:
+    return str(error) if isinstance(error, Fault) else raised(error, path)
 
 
 def numbers(returned: Any, prompts: list[Prompt]) -> list[float]:
@@ -325,41 +322,8 @@ def deviations(members: list[list[float]]) -> list[float]:
     return [statistics.pstdev(scores) for scores in zip(*members, strict=True)]
 
 
-class GoldJudge:
-    """A judge by import path, judge(row, response, finished) with a `likert`. Logged, never trained on."""
-
-    def __init__(self, path: str | None, codec: Codec):
-        self.judge, self.codec = (import_function(path, "judge") if path else None), codec
-
-    def score(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
-        """{"eval/gold": mean}, or nothing without a judge. `prompts` in the rollout's order. The main process asks."""
-        if self.judge is None:
-            return {}
-        return broadcast(self.ask(prompts, rollout) if is_main_process() else None)
-
-    def ask(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
-        ends = (rollout.query_lengths + rollout.response_lengths).tolist()
-        total = 0.0
-        for i, prompt in enumerate(prompts):
-            response = rollout.input_ids[i, int(rollout.query_lengths[i]) : ends[i]].tolist()
-            row = {"prompt": prompt.prompt, **prompt.columns}
-            total += self.judge(row, self.codec.decode(response), bool(rollout.finished[i])).likert
-        return {"eval/gold": total / len(prompts)}
-
-
 def require_finite(scores: list[float], prompts: list[Prompt], term: str) -> list[float]:
     """The scores of a model, or an error."""
     if what := not_finite(scores, prompts):
         raise UserError(f"reward: {term} {what}; give finite numbers")
     return scores
-
-
-def import_function(path: str, key: str) -> Callable[..., Any]:
-    """`package.module:name` to the object it names."""
-    module, colon, name = path.partition(":")
-    if not (colon and module and name):
-        raise UserError(f"{key}: {path!r} is no import path; write package.module:function")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}: cannot import {path!r} ({error}); check the path and PYTHONPATH") from None

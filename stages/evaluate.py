@@ -28,22 +28,22 @@ from align.data import (
     ranking_length,
 )
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, few_shot_examples, load_proxy, perplexity, scored
+from align.evaluate.policies import Setting, answer, few_shot_examples, judged, load_proxy, perplexity, scored
 from align.evaluate.report import pick_transcripts, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model, summarise
 from align.evaluate.win_rate import agreement
 from align.files import plain, write_json, write_jsonl
+from align.judge import Judge
 from align.manifest import check_parent, read_manifest
 from align.models import context_of, load_packed_policy
 from align.parse import parse
 from align.reward_models import require_same_tokens, say_other_end
-from align.rewards import import_function
 from align.rows import DataReport
-from align.runtime import Runtime, gather_list, is_main_process, my_share, tune_cpu
+from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
-from align.types import Prompt, Ranking, contents
+from align.types import Prompt, Ranking
 from align.validate import training_leaks
 from stages.__main__ import run, seconds_so_far
 
@@ -57,22 +57,23 @@ def main(argv: list[str]) -> None:
     paths = policy_paths(config, codec)
     if not config.reward_function:
         check_parent(config.reward_model_path, "reward_model_path", ("rm",))
-    if not config.rankings_file:
-        raise UserError("rankings_file: missing; give held-out rankings, e.g. those that collect writes")
     room = context_of(config.sft_path) or sys.maxsize
     if room <= config.max_new_tokens + 1:
         raise UserError(f"max_new_tokens: {config.max_new_tokens} leaves a prompt no room in {room} tokens; lower it")
     prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
     prompts = evenly(prompts, config.num_prompts)
-    rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
+    rankings, documents = [], []
+    if config.rankings_file:
+        rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
+    if config.text_file:
+        documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     models = [*paths.values(), config.reward_model_path or None]
     for leak in training_leaks(models, [row.prompt for row in (*prompts, *rankings)]):
         announce(leak)
-    documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     sft, reward = load(config.sft_path, config, runtime), load_proxy(config, codec, runtime)
-    judge = import_function(config.judge, "judge") if config.judge else None
+    judge = Judge(config.judge) if config.judge else None
     setting = Setting(
         codec, prompts, sft, reward, judge, config.max_new_tokens, config.per_device_batch_size, config.seed, room
     )
@@ -158,21 +159,16 @@ def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:
 
 
 def judges_report(config: EvaluateConfig, setting: Setting, rankings: list[Ranking]) -> dict[str, Any]:
+    if not rankings:
+        return {"rm": None, "labelers": {"agreement": None}}
     pairs = scored(rankings, setting)
-    mine = [rankings[i] for i in my_share(len(rankings))]
-    gold = gather_list([gold_scores(ranking, setting) for ranking in mine]) if setting.judge else None
+    gold = judged(rankings, setting) if setting.judge else None
     manifest = read_manifest(config.reward_model_path) if config.reward_model_path else None
     report = ranking_accuracy(pairs, config.seed)
     report["gold_accuracy"] = gold_accuracy(pairs, gold, config.seed) if gold else None
     report["demonstration_mean"] = manifest.metrics.get("demonstration_mean") if manifest else None
     agreed = agreement(rankings, config.seed)
     return {"rm": report, "labelers": {"agreement": agreed.interval if agreed else None}}
-
-
-def gold_scores(ranking: Ranking, setting: Setting) -> list[float]:
-    row, finished = {"prompt": ranking.prompt, **ranking.columns}, ranking.columns.get("finished")
-    done = finished if isinstance(finished, (list, tuple)) else [True] * len(ranking.completions)  # collect's list
-    return [setting.judge(row, contents(c), end).likert for c, end in zip(ranking.completions, done, strict=True)]
 
 
 def step_zero(config: EvaluateConfig) -> dict[str, float] | None:

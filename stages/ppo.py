@@ -21,6 +21,7 @@ from align.checkpoint import is_finished
 from align.config import PPOConfig
 from align.evaluate.plots import plot_overoptimisation
 from align.interrupt import Interrupted, arrived, deferred
+from align.judge import GoldJudge
 from align.learn import (
     Progress,
     build_learner,
@@ -34,7 +35,6 @@ from align.learn import (
 )
 from align.parse import parse
 from align.resume import start_run
-from align.rewards import GoldJudge
 from align.rollout import collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.step_zero import check_step_zero

@@ -102,6 +102,19 @@ def test_what_weights_optimiser_and_order_rest_on_is_refused_by_name(tmp_path, k
     release_output(tmp_path)
 
 
+def test_a_key_that_may_change_is_said_once(tmp_path, capsys):
+    start_run(PPOConfig(output_dir=str(tmp_path), **PPO), PARENTS, REPORTS)
+    own_checkpoint(tmp_path, 1)
+    again = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest", **PPO}
+    for changes in ({}, {"save_total_limit": 5}):  # which is of how it runs, not of what it learns
+        start_run(PPOConfig(**again | changes), PARENTS, REPORTS)
+        assert "until here" not in capsys.readouterr().out
+    for _ in range(2):
+        start_run(PPOConfig(**again | {"kl_coef": 0.5}), PARENTS, REPORTS)
+    assert capsys.readouterr().out.count("kl_coef: 0.02 until here, 0.5 from here on") == 1
+    release_output(tmp_path)
+
+
 def test_every_key_that_is_compared_has_its_case():
     assert {key for *_, changed in COMPARED for key in changed} == {*SHARED, *RATES, *LORA}
 

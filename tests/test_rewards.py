@@ -12,19 +12,19 @@ import torch
 
 import align.rewards
 from align.errors import UserError
+from align.judge import GoldJudge
 from align.models import ScalarModel, load_scalar_model
 from align.rewards import (
     FunctionReward,
-    GoldJudge,
     ModelReward,
     RewardSum,
     Term,
     combine,
     deviations,
-    import_function,
     plain_text,
 )
 from align.types import Episode, Prompt, pad_rows
+from align.user_code import import_function
 
 EPISODES = [Episode((5, 6), (7, 1), True), Episode((9,), (10, 11, 12), False), Episode((30, 31, 32), (1,), True)]
 PROMPTS = [Prompt("a", {"id": "x"}), Prompt("b", {"id": "y", "extra": 3}), Prompt("c")]

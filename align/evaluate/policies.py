@@ -1,7 +1,6 @@
 """What a policy answers, and how good, how far from SFT and how fluent it is."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from align.config import EvaluateConfig
 from align.errors import UserError
 from align.evaluate.reward_report import require_scores
 from align.generate import make_sampler, uniform_numbers
+from align.judge import Judge
 from align.maths.masks import length_mask
 from align.maths.reduce import masked_row_sum
 from align.maths.repetition import repeated_ngrams
@@ -22,9 +22,7 @@ from align.reward_models import load_reward
 from align.rewards import FunctionReward, ModelReward, Reward
 from align.runtime import Runtime, gather_list, my_share
 from align.text import Codec
-from align.types import Demonstration, Episode, Prompt, Ranking, pad_rows
-
-Judge = Callable[[dict[str, Any], str, bool], Any]  # (row, response, finished) -> object with likert and as_dict()
+from align.types import Demonstration, Episode, Prompt, Ranking, contents, pad_rows
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,17 @@ def scored(rankings: list[Ranking], setting: Setting) -> list[tuple[Ranking, lis
     return list(zip(rankings, found, strict=True))
 
 
+def judged(rankings: list[Ranking], setting: Setting) -> list[list[float]]:
+    """The judge's Likert scores of each ranking's completions. Each process asks for its share; all have all."""
+
+    def scores(ranking: Ranking) -> list[float]:
+        row, finished = {"prompt": ranking.prompt, **ranking.columns}, ranking.columns.get("finished")
+        done = finished if isinstance(finished, (list, tuple)) else [True] * len(ranking.completions)  # collect's list
+        return [setting.judge(row, contents(c), end).likert for c, end in zip(ranking.completions, done, strict=True)]
+
+    return gather_list([scores(rankings[i]) for i in my_share(len(rankings))])
+
+
 def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:
     response = setting.codec.decode(episode.response)
     row = {"prompt": prompt.prompt, **prompt.columns}
@@ -167,8 +176,10 @@ def sequence_logprobs(
 
 
 @torch.no_grad()
-def perplexity(policy: Policy, documents: list[list[int]], batch_size: int, device) -> float:
-    """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted."""
+def perplexity(policy: Policy, documents: list[list[int]], batch_size: int, device) -> float | None:
+    """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted. None without any."""
+    if not documents:
+        return None
     batches = token_batches([len(document) for document in documents], batch_size)
     total = sum(float(document_nll(policy, [documents[i] for i in rows], device)) for rows in batches)
     return math.exp(total / sum(len(document) - 1 for document in documents))

@@ -55,20 +55,21 @@ def tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = No
     Without a judge the reward model's view of the policies, and its score by source and by language.
     """
     summary = summary or summarise(evaluation)
+    rewards = [_reward_table(summary)] if summary["rm"] else []
     drawn = f"Sampled answers are drawn at temperature {evaluation.get('temperature', 1.0):g}, greedy ones at 0."
     if "by_reward_model" in summary:
         return [
             _proxy_table(summary, drawn),
             _mean_by(evaluation, "source", "proxy", "Reward model's score by source of the prompt"),
             _mean_by(evaluation, "language", "proxy", "Reward model's score by language"),
-            _reward_table(summary),
+            *rewards,
         ]
     return [
         _policies_table(summary, drawn),
         _mean_by(evaluation, "use_case", "likert", "Gold score by use case"),
         _mean_by(evaluation, "language", "likert", "Gold score by language"),
         _fields_table(evaluation),
-        _reward_table(summary),
+        *rewards,
     ]
 
 
@@ -157,7 +158,7 @@ def write_plots(
             plots[caption] = plot_use_cases(evaluation, folder / f"use_cases_{name}.png", name)
         if (training or {}).get(name):
             plots[f"Training of {LABELS[name]}"] = plot_training(training[name], folder / f"training_{name}.png", name)
-    if evaluation["rm"].get("calibration"):
+    if evaluation["rm"] and evaluation["rm"].get("calibration"):
         plots["Calibration of the reward model"] = plot_calibration(evaluation["rm"], folder / "calibration.png")
     if sft:
         plots["Training of SFT"] = plot_sft(sft, folder / "sft.png")
@@ -227,7 +228,7 @@ def _policies_table(summary: Mapping[str, Any], drawn: str) -> Table:
         row = [LABELS[name]]
         for mode in MODES:
             row += [str(Interval(**policy[mode][key])) for key in ("gold", "gain_vs_sft", "win_rate_vs_sft")]
-        row += [f"{policy[key]:.2f}" for key in ("proxy", "kl", "perplexity")]
+        row += [_number(policy[key]) for key in ("proxy", "kl", "perplexity")]
         rows.append([*row, f"{policy['response_tokens']:.1f}", f"{policy['finished']:.1%}"])
     columns = [f"{mode}: {what}" for mode in MODES for what in ("gold", "gain", "win rate")]
     note = (
@@ -242,7 +243,8 @@ def _proxy_table(summary: Mapping[str, Any], drawn: str) -> Table:
     """What the reward model and plain counts say of each policy's answers."""
     rows = []
     for name, modes in summary["by_reward_model"].items():
-        perplexity = f"{summary['policies'][name]['perplexity']:.2f} ({modes['perplexity_vs_sft']:.3f})"
+        ratio = modes["perplexity_vs_sft"]
+        perplexity = NO_VALUE if ratio is None else f"{summary['policies'][name]['perplexity']:.2f} ({ratio:.3f})"
         for mode in MODES:
             cells = [str(Interval(**modes[mode][key])) if modes[mode][key] else "-" for key in REWARD_KEYS]
             rows.append([f"{LABELS[name]}, {mode}", *cells, perplexity])
@@ -305,6 +307,10 @@ def _reward_table(summary: Mapping[str, Any]) -> Table:
 def _asked(record: Record, field: str) -> bool:
     """A field is null or absent where it cannot apply, such as a constraint that the prompt does not state."""
     return (record.get("fields") or {}).get(field) is not None
+
+
+def _number(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.2f}"
 
 
 def _mean_cell(golds: Sequence[float]) -> str:

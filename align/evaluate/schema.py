@@ -15,10 +15,10 @@ reward model, which is also what PPO climbed, says of the same answers, and perp
 "gain_in_deviations" is the gain over the standard deviation of SFT's scores, taken as known. "kl" is null for greedy
 answers: the mean log-ratio estimates a KL where the answers were sampled, at their own temperature.
 
-Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for an agreement that
-no two labelers make possible, for the `demonstration_mean` of somebody else's reward model, for `step_zero` when no
-policy comes from stage ppo, and for its `value_minus_score` when the value model started from no term of the
-reward. All else is a finite number.
+Null is allowed for a policy that was not trained, for the seconds of a stage that was not run, for `rm` where no
+rankings were given and a perplexity where no text was, for an agreement that no two labelers make possible, for the
+`demonstration_mean` of somebody else's reward model, for `step_zero` when no policy comes from stage ppo, and for its
+`value_minus_score` when the value model started from no term of the reward. All else is a finite number.
 """
 
 import math
@@ -107,7 +107,7 @@ def by_the_judge(value: Any, place: str) -> list[str]:
 
 RATE = interval(0.0, 1.0)
 POLICY = dict.fromkeys(MODES, by_the_judge) | {
-    "proxy": number(), "kl": number(), "perplexity": number(0.0), "response_tokens": number(0.0),
+    "proxy": number(), "kl": number(), "perplexity": optional(number(0.0)), "response_tokens": number(0.0),
     "finished": number(0.0, 1.0),
 }  # fmt: skip
 SUMMARY = {
@@ -115,10 +115,12 @@ SUMMARY = {
     "preset": is_a(str, "a string"),
     "seconds": dict.fromkeys(STAGES, optional(number(0.0))) | {"total": number(0.0)},
     "labelers": {"agreement": optional(RATE)},
-    "rm": {
-        "accuracy": RATE, "gold_accuracy": optional(RATE), "demonstration_mean": optional(number()),
-        "pairs": is_a(int, "a count"),
-    },
+    "rm": optional(
+        {
+            "accuracy": RATE, "gold_accuracy": optional(RATE), "demonstration_mean": optional(number()),
+            "pairs": is_a(int, "a count"),
+        }
+    ),
     "policies": dict.fromkeys(POLICIES, optional(POLICY)),
     "step_zero": optional({"ratio_max_deviation": number(), "kl": number(), "value_minus_score": optional(number())}),
 }  # fmt: skip
@@ -128,7 +130,7 @@ UNJUDGED = {
         {
             "sampled": BY_REWARD,
             "greedy": BY_REWARD | {"kl": optional(interval())},
-            "perplexity_vs_sft": number(0.0),
+            "perplexity_vs_sft": optional(number(0.0)),
         }
     )
 }

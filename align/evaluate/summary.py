@@ -64,11 +64,15 @@ def by_reward_model(policies: Mapping[str, Any], seed: int) -> dict[str, dict[st
         name: {
             "sampled": _reward_numbers(policy["sampled"], sft["sampled"], seed),
             "greedy": _reward_numbers(policy["greedy"], sft["greedy"], seed) | {"kl": None},
-            "perplexity_vs_sft": float(policy["perplexity"] / sft["perplexity"]),
+            "perplexity_vs_sft": _ratio(policy["perplexity"], sft["perplexity"]),
         }
         for name, policy in policies.items()
         if policy
     }
+
+
+def _ratio(mine: float | None, sft: float | None) -> float | None:
+    return None if mine is None else float(mine / sft)
 
 
 def _reward_numbers(records: Sequence[Record], sft_records: Sequence[Record], seed: int) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def summarise(evaluation: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         "preset": evaluation["preset"],
         "seconds": seconds | {"total": evaluation["seconds"].get("total", sum(s or 0.0 for s in seconds.values()))},
         "labelers": {"agreement": plain((evaluation.get("labelers") or {}).get("agreement"))},
-        "rm": {key: plain(evaluation["rm"][key]) for key in RM_KEYS},
+        "rm": {key: plain(evaluation["rm"][key]) for key in RM_KEYS} if evaluation["rm"] else None,
         "policies": {name: _policy(policies.get(name), policies["sft"], seed) for name in POLICIES},
         "step_zero": {key: step_zero[key] for key in STEP_ZERO_KEYS} if step_zero else None,
     }
@@ -128,7 +132,7 @@ def _policy(policy: Mapping[str, Any] | None, sft: Mapping[str, Any], seed: int)
         **modes,
         "proxy": means["proxy"],
         "kl": means["kl"],
-        "perplexity": float(policy["perplexity"]),
+        "perplexity": plain(policy["perplexity"]),
         "response_tokens": means["response_tokens"],
         "finished": means["finished"],
     }

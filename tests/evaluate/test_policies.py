@@ -10,12 +10,19 @@ import torch
 from torch.distributions import Categorical
 
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, cut_at_newline, few_shot_examples, perplexity, sequence_logprobs
+from align.evaluate.policies import (
+    Setting,
+    answer,
+    cut_at_newline,
+    few_shot_examples,
+    judged,
+    perplexity,
+    sequence_logprobs,
+)
 from align.generate import TorchSampler, uniform_numbers
 from align.models import Policy
 from align.runtime import Runtime
 from align.types import Demonstration, Episode, Prompt, Ranking
-from stages.evaluate import gold_scores
 
 CPU = torch.device("cpu")
 QUERIES = [(5, 6), (9,), (30, 31, 32, 33), (8, 60, 2), (7,)]
@@ -211,7 +218,7 @@ def test_reward_and_judge_read_the_answer_behind_the_plain_prompt(tiny_llama, ti
     assert told == [(0.25, 5, {"opinion": False}, True), (-0.5, 2, {"opinion": True}, False)]
 
 
-def test_gold_scores_tell_the_judge_which_completions_ended():
+def test_the_judge_is_told_which_completions_ended():
     asked = []
 
     def judge(row, text, finished):
@@ -220,10 +227,10 @@ def test_gold_scores_tell_the_judge_which_completions_ended():
 
     setting = SimpleNamespace(judge=judge)
     ends = {"source": "web", "finished": [True, False]}
-    assert gold_scores(Ranking("ok?", ("yes", "no, beca"), (1, 2), "ann", ends), setting) == [6, 3]
+    assert judged([Ranking("ok?", ("yes", "no, beca"), (1, 2), "ann", ends)], setting) == [[6, 3]]
     row = {"prompt": "ok?", "source": "web", "finished": [True, False]}
     assert asked == [(row, "yes", True), (row, "no, beca", False)]
-    gold_scores(Ranking("ok?", ("no, beca", "yes"), (2, 1)), setting)  # of people, who are not asked that
+    judged([Ranking("ok?", ("no, beca", "yes"), (2, 1))], setting)  # of people, who are not asked that
     assert asked[2:] == [({"prompt": "ok?"}, "no, beca", True), ({"prompt": "ok?"}, "yes", True)]
 
 

@@ -97,6 +97,20 @@ def test_a_policy_trained_elsewhere_is_evaluated(mini, evaluated, tmp_path):
     assert summary["step_zero"] is None and summary["policies"]["ppo"]["kl"] is not None
 
 
+def test_prompts_and_a_reward_are_enough(mini, tmp_path):
+    """Who has neither rankings nor text goes without their numbers, with and without a judge."""
+    options = {"rankings_file": "null", "text_file": "null", "few_shot_file": "null", "num_prompts": 3}
+    for judge in ("null", "data.world.judge:judge"):
+        run = tmp_path / judge.partition(":")[0]
+        mini.stage("evaluate", mini.run, judge=judge, run_dir=run, output_dir=run / "report", **options)
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        check_summary(summary)
+        assert summary["rm"] is None and summary["labelers"] == {"agreement": None}
+        assert summary["policies"]["sft"]["perplexity"] is None and summary["policies"]["sft"]["proxy"] is not None
+        report = (run / "report" / "report.md").read_text(encoding="utf-8")
+        assert "nan" not in report.lower().split() and "### Reward model\n" not in report
+
+
 def test_a_function_in_place_of_a_reward_model(mini, tmp_path, monkeypatch):
     """PPO against a function alone is evaluated by that function: here by an answer's length, negative."""
     (tmp_path / "brevity.py").write_text(
