@@ -34,21 +34,30 @@ Columns = Mapping[str, Any]
 
 ASKED = (  # what others call a prompt, or what it may be in
     "question", "instruction", "input", "query", "context", "history", "conversation", "conversations", "dialogue",
-    "trajectory", "post", "problem",
+    "trajectory", "post", "problem", "messages",
 )  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REPLY = "\n\nAssistant:"  # the turn marker of Anthropic's HH dialogues
 ANSWERED = ("completion", "completions", "chosen", "rejected", "messages")  # our own names of answers
 ORDERS = ("rank", "ranks", "ranking", "labels", "scores")  # beside a list of texts: it holds answers to be compared
 ONE_OF_SEVERAL = re.compile(  # response_0, answer-b, Response 1
-    r"(answer|completion|output|response)[ _-]?(\d{1,2}|[a-k])|(chosen|rejected)[ _-](answer|completion|response)",
+    r"(answer|completion|output|response)[ _-]?(\d{1,2}|[a-k])|(chosen|rejected)[ _-](answer|completion|response)"
+    r"|(answer|completion|response)[ _-](chosen|rejected)|human_ref_[ab]",
     re.IGNORECASE,
 )
+# A table's way to write messages, and Python's: nobody means this as a prompt or an answer.
+TALK_AS_TEXT = re.compile(r"(array\()?\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+SYSTEMS = ("system", "system_prompt")
+LABELS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's: whether an answer is a good one
 NO_CALLS = "calls of tools are not learned: take the row out, or write it as text"
+SCORES_OF_PAIRS = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+)  # fmt: skip
 EARLIER = "earlier_answers_not_learned"
 NOTES = {
     "merged_duplicates": "equal completions of one rank were merged",
-    "system_used": "has a column `system`, which opens the prompt as its system message",
+    "system_used": "has a column `system` or `system_prompt`, which opens the prompt as its system message",
+    "scores_disagree": "the chosen answer's score is not above the rejected one's: taken as chosen all the same",
     "margin_not_used": "has a margin, which the loss does not use: it stays a column",
     EARLIER: "the assistant's earlier answers are prompt: the last one alone is learned, unless all_answers is set",
 }
@@ -65,6 +74,9 @@ def _text(row: Columns, name: str, what: str | None = None) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise BadRow("empty_field", f"{what} is empty", "fill it, or take the row out")
+        if name != "text" and TALK_AS_TEXT.match(value.lstrip()):
+            remedy = "export the data as JSON lines or Parquet, not as a table"
+            raise BadRow("talk_as_text", f"{what} is a conversation written out as text", remedy)
         return value
     if not isinstance(value, (list, tuple)):
         raise BadRow("wrong_type", f"{what} is neither text nor a list of messages", "write text or messages")
@@ -103,12 +115,31 @@ def calls_tools(message: Message) -> bool:
 
 
 def _prompt(row: Columns) -> Text:
+    if earlier_turns(row):
+        what, remedy = "'history' holds earlier turns beside the prompt", "`align convert` puts them into the prompt"
+        raise BadRow("unread_history", what, remedy)
     return system_first(_as_prompt(_text(row, "prompt")), row)
 
 
+def earlier_turns(row: Columns) -> bool:
+    """Whether a column `history` is a list of [question, answer], as ChatGLM's and Alpaca's data have it."""
+    turns = row.get("history")
+    lists = isinstance(turns, (list, tuple)) and bool(turns) and all(isinstance(turn, (list, tuple)) for turn in turns)
+    return lists and all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns)
+
+
+def label_of(row: Columns) -> bool | None:
+    """Whether an unpaired answer is labelled good; None where no label says so. Tables write numbers and texts."""
+    for value in (row.get(name) for name in LABELS):
+        said = str(value).strip().lower()
+        if isinstance(value, (bool, int, float, str)) and said in ("true", "1", "1.0", "false", "0", "0.0"):
+            return said in ("true", "1", "1.0")
+    return None
+
+
 def system_of(row: Columns) -> str:
-    """The text of `system`, a system message; "" where there is none, or where the column is something else."""
-    return row["system"].strip() if isinstance(row.get("system"), str) else ""
+    """The text of `system` or `system_prompt`, a system message; "" where there is none, or it is something else."""
+    return next((row[name].strip() for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip()), "")
 
 
 def system_first(prompt: Text, row: Columns) -> Text:
@@ -147,7 +178,7 @@ def _spoken(completion: Text) -> Text:
 
 def _rest(row: Columns, *used: str) -> dict[str, Any]:
     """The columns beside the record's own fields."""
-    taken = (*used, "system") if system_of(row) else used
+    taken = (*used, *SYSTEMS) if system_of(row) else used
     return {key: value for key, value in row.items() if key not in taken}
 
 
@@ -164,14 +195,15 @@ def _holds_answers(name: str, value: Any, row: Columns) -> bool:
         return False
     if name == "answers":
         objects = isinstance(value, (list, tuple)) and any(isinstance(one, Mapping) for one in value)
+        objects = objects or (isinstance(value, str) and value.lstrip().startswith("[{"))  # in a table
         return objects or any(isinstance(row.get(order), (list, tuple)) for order in ORDERS)
-    if name in ("responses", "ranked_responses"):
+    if name in ("responses", "ranked_responses", "generations"):
         return not isinstance(value, str)
     return name == "response" or ONE_OF_SEVERAL.fullmatch(name) is not None
 
 
 def parse_demonstration(row: Columns, notes: Counter[str]) -> Demonstration:
-    if row.get("label") is False:  # TRL's unpaired preferences
+    if label_of(row) is False:
         raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
     if _is_talk(row):
         messages = _text(row, "messages")
@@ -189,7 +221,8 @@ def parse_demonstration(row: Columns, notes: Counter[str]) -> Demonstration:
 
 def _is_talk(row: Columns) -> bool:
     """Whether a row holds prompt and answer together, as `messages`."""
-    return row.get("messages") is not None and row.get("completion") is None
+    others = ("completion", "completions", "chosen", "rejected")
+    return row.get("messages") is not None and all(row.get(name) is None for name in others)
 
 
 def read_prompt(row: Columns) -> Text:
@@ -236,7 +269,8 @@ def parse_preference(row: Columns, notes: Counter[str]) -> Ranking:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     asked = next((name for name in ASKED if row.get(name)), None)
     if row.get("prompt") is None and asked and isinstance(chosen, str):  # else a common start would be made the prompt
-        raise BadRow("missing_field", f"'prompt' is missing, and there is {asked!r}", "name it 'prompt'")
+        remedy = f"name it 'prompt'; `align convert` reads {', '.join(ASKED[:4])}"
+        raise BadRow("missing_field", f"'prompt' is missing, and there is {asked!r}", remedy)
     whole = isinstance(chosen, tuple) and any(message["role"] != "assistant" for message in chosen)
     if row.get("prompt") is None or whole:
         prompt, chosen, rejected = _implicit(chosen, rejected)
@@ -244,6 +278,10 @@ def parse_preference(row: Columns, notes: Counter[str]) -> Ranking:
         prompt, chosen, rejected = system_first(prompt, row), _spoken(chosen), _spoken(rejected)
     else:
         prompt, chosen, rejected = _prompt(row), _completion(row, "chosen"), _completion(row, "rejected")
+    for better, worse in SCORES_OF_PAIRS:
+        scores = row.get(better), row.get(worse)
+        if all(isinstance(score, (int, float)) for score in scores) and scores[0] <= scores[1]:
+            notes["scores_disagree"] += 1
     return _ranking(prompt, [(chosen, 0.0), (rejected, 1.0)], row, notes, "prompt", "chosen", "rejected")
 
 

@@ -5,6 +5,8 @@ Local JSONL, JSON (also gzipped) or Parquet, or a hub id `org/name` or `org/name
 """
 
 import dataclasses
+import datetime
+import decimal
 import gzip
 import io
 import itertools
@@ -154,7 +156,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                yield from ((f"{path}:row {next(numbers)}", row) for row in batch.to_pylist())
+                yield from ((f"{path}:row {next(numbers)}", jsonable(row)) for row in batch.to_pylist())
     except (pa.ArrowException, UnicodeError):
         raise UserError(f"{path}: is not a Parquet file that can be read: fetch or write it again") from None
 
@@ -176,7 +178,20 @@ def _hub_rows(path: str) -> Iterator[tuple[str, Any]]:
             "org/name/subset@revision:split"
         ) from None
     for number, row in enumerate(rows, start=1):
-        yield f"{path}:row {number}", row
+        yield f"{path}:row {number}", jsonable(row)
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON can hold it: dates as ISO text, decimals as numbers, an image and the like as null."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(one) for one in value]
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
+    return float(value) if isinstance(value, decimal.Decimal) else None
 
 
 def refuse(problems: list[Problem]) -> None:

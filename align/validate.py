@@ -18,8 +18,8 @@ from typing import Any
 from align.data import parse_row
 from align.errors import UserError
 from align.manifest import Manifest, read_manifest
-from align.readers import FORMATS, detect_format
 from align.readers.files import TABLES, suffix
+from align.readers.formats import FORMATS, detect_format
 from align.rows import Problem, count_kinds, read_rows, split_paths
 from align.splits import prompt_key
 from align.types import Ranking, Text
@@ -83,7 +83,7 @@ def check_file(path: str) -> FileCheck:
         kind = "unknown"
     foreign = detect_format(row for _, row in head)
     foreign = foreign if foreign is not None and FORMATS[foreign].foreign else None
-    if kind is None and foreign:
+    if foreign and kind in (None, "text"):  # whose `text` is a part of its row
         raise UserError(f"{path}: {_foreign(path, foreign)}")
     if kind is None:
         wanted = "name its fields prompt, completion, messages, completions, chosen and rejected, or text"

@@ -139,7 +139,7 @@ def test_rows_with_a_system_message_or_content_parts_are_split_by_their_question
 
 
 def test_answers_in_no_known_shape_are_not_converted_to_prompts(tmp_path, capsys):
-    path = lines(tmp_path / "a.jsonl", {"prompt": SECRET, "response": SECRET, "helpfulness": 4})
+    path = lines(tmp_path / "a.jsonl", {"prompt": SECRET, "response": SECRET, "quality": 4})
     assert main(["convert", path, "--output", str(tmp_path / "out.jsonl")]) == 2
     printed = capsys.readouterr()
     assert "has answers beside its prompt ('response')" in printed.out and SECRET not in printed.out + printed.err

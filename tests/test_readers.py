@@ -1,19 +1,27 @@
 """align/readers: each public format as a hand-written miniature with the rows it must give."""
 
+import csv
+import datetime
+import decimal
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.data import parse_row
 from align.errors import UserError
-from align.readers import FORMATS, Conversion, detect_format, read
+from align.readers import Conversion, read
 from align.readers.base import Options
 from align.readers.files import read_records
+from align.readers.formats import FORMATS, detect_format
 from align.readers.passages import documents
 from align.rows import Problem
 from align.validate import validate
@@ -141,6 +149,63 @@ MINIATURES: list[tuple[str, list[Any], str | None, list[dict[str, Any]]]] = [
      [ranking(TALK, ("a", 2), ("b", 1), ("c", 2), source="one, two", good_natured=True)]),
     ("nectar", [{"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}], None,
      [ranking("p", ("a", 1), ("b", 2))]),
+    ("shp", [{"post_id": "x", "domain": "askx", "history": "why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1,
+              "score_A": 9, "score_B": 2},
+             {"post_id": "x", "domain": "a", "history": "why?", "human_ref_A": "c", "human_ref_B": "b", "labels": 0}],
+     None, [ranking("why?", ("a", 0), ("b", 1), ("c", 2), id="x")]),
+    ("webgpt", [{"question": {"dataset": "eli5", "id": "q1", "full_text": "why?"}, "quotes_0": {"title": ["t"]},
+                 "answer_0": "a", "score_0": -0.5, "quotes_1": {"title": []}, "answer_1": "b", "score_1": 0.5}], None,
+     [ranking("why?", ("b", 0), ("a", 1), id="q1", dataset="eli5")]),
+    ("arena", [{"question_id": "q", "model_a": "m", "model_b": "n", "winner": "model_b", "judge": "arena_user_1",
+                "conversation_a": [USER, YES], "conversation_b": [USER, NO], "turn": 1, "language": "English"}], None,
+     [ranking("hi", ("no", 0), ("yes", 1), labeler="arena_user_1", id="q", language="English")]),
+    ("arena_texts", [{"id": 5, "model_a": "m", "model_b": "n", "prompt": '["hi"]', "response_a": '["a"]',
+                      "response_b": '["b"]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}], None,
+     [ranking("hi", ("a", 0), ("b", 1), id=5)]),
+    ("alpaca_farm", [{"instruction": "add", "input": "1 2", "output_1": "a", "output_2": "b", "preference": 2,
+                      "annotator": "w"}], None, [ranking("add\n\n1 2", ("b", 0), ("a", 1), labeler="w")]),
+    ("unified_feedback", [{"conv_A": [*TALK, YES], "conv_B": [*TALK, NO], "conv_A_rating": 1.0, "conv_B_rating": 3,
+                           "source": "s"}], None, [ranking(TALK, ("no", 0), ("yes", 1), source="s")]),
+    ("ratings", [{"prompt": "p", "response": "a", "helpfulness": 3, "verbosity": 1},
+                 {"prompt": "p", "response": "b", "helpfulness": 4, "verbosity": 1}], None,
+     [ranking("p", ("a", 1), ("b", 0))]),
+    ("scores", [{"qid": 1, "question": "why?", "answers": [{"text": "a", "pm_score": 1, "author": "x"},
+                                                           {"text": "b", "pm_score": 4, "author": "y"}]}], None,
+     [ranking("why?", ("a", 1), ("b", 0), qid=1)]),
+    ("scores", [{"input": "p", "generations": ["a", "b"], "ratings": [5, 3]}], None,
+     [ranking("p", ("a", 0), ("b", 1))]),
+    ("scores", [{"prompt": HH, "responses": ["a", "b"], "scores": [1, 2]}], None, [ranking(TALK, ("a", 1), ("b", 0))]),
+    ("named_pairs", [{"system": "be kind", "question": "so?", "chosen": "yes", "rejected": "no", "id": 4}], None,
+     [{"prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "so?"}], "chosen": "yes",
+       "rejected": "no", "id": 4}]),
+    ("named_pairs", [{"instruction": "add", "input": "1 2", "chosen": "3", "rejected": "4"}], None,
+     [{"prompt": "add\n\n1 2", "chosen": "3", "rejected": "4"}]),
+    ("named_pairs", [{"instruction": "add", "chosen_response": "3", "rejected_response": "4"}], None,
+     [{"prompt": "add", "chosen": "3", "rejected": "4"}]),
+    ("named_pairs", [{"messages": [*TALK, YES], "rejected_response": "no"}], None,
+     [{"prompt": TALK, "chosen": "yes", "rejected": "no"}]),
+    ("pairwise", [{"question": HH, "response_a": "a", "response_b": "b", "winner": "Model A"}], None,
+     [ranking(TALK, ("a", 0), ("b", 1))]),
+    ("response", [{"id": "n", "system_prompt": "be kind", "question": "so?", "response": "4"}], None,
+     [{"prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "so?"}], "completion": "4",
+       "id": "n"}]),
+    ("response", [{"query": "so?", "response": "yes", "type": "t"}], None,
+     [{"prompt": "so?", "completion": "yes", "type": "t"}]),
+    ("response", [{"inputs": "so?", "targets": "yes"}], None, [{"prompt": "so?", "completion": "yes"}]),
+    ("response", [{"prompt": "so?", "response": "yes", "history": [["hi", "well"]]}], None,
+     [{"prompt": TALK, "completion": "yes"}]),
+    ("sharegpt", [{"conversation_id": "x", "conversation": [*TALK, YES]}], None,
+     [{"messages": [*TALK, YES], "conversation_id": "x"}]),
+    ("sharegpt", [{"conversation": [{"input": "hi", "output": "well"}, {"input": "so?", "output": "yes"}]}], None,
+     [{"messages": [*TALK, YES]}]),
+    ("sharegpt", [{"id": "0", "data": ["hi", "well", "so?", "yes"]}], None, [{"messages": [*TALK, YES], "id": "0"}]),
+    ("sharegpt", [{"system_prompt": "be kind", "conversations": [
+        {"from": "system", "value": ""}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}], None,
+     [{"messages": [{"role": "system", "content": "be kind"}, USER, YES]}]),
+    ("unpaired", [{"prompt": "p", "completion": "a", "label": 1}, {"prompt": "p", "completion": "b", "label": "False"}],
+     None, [ranking("p", ("a", 0), ("b", 1))]),
+    ("trl", [{"prompt": "so?", "history": [["hi", "well"]], "chosen": "yes", "rejected": "no"}], None,
+     [{"prompt": TALK, "chosen": "yes", "rejected": "no"}]),
     ("mt_bench", [{"question_id": 1, "category": "x", "turns": ["one", "two"]}], None,
      [{"prompt": "one", "turns": ["one", "two"], "question_id": 1, "category": "x"}]),
     ("truthfulqa_mc", [{"question": "q", "mc1_targets": {"a": 1, "b": 0}}], None,
@@ -247,7 +312,7 @@ def test_safe_rlhf_pairs_of_one_prompt_are_joined(tmp_path):
 
 def test_preferences_without_a_known_value_are_named(tmp_path):
     steer = {"prompt": "p", "response_1": "a", "response_2": "b"}
-    rows = [steer | {"preference_strength": strength} for strength in (2, 0, -100, True, "1", float("nan"))]
+    rows = [steer | {"preference_strength": strength} for strength in (2, 0, -100, True, "x", float("nan"))]
     conversion = one(tmp_path, [{**row, "prompt": f"p{i}"} for i, row in enumerate(rows)])
     assert faults(conversion) == [*((str(n), "bad_judgement") for n in (3, 4, 5, 6)), ("2", "all_ties")]
     pairs = [PKU, PKU | {"better_response_id": 2}, PKU | {"better_response_id": True}, PKU | {"response_0": " b"}]
@@ -579,12 +644,126 @@ def test_samples_in_no_order_are_no_ranking(tmp_path):
     assert rows_of(said) == [ranking("p", ("a", 0), ("b", 1))], "unless one says so"
 
 
-def test_a_pair_whose_question_has_another_name_gets_no_made_up_prompt(tmp_path):
+def test_a_stage_gives_a_pair_whose_question_has_another_name_no_made_up_prompt():
     """A common start of the two answers would be taken for it."""
     row = {"system": "", "question": "Name a colour.", "chosen": "The best is blue.", "rejected": "The best is red."}
-    conversion = one(tmp_path, [row, {"chosen": "Say a colour: blue", "rejected": "Say a colour: red"}])
-    assert faults(conversion) == [("1", "missing_field")] and "'question'" in conversion.problems[0].what
-    assert [row["prompt"] for row in rows_of(conversion)] == ["Say a colour:"]
+    problem = parse_row("ranking", "a:1", row, Counter())
+    assert problem.kind == "missing_field" and "'question'" in problem.what and "align convert" in problem.remedy
+    row = {"chosen": "Say a colour: blue", "rejected": "Say a colour: red"}
+    assert parse_row("ranking", "a:1", row, Counter()).prompt == "Say a colour:"
+
+
+TALK_IN_A_CELL = "[{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'yes'}]"
+
+
+@pytest.mark.parametrize("text", [TALK_IN_A_CELL, json.dumps([USER, YES]), f"[{json.dumps(USER)}\n {json.dumps(YES)}]",
+                                  "array([" + TALK_IN_A_CELL[1:] + ", dtype=object)"])  # fmt: skip
+def test_messages_that_a_table_wrote_out_as_text_are_refused(tmp_path, text):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["chosen", "rejected"], [text, text.replace("yes", "no")]])
+    (conversion,) = read([str(path)])
+    assert [problem.kind for problem in conversion.problems] == ["talk_as_text"] and not conversion.rows
+    for row in ({"prompt": text}, {"prompt": "p", "completion": text}):
+        assert [problem.kind for problem in one(tmp_path, [row]).problems] == ["talk_as_text"]
+    assert rows_of(one(tmp_path, [{"text": text}, {"text": "[1]"}]))[0]["text"] == text, "a text may be anything"
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "0"])
+def test_an_answer_labelled_bad_is_no_demonstration(tmp_path, label):
+    rows = [{"prompt": "p", "completion": "c", "label": label}, {"prompt": "q", "completion": "c", "label": 1}]
+    conversion = one(tmp_path, rows, "demonstration")
+    assert faults(conversion) == [("1", "labelled_bad")] and rows_of(conversion) == [{"prompt": "q", "completion": "c"}]
+    for row in ({"messages": [USER, YES], "label": label}, {"instruction": "i", "output": "o", "kto_tag": label}):
+        assert faults(one(tmp_path, [row])) == [("1", "labelled_bad")]
+    assert not one(tmp_path, [{"prompt": "p", "completion": "c", "label": "entailment"}]).problems
+
+
+def test_prompts_of_conversations_keep_what_was_said_before(tmp_path):
+    """no_robots and UltraChat repeat the first question as `prompt`."""
+    row = {"prompt": "hi", "prompt_id": "x", "messages": [*TALK, YES]}
+    assert rows_of(one(tmp_path, [row], "prompt")) == [{"prompt": TALK, "prompt_id": "x"}]
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "i", "output": "SECRET", "prompt": "Below is ... SECRET"},
+    {"instruction": "i", "output": "SECRET", "completion": "other"},
+    {"conversations": [{"from": "human", "value": "i"}, {"from": "gpt", "value": "SECRET"}], "messages": "other"},
+])  # fmt: skip
+def test_a_column_never_stands_for_what_was_read(tmp_path, row):
+    (made,) = rows_of(one(tmp_path, [row]))
+    if "messages" in made:
+        assert made["messages"] == [{"role": "user", "content": "i"}, {"role": "assistant", "content": "SECRET"}]
+    else:
+        assert made == {"prompt": "i", "completion": "SECRET"}
+
+
+def test_a_stage_does_not_lose_earlier_turns_in_a_column(tmp_path):
+    problem = parse_row("demonstration", "a:1", {"prompt": "p", "completion": "c", "history": [["q", "a"]]}, Counter())
+    assert problem.kind == "unread_history" and "align convert" in problem.remedy
+    for other in ("once upon a time", [], [1, 2], [["q"]]):
+        assert parse_row("prompt", "a:1", {"prompt": "p", "history": other}, Counter()).columns["history"] == other
+
+
+def test_conversations_that_part_early_are_not_compared(tmp_path):
+    other = [USER, {"role": "assistant", "content": "bah"}, TALK[2], NO]
+    battle = {"conversation_a": [*TALK, YES], "conversation_b": other, "winner": "tie"}
+    assert faults(one(tmp_path, [battle])) == [("1", "prompt_mismatch")]
+    turns = {"prompt": '["hi", "so?"]', "response_a": '["well", "yes"]', "response_b": '["bah", "no"]'}
+    flags = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+    broken = turns | {"response_b": '["one"]'}
+    rows = [
+        turns | flags,
+        broken | flags,
+        turns | flags | {"prompt": "hi"},
+        turns | flags | {"response_a": '[null, ""]'},
+    ]
+    kinds = ["prompt_mismatch", "wrong_shape", "wrong_type", "empty_field"]
+    assert [kind for _, kind in faults(one(tmp_path, rows))] == kinds
+    same = turns | {"prompt": '["hi"]', "response_a": '["a"]', "response_b": '["b"]'}
+    none = dict.fromkeys(flags, 0)
+    assert faults(one(tmp_path, [same | none])) == [("1", "bad_judgement")]
+
+
+def test_ratings_that_compare_nothing_are_named(tmp_path):
+    rate = {"prompt": "p", "response": "a", "helpfulness": 2}
+    rows = [rate, rate | {"response": "b"}, rate | {"prompt": "q"}, rate | {"prompt": "r", "helpfulness": "many"},
+            *(rate | {"prompt": "r", "response": c, "helpfulness": n} for c, n in (("c", "1"), ("d", 2)))]  # fmt: skip
+    conversion = one(tmp_path, rows)
+    assert rows_of(conversion) == [ranking("r", ("c", 1), ("d", 0))]
+    kinds = [("1", "all_ties"), ("2", "all_ties"), ("3", "too_few_completions"), ("4", "bad_score")]
+    assert sorted(faults(conversion)) == kinds
+
+
+def test_messages_whose_tree_lies_elsewhere_are_named(tmp_path):
+    rows = [post("b", "so?", "prompter", parent_id="gone"), bot("c", 0, parent_id="b"), bot("d", 1, parent_id="b")]
+    rows = [
+        {name: value for name, value in row.items() if name != "replies"} | {"message_tree_id": "t"} for row in rows
+    ]
+    conversion = one(tmp_path, rows)
+    assert {kind for _, kind in faults(conversion)} == {"no_partner"} and len(conversion.problems) == 3
+
+
+def test_scores_that_contradict_a_pair_are_noted(tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [pair | {"score_chosen": 7.0, "score_rejected": 7.0}, pair | {"chosen_score": 1, "rejected_score": 3},
+            pair | {"chosen_score": 3, "rejected_score": 1}, pair]  # fmt: skip
+    assert [place for place, kind in notes(one(tmp_path, rows)) if kind == "scores_disagree"] == ["1", "2"]
+
+
+def test_parquet_values_that_json_has_not(tmp_path):
+    row = {"prompt": "p", "at": datetime.datetime(2026, 11, 28, 1), "cost": decimal.Decimal("1.5"), "image": b"x",
+           "more": [{"on": datetime.date(2026, 11, 28)}]}  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (conversion,) = read([str(tmp_path / "a.parquet")])
+    wanted = {"prompt": "p", "at": "2026-11-28T01:00:00", "cost": 1.5, "image": None, "more": [{"on": "2026-11-28"}]}
+    assert rows_of(conversion) == [wanted] and json.dumps(wanted)
+
+
+def test_an_unknown_format_names_the_fields_it_found(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"labels": [1, 0], "steps": ["x"]}])
+    with pytest.raises(UserError, match=r"no row is of a known format \(fields: labels, steps\): name one"):
+        read([path])
 
 
 @pytest.mark.parametrize("name", ["context", "history", "trajectory", "post", "conversation"])
@@ -609,7 +788,7 @@ def test_a_winner_of_0_or_1_alone_is_not_guessed_at(tmp_path):
 def test_a_prompt_and_its_response_are_a_demonstration(tmp_path):
     rows = [{"prompt": "p", "response": "r", "id": 3, "source": "x"}]
     assert rows_of(one(tmp_path, rows)) == [{"prompt": "p", "completion": "r", "id": 3, "source": "x"}]
-    for rating in ({"helpfulness": 2}, {"score": 0.5}, {"response_b": "s"}):
+    for rating in ({"quality": 2}, {"score": 0.5}, {"response_b": "s"}):
         assert faults(one(tmp_path, [{"prompt": "p", "response": "r", **rating}])) == [("1", "unread_answers")]
 
 
@@ -875,7 +1054,7 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(UserError, match=message):
             read([str(tmp_path / name)])
     odd = lines(tmp_path / "odd.jsonl", [{"colour": "red"}])
-    with pytest.raises(UserError, match="no row is of a known format: name one with --format"):
+    with pytest.raises(UserError, match="no row is of a known format .fields: colour.: name one with --format"):
         read([odd])
     with pytest.raises(UserError, match="alpaca gives no ranking: choose --to from"):
         read([lines(tmp_path / "b.jsonl", [{"instruction": "i", "output": "o"}])], to="ranking")

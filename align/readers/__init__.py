@@ -11,188 +11,25 @@ import dataclasses
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.data import NOTES, answer_columns, parse_row
 from align.errors import UserError
-from align.readers import annotation, benchmarks, chat, pairwise, passages, ranked
-from align.readers.base import Converted, Note, Options, Output, Reader, Record, as_json
+from align.readers import chat
+from align.readers.base import Converted, Note, Options, Output, Reader, Record, as_json, columns
 from align.readers.files import read_records, suffix
+from align.readers.formats import FORMATS, detect_format, our_kind
 from align.rows import Problem, count_kinds
 from align.splits import prompt_key
 from align.types import Demonstration, Ranking, contents
 
 SAMPLE = 100  # rows that decide a file's format
+SHOWN_FIELDS, LONGEST_NAME = 12, 40
 KINDS = ("demonstration", "ranking", "prompt", "text")
-# field -> kind; the first that a row has decides
-OURS = dict.fromkeys(("completions", "chosen", "rejected"), "ranking")
-OURS |= dict.fromkeys(("messages", "completion"), "demonstration") | {"prompt": "prompt", "text": "text"}
 NAMES_A_MODEL = re.compile(r"language model|OpenAI|ChatGPT|语言模型", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How to know a public format's rows, and the readers by the kind of row they give; the first is the usual one."""
-
-    matches: Callable[[Any], bool]
-    readers: Mapping[str, Reader]
-    partner: str | None = None  # a format whose files this one joins to its own
-    foreign: bool = True  # the stages cannot read its rows as they are
-
-
-def _has(*names: str) -> Callable[[Any], bool]:
-    return lambda row: isinstance(row, Mapping) and all(row.get(name) is not None for name in names)
-
-
-def _texts(row: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether one of the fields is a list of texts."""
-    lists = [row[name] for name in names if isinstance(row.get(name), (list, tuple))]
-    return any(one and all(isinstance(text, str) for text in one) for one in lists)
-
-
-def _is_hh(row: Any) -> bool:
-    """Dialogues whole, or (rm-static) the answers alone beside the dialogue as `prompt`."""
-    texts = [str(row.get(name) or "").lstrip() for name in ("chosen", "prompt")] if isinstance(row, Mapping) else []
-    return _has("chosen", "rejected")(row) and any(text.startswith("Human:") for text in texts)
-
-
-def _is_scored(row: Any) -> bool:
-    if not isinstance(row, Mapping):
-        return False
-    answers = row.get("completions") or row.get("responses")
-    if not isinstance(answers, list) or not answers:
-        return False
-    objects = all(isinstance(one, Mapping) and "rank" not in one for one in answers)
-    beside = any(isinstance(row.get(name), list) for name in ranked.SCORE_LISTS)
-    return beside or (objects and any(name in answers[0] for name in ranked.SCORES))
-
-
-def _is_ranked_list(row: Any) -> bool:
-    asked = isinstance(row, Mapping) and any(name in row for name in ("instruction", "prompt", "question"))
-    return asked and _texts(row, ranked.BEST_FIRST)
-
-
-def _is_nectar(row: Any) -> bool:
-    answers = row.get("answers") if _has("prompt", "answers")(row) else None
-    return isinstance(answers, list) and bool(answers) and all(_has("answer", "rank")(one) for one in answers)
-
-
-def _is_argilla(row: Any) -> bool:
-    if not isinstance(row, Mapping) or _has("fields", "responses")(row):
-        return isinstance(row, Mapping)
-    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
-    return any(name.endswith(".responses") for name in row) or any("user_id" in one[0] for one in lists)
-
-
-def _is_squad(row: Any) -> bool:
-    articles = row.get("data") if isinstance(row, Mapping) and isinstance(row.get("data"), list) else [row]
-    return bool(articles) and _has("paragraphs")(articles[0])
-
-
-def _is_answers(row: Any) -> bool:
-    """SafetyBench's answers: one object of ids."""
-    return isinstance(row, Mapping) and bool(row) and all(_has("answer", "category")(one) for one in row.values())
-
-
-def _is_unpaired(row: Any) -> bool:
-    return _has("prompt", "completion", "label")(row) and isinstance(row["label"], bool)
-
-
-def _is_answered(row: Any) -> bool:
-    """A prompt and a `response`, with no other answer, and no number that may rate it."""
-    if not _has("prompt", "response")(row) or not all(isinstance(row[name], str) for name in ("prompt", "response")):
-        return False
-    rated = any(isinstance(value, (int, float)) for name, value in row.items() if "id" not in str(name).lower())
-    named = any(row.get(name) is not None for name in OURS if name != "prompt")
-    return not rated and not named and answer_columns(row) == ["response"]
-
-
-def _prompts(reader: Reader, matches: Callable[[Any], bool]) -> Format:
-    return Format(matches, {"prompt": reader})
-
-
-# From the most particular to the most general: the first that matches is taken.
-FORMATS: dict[str, Format] = {
-    "oasst": Format(
-        _has("message_tree_id"),
-        {
-            "ranking": ranked.oasst_groups,
-            "demonstration": ranked.oasst_demonstrations,
-            "prompt": ranked.oasst_prompts,
-        },
-    ),
-    "qa_feedback": Format(
-        _has("question", "prediction 1", "preference"),
-        {"ranking": pairwise.qa_pairs, "demonstration": pairwise.qa_demonstrations},
-    ),
-    "pandalm": Format(_has("instruction", "response1", "response2", "annotator1"), {"ranking": pairwise.pandalm_pairs}),
-    "safe_rlhf": Format(_has("response_0", "response_1", "better_response_id"), {"ranking": pairwise.safe_rlhf_pairs}),
-    "helpsteer": Format(
-        lambda row: (
-            _has("response_1", "response_2", "preference_strength")(row)
-            or _has("response1", "response2", "overall_preference")(row)
-        ),
-        {"ranking": pairwise.helpsteer_pairs},
-    ),
-    "summarize_from_feedback": Format(_has("info", "summaries", "choice"), {"ranking": pairwise.summary_pairs}),
-    "nectar": Format(_is_nectar, {"ranking": ranked.nectar_rankings}),
-    "pairwise": Format(
-        lambda row: _has("winner")(row) and any(name in row for name in pairwise.ANSWERS),
-        {"ranking": pairwise.ab_pairs},
-    ),
-    "squality_reviews": Format(
-        _has("passage-id", "questions"), {"ranking": ranked.squality_reviews}, partner="squality"
-    ),
-    "squality": Format(
-        _has("document", "questions"),
-        {"demonstration": passages.squality_demonstrations, "text": passages.squality_texts},
-    ),
-    "squad": Format(_is_squad, {"text": passages.squad_texts, "demonstration": passages.squad_demonstrations}),
-    "self_instruct": Format(_has("instruction", "instances"), {"demonstration": chat.self_instruct}),
-    "label_studio": Format(
-        lambda row: _has("data", "annotations")(row) or _has("annotation_id")(row), {"ranking": annotation.label_studio}
-    ),
-    "argilla": Format(_is_argilla, {"ranking": annotation.argilla}),
-    "sharegpt_pairs": Format(_has("conversations", "chosen", "rejected"), {"ranking": chat.sharegpt_pairs}),
-    "sharegpt": Format(_has("conversations"), {"demonstration": chat.sharegpt_rows}),
-    "scores": Format(_is_scored, {"ranking": ranked.scored_rows}),
-    "unpaired": Format(
-        _is_unpaired,
-        {"ranking": chat.unpaired_rankings, "demonstration": chat.unpaired_demonstrations},
-        foreign=False,
-    ),
-    "hh": Format(_is_hh, {"ranking": chat.hh_rows}, foreign=False),
-    "ranked_list": Format(_is_ranked_list, {"ranking": ranked.ranked_lists}),
-    "alpaca": Format(
-        lambda row: _has("instruction", "output")(row) or _has("instruction", "response")(row),
-        {"demonstration": chat.alpaca_rows},
-    ),
-    "response": Format(_is_answered, {"demonstration": chat.answered_rows}),
-    "mt_bench": _prompts(benchmarks.turns, _has("question_id", "turns")),
-    "truthfulqa": _prompts(benchmarks.truthfulqa, _has("Best Answer", "Correct Answers")),
-    "truthfulqa_mc": _prompts(benchmarks.truthfulqa_mc, _has("question", "mc1_targets")),
-    "halluqa": _prompts(benchmarks.halluqa, _has("Question", "Best Answer1")),
-    "halluqa_mc": _prompts(benchmarks.halluqa_mc, _has("question_id", "question", "answer")),
-    "gsm8k": _prompts(benchmarks.gsm8k, lambda row: _has("question", "answer")(row) and "####" in str(row["answer"])),
-    "bbq": _prompts(benchmarks.bbq, _has("context", "question", "ans0", "ans1", "ans2")),
-    "crows_pairs": _prompts(benchmarks.crows_pairs, _has("sent_more", "sent_less")),
-    "winogender": _prompts(benchmarks.sentence, _has("sentence")),
-    "winogender_statistics": _prompts(benchmarks.no_text, _has("occupation", "bls_pct_female")),
-    "cold": _prompts(benchmarks.cold, _has("TEXT", "fine-grained-label")),
-    "safetybench": Format(
-        _has("id", "options", "question"), {"prompt": benchmarks.safetybench}, partner="safetybench_answers"
-    ),
-    "safetybench_answers": _prompts(benchmarks.safetybench, _is_answers),
-    "xstest": Format(_has("prompt", "focus", "type"), {"prompt": benchmarks.asked}, foreign=False),
-    "humaneval": Format(_has("prompt", "canonical_solution"), {"prompt": benchmarks.asked}, foreign=False),
-    "ifeval": Format(_has("prompt", "instruction_id_list"), {"prompt": benchmarks.asked}, foreign=False),
-    "trl": Format(lambda row: our_kind([row]) is not None, {}, foreign=False),
-    "strings": _prompts(chat.strings, lambda row: isinstance(row, str)),
-    "prose": Format(lambda row: False, {"text": passages.prose}),  # known by .txt
-}
 
 
 @dataclass
@@ -225,26 +62,6 @@ class Conversion:
         return text + "".join(f"; {count} {kind}" for kind, count in notes.most_common())
 
 
-def detect_format(rows: Iterable[Any]) -> str | None:
-    """The format that most of `rows` have; None when none has any."""
-    found: Counter[str] = Counter()
-    for row in rows:
-        if _has("prompt", "eval_only")(row):  # a benchmark that was converted before, its columns kept
-            found["trl"] += 1
-            continue
-        found.update([name for name, one in FORMATS.items() if one.matches(row)][:1])
-    return found.most_common(1)[0][0] if found else None
-
-
-def our_kind(rows: Iterable[Any]) -> str | None:
-    """The kind of rows in our own (TRL's) format."""
-    found: Counter[str] = Counter()
-    for row in rows:
-        if isinstance(row, Mapping):
-            found.update([kind for name, kind in OURS.items() if row.get(name) is not None][:1])
-    return found.most_common(1)[0][0] if found else None
-
-
 def read(
     paths: list[str], format: str | None = None, to: str | None = None, options: Options | None = None
 ) -> list[Conversion]:
@@ -261,7 +78,7 @@ def read(
         head = list(itertools.islice(records, SAMPLE))
         name = format or ("prose" if suffix(path) == ".txt" else detect_format(row for _, row in head))
         if name is None:
-            what = "no row is of a known format" if head else "has no rows"
+            what = f"no row is of a known format{_fields(head)}" if head else "has no rows"
             raise UserError(f"{path}: {what}: name one with --format, see docs/formats.md")
         sources[name].append((path, itertools.chain(head, records)))
         heads[name] += [row for _, row in head]
@@ -270,6 +87,12 @@ def read(
         if partner in sources and (to is None or to in FORMATS[name].readers):
             sources[name] += sources.pop(partner)
     return [_convert(name, source, heads[name], to, options or Options()) for name, source in sources.items()]
+
+
+def _fields(head: list[tuple[str, Any]]) -> str:
+    row = next((row for _, row in head if isinstance(row, Mapping)), {})
+    names = [name for name in map(str, row) if len(name) <= LONGEST_NAME]
+    return f" (fields: {', '.join(names[:SHOWN_FIELDS])})" if names else ""
 
 
 Source = list[tuple[str, Iterator[tuple[str, Any]]]]  # of each file its path and rows; a row may be a Problem
@@ -348,7 +171,7 @@ def prompts_of(kind: str, reader: Reader) -> Reader:
             place = seen.setdefault(prompt_key(record.prompt), output.places[0])
             if place == output.places[0]:
                 unread = answer_columns(record.columns)  # prompts were asked for: answers stay behind
-                rest = {name: value for name, value in record.columns.items() if name not in unread}
+                rest = columns(record.columns, *unread)  # beside `messages` a prompt is their first question alone
                 yield Converted({"prompt": as_json(record.prompt), **rest}, output.places, output.partners)
             else:
                 again = Problem(place, "repeated_prompt", f"its prompt is also at {place}", "it is taken once")

@@ -18,6 +18,7 @@ Notes = list[tuple[str, str]]  # kind, what
 Row = dict[str, Any]
 
 DOCUMENT_CHARACTERS = 2000
+OWN = ("prompt", "completion", "completions", "chosen", "rejected", "messages")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,21 @@ def items(row: Mapping[str, Any], name: str, what: type = Mapping) -> list[Any]:
 
 
 def columns(row: Mapping[str, Any], *used: str) -> Row:
-    """The other columns, those without a value left out."""
-    return {key: value for key, value in row.items() if key not in used and value is not None and value != ""}
+    """The other columns: none without a value, and none under a name of ours, which would stand for what was read."""
+    taken = (*OWN, *used)
+    return {key: value for key, value in row.items() if key not in taken and value is not None and value != ""}
+
+
+def number(value: Any) -> int | float | None:
+    """A number, also one that a table wrote as text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        return None
+    return int(value) if value == int(value) else value
 
 
 def with_input(instruction: str, given: str) -> str:

@@ -5,7 +5,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from align.data import parse_demonstration, parse_preference, system_of
+from align.data import (
+    LABELS,
+    SYSTEMS,
+    earlier_turns,
+    label_of,
+    parse_demonstration,
+    parse_preference,
+    system_of,
+)
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -36,43 +44,53 @@ from align.types import Demonstration, Text
 TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's HH dialogues
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system", "tool": "tool", "observation": "tool"}
+TALKS = ("conversations", "conversation", "data")
+ANSWERED = (  # names of a question and its answer: Orca, MetaMath, Aya and xP3, Firefly
+    ("prompt", "response"), ("question", "response"), ("query", "response"), ("inputs", "targets"), ("input", "target"),
+    ("INSTRUCTION", "RESPONSE"),
+)  # fmt: skip
 SHAREGPT_ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
 
 
 def trl(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
-    """TRL's formats, standard and conversational. They are ours: only a pair's prompt is made explicit."""
+    """TRL's formats, standard and conversational. They are ours: only a pair's prompt, and earlier turns in a column
+    `history`, are made explicit."""
+    if earlier_turns(row) and isinstance(row.get("prompt"), str):
+        prompt = [*earlier(row), message("user", field(row, "prompt"))]
+        row = {name: value for name, value in row.items() if name != "history"} | {"prompt": prompt}
     if row.get("completions") is not None or (row.get("chosen") is None and row.get("rejected") is None):
         return dict(row)
     pair = parse_preference(row, Counter())
     chosen, rejected = map(as_json, pair.completions)
-    used = ("prompt", "chosen", "rejected", *(["system"] if system_of(row) else []))
+    used = SYSTEMS if system_of(row) else ()
     return {"prompt": as_json(pair.prompt), "chosen": chosen, "rejected": rejected, **columns(row, *used)}
 
 
 def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """TRL's unpaired preferences: of each prompt the completions labelled true share rank 0, the others rank 1."""
-    groups: dict[str, list[tuple[str, Mapping[str, Any], Demonstration]]] = {}
+    groups: dict[str, list[tuple[str, bool, Demonstration]]] = {}
     for place, row in records:
         try:
-            record = parse_demonstration({**row, "label": None}, Counter())
-            if not isinstance(row.get("label"), bool):
+            record = parse_demonstration({**row, **dict.fromkeys(LABELS)}, Counter())
+            label = label_of(row)
+            if label is None:
                 raise BadRow("wrong_type", "'label' is neither true nor false", "write true or false")
-            groups.setdefault(prompt_key(record.prompt), []).append((place, row, record))
+            groups.setdefault(prompt_key(record.prompt), []).append((place, label, record))
         except BadRow as bad:
             yield problem(place, bad)
         except SHAPE_ERRORS:
             yield problem(place, WRONG_SHAPE)
     for group in groups.values():
         places = tuple(place for place, _, _ in group)
-        if len({row["label"] for _, row, _ in group}) < 2:
+        if len({label for _, label, _ in group}) < 2:
             what, remedy = "its prompt has completions of one label only", "nothing is compared; use it for SFT"
             yield from (Problem(place, "one_label", what, remedy) for place in places)
             continue
         first, notes = group[0][2], []
-        ranked = [(_said(record.completion), float(not row["label"])) for _, row, record in group]
+        ranked = [(_said(record.completion), float(not label)) for _, label, record in group]
         try:
             converted = Converted(
-                ranking_row(as_json(first.prompt), ranked, notes, **columns(first.columns, "label")), places
+                ranking_row(as_json(first.prompt), ranked, notes, **columns(first.columns, *LABELS)), places
             )
         except BadRow as bad:
             yield from (problem(place, bad) for place in places)
@@ -87,38 +105,50 @@ def _said(completion: Text) -> str:
 
 
 def unpaired_demonstration(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
-    if row.get("label") is not True:
+    if not label_of(row):
         raise BadRow("labelled_bad", "is labelled as a bad answer", "use it in rankings")
-    return columns(row, "label")
+    return {"prompt": row["prompt"], "completion": row["completion"], **columns(row, *LABELS)}
 
 
 def alpaca(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     """Alpaca's instruction, input and output (Dolly: context, response); LLaMA-Factory's system and history."""
-    used = ("instruction", "input", "context", "output", "response", "history", "system")
+    used = ("instruction", "input", "context", "output", "response", "history", *SYSTEMS)
     completion = field(row, "output", "response")
     return {"prompt": alpaca_prompt(row), "completion": completion, **columns(row, *used)}
 
 
 def answered(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
-    """A prompt and its one `response`, as many sets of demonstrations name it."""
-    completion = field(row, "response")
-    return {
-        "prompt": waiting_prompt(row, "prompt", notes),
-        "completion": completion,
-        **columns(row, "prompt", "response"),
-    }
+    """A question and its one answer under one of the pairs of names in ANSWERED."""
+    asked, answer = answered_by(row)
+    prompt = waiting_prompt(row, asked, notes)
+    system = [message("system", system_of(row))] if system_of(row) else []
+    if system or earlier_turns(row):
+        turns = [message("user", prompt)] if isinstance(prompt, str) else prompt
+        prompt = [*system, *earlier(row), *turns]
+    used = (asked, answer, "history", *(SYSTEMS if system else ()))
+    return {"prompt": prompt, "completion": field(row, answer), **columns(row, *used)}
+
+
+def answered_by(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The names under which a row holds a question and its answer, both texts."""
+    return next((pair for pair in ANSWERED if all(isinstance(row.get(name), str) for name in pair)), None)
 
 
 def alpaca_prompt(row: Mapping[str, Any]) -> Any:
     asked = with_input(field(row, "instruction"), field(row, "input", "context", optional=True))
-    system = field(row, "system", optional=True)
-    messages = [message("system", system)] if system else []
+    system = [message("system", system_of(row))] if system_of(row) else []
+    return as_prompt([*system, *earlier(row), message("user", asked)])
+
+
+def earlier(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of a column `history`, a list of [question, answer]."""
+    messages = []
     for turn in row.get("history") or []:
         texts = isinstance(turn, (list, tuple)) and [t.strip() for t in turn if isinstance(t, str) and t.strip()]
         if not texts or len(texts) != 2:
             raise BadRow("bad_messages", "'history' is no list of [question, answer]", "write two texts a turn")
         messages += [message("user", texts[0]), message("assistant", texts[1])]
-    return as_prompt([*messages, message("user", asked)])
+    return messages
 
 
 def _instances(row: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
@@ -144,12 +174,24 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sharegpt_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    system = [message("system", field(row, "system"))] if row.get("system") else []
-    said = row["conversations"]
+    name = next((name for name in TALKS if row.get(name) is not None), TALKS[0])
+    said = row[name]
     if isinstance(said, (list, tuple)) and said and all(isinstance(text, str) for text in said):
-        # LIMA's texts, the user's first.
-        return system + [message(("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(said)]
-    return system + [_sharegpt_turn(turn) for turn in items(row, "conversations")]
+        # LIMA's and UltraChat's texts, the user's first.
+        turns = [message(("user", "assistant")[i % 2], text.strip()) for i, text in enumerate(said)]
+    elif all("input" in turn and "output" in turn for turn in items(row, name)):  # Capybara's
+        texts = [field(one, name) for one in said for name in ("input", "output")]
+        turns = [message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    else:
+        turns = [_sharegpt_turn(turn) for turn in said if not _says_nothing(turn)]
+    stated = system_of(row)
+    return turns if not stated or turns[:1] == [message("system", stated)] else [message("system", stated), *turns]
+
+
+def _says_nothing(turn: Mapping[str, Any]) -> bool:
+    """An empty system message, as ShareGPT's exports have them."""
+    said = turn.get("value") or turn.get("content")
+    return not said and str(turn.get("from", turn.get("role"))).lower() == "system"
 
 
 def sharegpt_pair(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
@@ -162,7 +204,7 @@ def sharegpt_pair(row: Mapping[str, Any], options: Options, notes: Notes) -> Row
             raise BadRow("bad_messages", f"{name!r} is not the assistant's", "give two answers")
         pair[name] = turn["content"]
     prompt = as_prompt(merge_turns(_sharegpt_turns(row), notes))
-    return {"prompt": prompt, **pair, **columns(row, "conversations", "system", "chosen", "rejected")}
+    return {"prompt": prompt, **pair, **columns(row, *TALKS, *SYSTEMS)}
 
 
 def sharegpt(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
@@ -177,7 +219,7 @@ def sharegpt(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
         raise BadRow("bad_messages", "holds no question with an answer", "take the row out")
     if last < len(turns) - 1:
         notes.append(("cut_turns", "what follows the assistant's last answer was cut"))
-    return {"messages": merge_turns(turns[: last + 1], notes), **columns(row, "conversations", "system")}
+    return {"messages": merge_turns(turns[: last + 1], notes), **columns(row, *TALKS, *SYSTEMS)}
 
 
 def hh(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:

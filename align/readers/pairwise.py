@@ -26,18 +26,20 @@ from align.readers.base import (
     field,
     items,
     message,
+    number,
     problem,
     ranking_row,
     with_context,
     with_input,
 )
+from align.readers.chat import waiting_prompt
 from align.readers.judgements import BETTER, TIE, WORSE, Joined, Judgement, Refused, join
 from align.rows import BadRow, Problem
 from align.splits import prompt_key
 
-VERDICTS = {1: BETTER, 2: WORSE, 0: TIE}
-FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left", "A")
-SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right", "B")
+VERDICTS = {1: BETTER, 2: WORSE, 0: TIE, "1": BETTER, "2": WORSE, "0": TIE}  # tables write texts
+FIRST = ("a", "model_a", "response_a", "1", "response1", "first", "left")
+SECOND = ("b", "model_b", "response_b", "2", "response2", "second", "right")
 ASKED = ("prompt", "question", "instruction")
 ANSWERS = ("response_a", "answer_a", "response1")
 OTHERS = ("response_b", "answer_b", "response2")
@@ -49,7 +51,7 @@ STRENGTHS = ("preference_strength", "overall_preference")
 STRONGEST = 3  # of a strength, either way
 STEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # HelpSteer2's dialogues, which begin with the user
 WINNERS = dict.fromkeys(FIRST, BETTER) | dict.fromkeys(SECOND, WORSE)
-WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both", "0", "equal"), TIE)
+WINNERS |= dict.fromkeys(("tie", "tie_(bothbad)", "both", "0", "equal"), TIE)
 SAME_ANSWERS = ("duplicate_completions", "both answers are the same", "nothing is compared")
 REASONS = {
     "contradiction": ("the annotator judged this pair twice and differently", "keep one of the judgements"),
@@ -101,7 +103,7 @@ def pandalm_pairs(records: Iterable[Record], options: Options) -> Iterator[Outpu
         said = {name: value for name, value in row.items() if name.startswith("annotator")}
         return prompt, field(row, "response1"), field(row, "response2"), said, {}
 
-    yield from _table(records, read, VERDICTS)
+    yield from table(records, read, VERDICTS)
 
 
 def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
@@ -110,42 +112,49 @@ def ab_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     1 and 2 are the first and the second, 0 a tie; where all are 0 or 1, which answer is 0 cannot be told.
     """
     records = list(records)
-    said = {str(row.get("winner")) for _, row in records if isinstance(row, Mapping)}
+    said = {_winner(row) for _, row in records if isinstance(row, Mapping)}
     winners = WINNERS if said - {"0", "1"} else {}
 
     def read(row: Mapping[str, Any]) -> Judged:
-        prompt = field(row, *ASKED)
+        name = next((name for name in ASKED if row.get(name) is not None), ASKED[0])
+        prompt = with_input(field(row, name), field(row, "input", optional=True))
+        if prompt.startswith("Human:"):
+            prompt = waiting_prompt(row, name, [])
         one, other = field(row, *ANSWERS), field(row, *OTHERS)
-        about = columns(row, *ASKED, *ANSWERS, *OTHERS, *LABELERS, "winner")
-        return prompt, one, other, {_labeler(row): str(row.get("winner"))}, about
+        about = columns(row, *ASKED, *ANSWERS, *OTHERS, *LABELERS, "winner", "input")
+        return prompt, one, other, {labeler_of(row): _winner(row)}, about
 
-    yield from _table(records, read, winners)
+    yield from table(records, read, winners)
+
+
+def _winner(row: Mapping[str, Any]) -> str:
+    return str(row.get("winner")).strip().lower().replace(" ", "_")
 
 
 def safe_rlhf_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """PKU-SafeRLHF: two answers and the number of the better (more helpful) one; which is safer is not used."""
 
     def read(row: Mapping[str, Any]) -> Judged:
-        said = {_labeler(row): row.get("better_response_id")}
-        return field(row, "prompt"), field(row, "response_0"), field(row, "response_1"), said, _of_both(row, "prompt")
+        said = {labeler_of(row): row.get("better_response_id")}
+        return field(row, "prompt"), field(row, "response_0"), field(row, "response_1"), said, of_both(row, "prompt")
 
-    yield from _table(records, read, CHOICES)
+    yield from table(records, read, CHOICES)
 
 
 def helpsteer_pairs(records: Iterable[Record], options: Options) -> Iterator[Output]:
     """HelpSteer2's and HelpSteer3's preferences: -3 (the first is much better) to 3; 0 is a tie."""
 
     def read(row: Mapping[str, Any]) -> Judged:
-        strength = next((row[name] for name in STRENGTHS if row.get(name) is not None), None)
-        known = isinstance(strength, (int, float)) and not isinstance(strength, bool) and abs(strength) <= STRONGEST
-        said = {_labeler(row): (strength > 0) - (strength < 0) if known else None}
+        strength = number(next((row[name] for name in STRENGTHS if row.get(name) is not None), None))
+        known = strength is not None and abs(strength) <= STRONGEST
+        said = {labeler_of(row): (strength > 0) - (strength < 0) if known else None}
         one, other = field(row, "response_1", "response1"), field(row, "response_2", "response2")
-        return _helpsteer_prompt(row), one, other, said, _of_both(row, "prompt", "context")
+        return helpsteer_prompt(row), one, other, said, of_both(row, "prompt", "context")
 
-    yield from _table(records, read, SIGNS)
+    yield from table(records, read, SIGNS)
 
 
-def _helpsteer_prompt(row: Mapping[str, Any]) -> Any:
+def helpsteer_prompt(row: Mapping[str, Any]) -> Any:
     """HelpSteer3's messages; HelpSteer2's text, whose later turns stand behind marks."""
     if row.get("context") is not None:
         return as_prompt([message(field(turn, "role"), field(turn, "content")) for turn in items(row, "context")])
@@ -155,13 +164,13 @@ def _helpsteer_prompt(row: Mapping[str, Any]) -> Any:
     return as_prompt(turns)
 
 
-def _of_both(row: Mapping[str, Any], *used: str) -> Row:
+def of_both(row: Mapping[str, Any], *used: str) -> Row:
     """The columns that are not about one of the two answers: these mean nothing once the answers are ranked."""
     rest = columns(row, *used, *LABELERS)
     return {name: value for name, value in rest.items() if "response" not in name and "preference" not in name}
 
 
-def _labeler(row: Mapping[str, Any]) -> str:
+def labeler_of(row: Mapping[str, Any]) -> str:
     return next((str(row[name]) for name in LABELERS if row.get(name) is not None), "")
 
 
@@ -176,7 +185,7 @@ def summary_pairs(records: Iterable[Record], options: Options) -> Iterator[Outpu
         about = columns({"id": row["info"].get("id"), "split": row.get("split")})
         return _summary_prompt(row["info"]), *texts, said, about
 
-    yield from _table(records, read, CHOICES)
+    yield from table(records, read, CHOICES)
 
 
 def _summary_prompt(info: Mapping[str, Any]) -> str:
@@ -189,7 +198,7 @@ def _summary_prompt(info: Mapping[str, Any]) -> str:
     return "\n\n".join([*(lead + text for lead, text in texts if text), "TL;DR:"])
 
 
-def _table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) -> Iterator[Output]:
+def table(records: Iterable[Record], read: Any, verdicts: Mapping[Any, int]) -> Iterator[Output]:
     """One row a pair -> the judgements of each (prompt, labeler), joined, and the columns that all of them share."""
     groups: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
     shared: dict[tuple[str, str], Row] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from align.data import SYSTEMS, system_of
 from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
@@ -35,7 +36,9 @@ from align.rows import BadRow, Problem
 LISTS = ("output", "ranked_responses", "responses", "completions")
 BEST_FIRST = LISTS[:2]  # the others may be in any order, unless --format ranked_list says so
 SCORE_LISTS = ("scores", "rewards", "ratings", "reward_scores", "overall_scores")  # beside a list of texts
-SCORES = ("score", "overall_score", "rating", "fine-grained_score")
+SCORES = ("score", "overall_score", "rating", "fine-grained_score", "pm_score")
+SCORED = ("completions", "responses", "answers", "generations")
+SCORED_PROMPTS = ("prompt", "instruction", "question", "input")
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -51,7 +54,7 @@ def ranked_list(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
         )
     answers = items(row, name, str)
     prompt = alpaca_prompt({**row, "instruction": field(row, "instruction", "prompt", "question")})
-    rest = columns(row, name, "prompt", "question", "instruction", "input", "context", "history", "system")
+    rest = columns(row, name, "question", "instruction", "input", "context", "history", *SYSTEMS)
     return ranking_row(prompt, [(text, float(i)) for i, text in enumerate(answers)], notes, **rest)
 
 
@@ -61,21 +64,24 @@ def scored(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:
     `completions` holds objects with a text and a score (UltraFeedback's names too), or `responses` texts beside a list
     of numbers, `scores` or `rewards`.
     """
-    prompt = field(row, "prompt", "instruction", "question")
+    asked = next((n for n in SCORED_PROMPTS if row.get(n) is not None), SCORED_PROMPTS[0])
+    prompt = waiting_prompt(row, asked, notes)
     beside = next((n for n in SCORE_LISTS if isinstance(row.get(n), (list, tuple))), None)
     if beside:
-        name = "responses" if "responses" in row else "completions"
+        name = next((n for n in ("responses", "generations") if row.get(n)), "completions")
         texts, scores = items(row, name, str), list(row[beside])
     else:
-        name = "completions" if "completions" in row else "responses"
+        name = next((n for n in SCORED if row.get(n)), "completions")
         found = items(row, name)
         texts = [field(one, "completion", "response", "text") for one in found]
         scores = [next((one[n] for n in SCORES if one.get(n) is not None), None) for one in found]
     if len(scores) != len(texts) or not all(_is_number(score) for score in scores):
         raise BadRow("bad_score", "a score is missing or no number", "give each answer a number")
+    if isinstance(prompt, str) and asked != "input":
+        prompt = alpaca_prompt({"instruction": prompt, "input": row.get("input"), "system": system_of(row)})
     levels = sorted(set(scores), reverse=True)
     ranked = [(text, float(levels.index(score))) for text, score in zip(texts, scores, strict=True)]
-    rest = columns(row, name, "prompt", "instruction", "question", *SCORE_LISTS, "completions", "responses")
+    rest = columns(row, *SCORED_PROMPTS, *SCORE_LISTS, *SCORED, *SYSTEMS)
     return ranking_row(prompt, ranked, notes, **rest)
 
 
@@ -250,7 +256,10 @@ def _messages_too(read: Reader) -> Reader:
                 messages.append((place, row))
             else:
                 yield from read([(place, row)], options)
-        for place, tree, others in _assembled(messages):
+        trees, orphans = _assembled(messages)
+        for place in orphans:
+            yield Problem(place, "no_partner", "what it answers is in no file given", "give all files of the data set")
+        for place, tree, others in trees:
             outputs = list(read([(place, tree)], options))
             used = next((i for i, one in enumerate(outputs) if isinstance(one, Converted)), None)
             if used is None:
@@ -263,10 +272,11 @@ def _messages_too(read: Reader) -> Reader:
     return flat_or_whole
 
 
-def _assembled(messages: list[Record]) -> Iterator[tuple[str, Row, list[str]]]:
-    """Of each tree its root's place, the tree, and the places of its other messages."""
+def _assembled(messages: list[Record]) -> tuple[list[tuple[str, Row, list[str]]], list[str]]:
+    """Of each tree its root's place, the tree, and the places of its other messages; the places of messages whose tree
+    is not there."""
     nodes = {str(row.get("message_id")): {**row, "replies": [], "place": place} for place, row in messages}
-    roots = []
+    roots, trees, orphans = [], [], []
     for node in nodes.values():
         parent = nodes.get(str(node["parent_id"])) if node["parent_id"] is not None else None
         (roots if parent is None else parent["replies"]).append(node)
@@ -276,7 +286,11 @@ def _assembled(messages: list[Record]) -> Iterator[tuple[str, Row, list[str]]]:
             node = left.pop()
             others.append(node["place"])
             left += node["replies"]
-        yield root["place"], {"prompt": root}, others
+        if root["parent_id"] is None:
+            trees.append((root["place"], {"prompt": root}, others))
+        else:
+            orphans += [root["place"], *others]
+    return trees, orphans
 
 
 ranked_lists, scored_rows, nectar_rankings = each(ranked_list), each(scored), each(nectar)
