@@ -12,9 +12,9 @@ from typing import Any
 from align.data import read_prompt
 from align.errors import UserError
 from align.files import sha256_file, write_json, write_jsonl
-from align.readers import KINDS, Conversion, read, stem
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
 from align.readers.formats import FORMATS
+from align.readers.reading import KINDS, Conversion, read, stem
 from align.splits import split_of
 
 SHOWN = 20  # dropped rows printed a data set; the report has all

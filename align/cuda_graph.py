@@ -14,7 +14,8 @@ class CudaGraphStep:
 
     On a GPU the first call runs it, the second records it as a CUDA graph, and from then on the recording is replayed,
     until `forget` says that tensors have moved. A step that waits for the GPU (experts chosen on the host, say) cannot
-    be recorded: it is called as it is, what it did before it waited once more. So is every step elsewhere.
+    be recorded: it runs as it is from then on, and once repeats what it had done before it waited. On other devices
+    every step runs as it is.
 
     A recording waits for the GPU and gives back the memory that torch keeps unused.
     """

@@ -8,6 +8,7 @@ place, prompts are read without padding, logits exist only where a token is draw
 `generate`: the reference, and the engine of models that read no packs.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from align.cuda_graph import CudaGraphStep
 from align.maths.logprobs import draw
 from align.models import Decoder, Policy, eval_mode
 from align.packing import Pack, pack_rows, token_batches
+from align.track import announce
 from align.types import Episode
 
 PREFILL_TOKENS = 8192  # of queries read in one forward pass
 WIDTH_STEP = 32  # positions that the cache grows by
 GPU_WIDTH_STEP = 256  # there each growth means another recording
-IDLE_SLOTS = 1 / 8  # of all slots may wait before they are filled or dropped, so that queries are read several at once
+IDLE_SLOTS = 1 / 8  # of all slots: so many wait to be filled or dropped, so that several queries are read in one pass
 GPU_IDLE_SLOTS = 1 / 2  # of all slots may idle at the end where steps are replayed: few rows take a step as long
 
 
@@ -48,8 +50,15 @@ def uniform_numbers(num: int, max_new_tokens: int, seed: int, *stream: int) -> T
 def make_sampler(
     policy: Policy, eos_id: int, pad_id: int, batch_size: int, progress: str | None = None
 ) -> "TorchSampler | GenerateSampler":
-    """The fast engine where the model can be read by it, else the reference."""
+    """The fast engine where the model can be read by it, else the reference, which is said."""
+    if not policy.packed:
+        say_reference_engine()
     return (TorchSampler if policy.packed else GenerateSampler)(policy, eos_id, pad_id, batch_size, progress)
+
+
+@functools.cache
+def say_reference_engine() -> None:
+    announce("sampling by transformers' generate, the slower engine: the model reads padded rows (attn_implementation)")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedMod
 
 def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_iterations: int) -> None:
     """Policy: warm-up over the first iterations, then constant; value: constant (App. C.4). Or both decay linearly. The
-    policy's begins behind the iterations in which the value model learns alone."""
+    policy's warm-up starts after the iterations in which the value model learns alone."""
     decay = linear_decay(iteration, num_iterations) if config.lr_decay == "linear" else 1.0
     learned = iteration - config.value_warmup_iterations
     warm = warmup_factor(learned, config.warmup_iterations) if learned >= 0 else 0.0

@@ -56,8 +56,8 @@ def save_chosen(checkpoint: Path, folder: Path) -> None:
 
 
 def refuse_adapter(path: str, remedy: str = "merge it into its base first, or set use_peft: false") -> None:
-    """Raises UserError where a folder holds an adapter alone, and another is to lie on it: saved, the second names the
-    first one's base, and the first would be lost."""
+    """Refuses to train a second adapter on an adapter: saved, it would name the first one's base, and the first would
+    be lost."""
     if (Path(path) / "adapter_config.json").exists():
         raise UserError(f"model_name_or_path: {path} is an adapter; {remedy}")
 
@@ -156,8 +156,8 @@ class PackedModel(nn.Module):
         """Gives the function that casts a weight to autocast's type, each once, and turns autocast off meanwhile.
 
         Cast whole, a model computes in that type from the embedding to the head; autocast alone keeps the residual
-        stream and the norms in float32, which on a CPU costs a quarter of the time. Weights and gradients stay float32.
-        Without autocast weights are taken as they are.
+        stream and the norms in float32, which on a CPU costs a quarter of the time. Weights that are trained,
+        and gradients, stay float32. Without autocast weights are taken as they are.
         """
         device = next(self.parameters()).device.type
         if not torch.is_autocast_enabled(device):

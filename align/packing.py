@@ -100,7 +100,7 @@ class Sequences:
 
     @staticmethod
     def of(rows: Sequence[Row], tokens: int, device: torch.device) -> "Sequences":
-        """What a group pads belongs to the row before it, whose own tokens do not see it."""
+        """Padding inside a group counts as part of the row before it; that row's own tokens never attend to it."""
         prefixes = {row.prefix_start: Row(0, 0, row.prefix_start, row.prefix_length) for row in rows}
         parts = sorted([*rows, *(prefix for prefix in prefixes.values() if prefix.length)], key=lambda part: part.start)
         ends = [*(part.start for part in parts), tokens]
@@ -310,7 +310,7 @@ def set_packed(model: PreTrainedModel) -> bool:
     if getattr(model, "_supports_attention_backend", False) and attends_fully(model.config.get_text_config()):
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED)
-        settings = {name: value for name, value in model.base_model.config.to_dict().items() if name != "dtype"}
+        settings = {k: v for k, v in model.base_model.config.to_dict().items() if k not in NOT_ATTENTION}
         kind = type(model.base_model), json.dumps(settings, sort_keys=True, default=str)
         if kind not in _reads_packs and model.device.type != "meta":
             _reads_packs[kind] = reads_packs(model.base_model)
@@ -321,6 +321,8 @@ def set_packed(model: PreTrainedModel) -> bool:
     return False
 
 
+# Of a config, what says nothing of how its body attends: one body as policy, value and reward model is probed once.
+NOT_ATTENTION = ("dtype", "_name_or_path", "architectures", "id2label", "label2id", "num_labels", "pad_token_id")
 _reads_packs: dict[tuple[type, str], bool] = {}  # the probe takes a float32 copy of the weights
 
 

@@ -24,10 +24,10 @@ from align.errors import UserError
 from align.files import atomic_folder, write_json, write_jsonl
 from align.filters import Cap, Repeats, column, has_personal_data
 from align.parse import parse
-from align.readers import KINDS, Conversion, read
 from align.readers.base import DOCUMENT_CHARACTERS, Options, Row
 from align.readers.files import read_records
 from align.readers.formats import FORMATS
+from align.readers.reading import KINDS, Conversion, read
 from align.rows import Problem
 from align.splits import check_splits, opening_key, prompt_key, split_of
 from align.types import Demonstration, Ranking, contents

@@ -22,6 +22,8 @@ from align.types import Demonstration, Ranking
 SCORED_AGAIN = 1000  # demonstrations, by the normalised model
 Even = Callable[[list[list[int]]], list[list[int]]]  # `Runtime.as_many`
 
+SCORED_TOKENS = 65536  # a forward pass without gradients, however many rankings are allowed in it
+
 
 @dataclass(frozen=True)
 class RankedTokens:
@@ -93,7 +95,7 @@ def ranking_batches(
 ) -> Iterator[tuple[list[int], dict[str, Pack | Tensor]]]:
     """Collated batches of rankings of like length, each with the numbers of its elements."""
     collate = RankingCollator(pad_id)
-    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size):
+    for picked in token_batches([element["ranking"].tokens for element in elements], batch_size, SCORED_TOKENS):
         batch = collate([elements[i] for i in picked])
         yield picked, {name: value.to(device) for name, value in batch.items()}
 
@@ -171,7 +173,7 @@ def score_demonstrations(
     queries = codec.prompts([d.prompt for d in mine])
     responses = codec.responses([d.completion for d in mine])
     rows = [query + response for query, response in zip(queries, responses, strict=True)]
-    return gather_list(score_rows(model, rows, codec.pad_id, batch_size))
+    return gather_list(score_rows(model, rows, codec.pad_id, batch_size, SCORED_TOKENS))
 
 
 def normalise_on(

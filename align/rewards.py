@@ -101,8 +101,8 @@ class TextReward(ScalarReward):
 
 
 class PairReward:
-    """A reward model that is no causal language model (DeBERTa, RoBERTa): its head reads prompt and response as a pair
-    of texts, and a response that did not end like one that did. Pairs over `context` tokens are cut on the left."""
+    """A reward model that is no causal language model (DeBERTa, RoBERTa): its head reads the prompt and the response as
+    a text pair; a truncated response is scored as if it had ended. Pairs over `context` tokens are cut on the left."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_codec: Codec, context: int | None,
@@ -148,7 +148,8 @@ def plain_text(text: Text) -> str:
 
 
 class FunctionReward:
-    """A Python function with TRL's signature: fn(prompts=, completions=, **columns) -> list of numbers, async or not.
+    """A Python function as TRL calls one: fn(prompts=, completions=, **columns) -> list of numbers, async or not.
+    Completions are texts, also where prompts are conversations.
 
     One that raises, returns the wrong number of scores or one that is not finite, or takes over `timeout` seconds is
     called again, `retries` times at most; each failure is told on stderr and noted. `key` names it in errors.
@@ -180,6 +181,8 @@ class FunctionReward:
             words = "main thread", "threaded", "in thread 'reward function'"  # signal's, math-verify's, asyncio's
             in_thread = self.timeout is not None and any(word in str(error) for word in words)
             remedy = "it needs the main thread: set reward_timeout: null" if in_thread else "mend the function"
+            if "string indices must be integers" in str(error):  # c[0]["content"], as TRL hands conversations over
+                remedy = "completions are texts here, also where prompts are conversations (docs/rewards.md)"
             raise UserError(f"{what}{tries}; {remedy}") from error
         print(f"warning: {what}; failure {failures}, called again", file=sys.stderr)
         time.sleep(RETRY_WAIT * 2 ** (failures - 1))
@@ -199,9 +202,17 @@ def awaited(returned: Any) -> Any:
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
+    loop, on_this_device = asyncio.new_event_loop(), device_of_this_thread()
+    loop.call_soon(on_this_device)
     threading.Thread(target=loop.run_forever, daemon=True, name="async reward functions").start()
     return loop
+
+
+def device_of_this_thread() -> Callable[[], None]:
+    """Gives what sets another thread's accelerator to this one's: a new thread starts on the first."""
+    if not torch.accelerator.is_available():
+        return lambda: None
+    return functools.partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
 
 
 class Fault(Exception):
@@ -243,9 +254,11 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     if seconds is None:
         return call()
     outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    on_this_device = device_of_this_thread()
 
     def work() -> None:
         try:
+            on_this_device()
             with torch.no_grad():  # a thread starts without the caller's
                 outcome.put((call(), None))
         except BaseException as error:
@@ -318,7 +331,7 @@ def combine(members: list[list[float]], how: str, coef: float) -> list[float]:
 
 
 def deviations(members: list[list[float]]) -> list[float]:
-    """Standard deviation over the M models of each of N episodes, divided by M; 0 for one model."""
+    """Population standard deviation over the M models, for each of N episodes; 0 for one model."""
     return [statistics.pstdev(scores) for scores in zip(*members, strict=True)]
 
 

@@ -53,6 +53,7 @@ class Runtime:
     def __init__(self, seed: int, bf16: bool = False):
         set_seed(seed)  # the same in every process: data order must agree
         self.seconds: dict[str, float] = {}  # spent in each phase
+        self.told: dict[str, float] = {}  # of these by `lap`
         state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else None,
@@ -200,6 +201,12 @@ class Runtime:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """{"time/<phase>": seconds} since the last call, as this process's clock has them."""
+        passed = {name: total - self.told.get(name, 0.0) for name, total in self.seconds.items()}
+        self.told = dict(self.seconds)
+        return {f"time/{name.replace(' ', '_')}": round(seconds, 3) for name, seconds in passed.items()}
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

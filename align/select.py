@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.reward_models import load_reward
+from align.rewards import Reward
 from align.runtime import broadcast, gather_list, is_main_process, my_share
 from align.text import Codec
 from align.track import announce
@@ -44,13 +45,14 @@ def choose_epoch(
     if not table:
         raise UserError(f"{output}: no checkpoint to choose from; num_train_epochs must reach the end of an epoch")
     if config.reward_model_path:
+        reward = load_scorer(config, codec, device)
         for row in table:
-            row["reward"] = mean_reward(str(output / row["checkpoint"]), config, codec, device, autocast)
+            row["reward"] = mean_reward(str(output / row["checkpoint"]), reward, config, codec, device, autocast)
     return pick(table)
 
 
 def whole(checkpoint: Path) -> bool:
-    """Says so where it is there and not whole: a torn epoch is not chosen."""
+    """Whether a checkpoint is complete; one that is there and torn is warned of."""
     fault = broadcast(checkpoint_fault(checkpoint) if is_main_process() else None)
     if fault and checkpoint.is_dir():
         announce(f"warning: {checkpoint}: {fault}: not chosen from")
@@ -80,10 +82,22 @@ def selection_prompts(model: str, config: SFTConfig, codec: Codec) -> list[Text]
     return prompts
 
 
+def load_scorer(config: SFTConfig, codec: Codec, device: Device = "cpu") -> Reward:
+    """The reward model that chooses."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+
+    def load_scalar(path: str) -> ScalarModel:
+        return load_scalar_model(path, config.attn_implementation, dtype=dtype).to(device).eval()
+
+    how = {"batch_size": BATCH_SIZE, "dtype": dtype, "device": device}
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, **how)
+
+
 @torch.no_grad()
 def mean_reward(
-    checkpoint: str, config: SFTConfig, codec: Codec, device: Device = "cpu", autocast: Autocast = nullcontext
-) -> float:
+    checkpoint: str, reward: Reward, config: SFTConfig, codec: Codec, device: Device = "cpu",
+    autocast: Autocast = nullcontext,
+) -> float:  # fmt: skip
     """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers.
 
     Every process answers its share of the prompts, on its device; all return the same.
@@ -94,12 +108,6 @@ def mean_reward(
     prompts = [prompts[i] for i in mine]
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy = load_packed_policy(checkpoint, config.attn_implementation, dtype).to(device)
-
-    def load_scalar(path: str) -> ScalarModel:
-        return load_scalar_model(path, config.attn_implementation, dtype=dtype).to(device).eval()
-
-    how = {"batch_size": BATCH_SIZE, "dtype": dtype, "device": device}
-    reward = load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, **how)
     scores: list[float] = []
     if prompts:
         with autocast():

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.data import parse_row
 from align.evaluate.win_rate import agreement
-from align.readers import Conversion, read
+from align.readers.reading import Conversion, read
 from align.rows import Problem
 from align.splits import prompt_key
 from align.types import Demonstration, Ranking, contents

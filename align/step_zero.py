@@ -111,7 +111,7 @@ def warn_of_engine(rollout: Rollout, config: PPOConfig, half: bool) -> None:
 
 
 def warn_of_rewarded_cuts(rollout: Rollout, config: PPOConfig) -> None:
-    """Where answers that end score less than those that do not get, the policy learns never to end."""
+    """Warns if answers that end score below `missing_eos_penalty` on average: not to end would then pay."""
     penalty, ended = config.missing_eos_penalty, rollout.raw_scores[rollout.finished]
     if config.missing_eos_mode == "replace" and penalty is not None and len(ended) and float(ended.mean()) < penalty:
         announce(

@@ -60,7 +60,13 @@ class Metrics:
         seconds = {"step": step, "seconds": round(time.perf_counter() - self.start, 3)}
         append_jsonl(self.timing, [seconds | clocked])
         if self.tracker:
-            self.tracker.log(step, rest)
+            self.tracker.log(step, rest | {k: v for k, v in clocked.items() if k.startswith("time/")})
+
+
+def shown(row: Mapping[str, float]) -> str:
+    """What a progress bar says of an iteration of PPO."""
+    names = {"score": "objective/raw_scores", "kl": "objective/kl", "finished": "objective/finished"}
+    return ", ".join(f"{name} {row[key]:.3g}" for name, key in names.items())
 
 
 def run_name(folder: Path) -> str:

@@ -377,6 +377,13 @@ class DemonstrationTrainer(ResumesExactly, Sharded, StopsAtNaN, LossPerToken, Gr
         """Of every label but the first column, 0 where there is none; no logits are kept. (B, T - 1)"""
         return model(**inputs, fused_lm_head=True).log_probs
 
+    def let_go(self) -> None:
+        """Training is over, and every epoch on the disk: weights and optimiser make room."""
+        handler = self.callback_handler
+        self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = None
+        handler.model = handler.optimizer = handler.lr_scheduler = None
+        self.accelerator.free_memory()
+
     def kept(self) -> list[Path]:
         """Those at an epoch's end, of which one becomes the policy."""
         steps = [row["step"] for row in self.state.log_history if "eval_loss" in row]

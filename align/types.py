@@ -73,7 +73,7 @@ class Rollout:
     scores: Tensor  # (B,) from the reward, after the missing-EOS rule
     raw_scores: Tensor  # (B,) before it
     rewards: Tensor  # (B, R) per token: KL penalty, plus the score on the last token
-    advantages: Tensor  # (B, R) whitened
+    advantages: Tensor  # (B, R) whitened where whiten_advantages says so
     returns: Tensor  # (B, R)
     sampler_logprobs: Tensor | None = None  # (B, R) as the sampler's engine computed them; None where it gives none
     importance_weights: Tensor | None = None  # (B, R) of the policy loss; None: all 1

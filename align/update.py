@@ -111,8 +111,8 @@ def optimiser_step(
     """One minibatch: PPO's gradient, then the pretraining gradient, in the same buffers, then a step (App. C.4); the
     value model follows, so that one model's gradients exist at a time.
 
-    What is not finite raises UserError. In the rollout or the policy's gradient it stops before any weight changes; in
-    the value model's it comes to light after the policy's step, which only a copy of weights or gradients could undo.
+    What is not finite raises UserError. In the rollout or the policy's gradient it stops before any weight changes; a
+    value gradient that is not finite is found only after the policy has stepped.
     """
     require_finite_numbers(minibatch)
     tokens = int(minibatch.response_mask.sum())

@@ -140,7 +140,11 @@ def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> li
     for path in dict.fromkeys(path for report in reports for path in report.get("paths", [])):
         if not Path(path).is_file():
             continue
-        places = [place for key, place in check_file(path).prompts.items() if key in keys]
+        try:
+            trained_on = check_file(path).prompts
+        except UserError:  # a file whose `text` alone a stage has read: there are no prompts in it
+            continue
+        places = [place for key, place in trained_on.items() if key in keys]
         if places:
             what = f"{len(places)} of the {len(keys)} prompts given for evaluation were trained on"
             lines.append(f"{path}: {what}, such as at {places[0]}: split by prompt")

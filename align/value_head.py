@@ -29,15 +29,13 @@ RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e4)  # of the features' mean varia
 def fit_value_head(
     rollout: Rollout, value_model: nn.Module, config: PPOConfig, runtime: Runtime
 ) -> tuple[Rollout, dict[str, float]]:
-    """With `value_head_init: fitted`, set the head to the ridge regression of the rollout's returns (lambda 1) on the
+    """Set the head to the ridge regression of the rollout's returns (lambda 1) on the
     states before its tokens; the ridge is the best of RIDGES by cross-validation over episodes.
 
     Gives the rollout with the new values. Its advantages and returns are taken with values of fits that did not see the
     episode: a baseline that knows the outcome would explain it away. Also 1 - squared error / variance of the returns,
     `value_head/before` and, on episodes left out, `value_head/fitted`. Every process returns the same.
     """
-    if config.value_head_init != "fitted":
-        return rollout, {}
     with kept_for_inspection(config.output_dir, rollout.tensors(), {"iteration": 0, "config": config}):
         require_finite_numbers(rollout)
     rewards = whitened_rewards(rollout.rewards, rollout.response_mask, config)

@@ -65,11 +65,11 @@ def main(argv: list[str]) -> None:
     rankings, documents = [], []
     if config.rankings_file:
         rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
-    if config.text_file:
-        documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     models = [*paths.values(), config.reward_model_path or None]
     for leak in training_leaks(models, [row.prompt for row in (*prompts, *rankings)]):
         announce(leak)
+    if config.text_file:
+        documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
     sft, reward = load(config.sft_path, config, runtime), load_proxy(config, codec, runtime)
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     measured: dict[str, Any] = {name: None for name in ("base", "prompted", "sft", "ppo", "ppo_ptx")}
     for name, path, examples in lineup(paths, config):
         announce(f"evaluating {name}")
-        policy = sft if name == "sft" else load(path, config, runtime)  # one beside SFT at a time
+        policy = None  # one beside SFT at a time
+        policy = sft if name == "sft" else load(path, config, runtime)
         measured[name] = {
             "sampled": answer(policy, setting, config.temperature, runtime, examples),
             "greedy": answer(policy, setting, 0.0, runtime, examples),
@@ -126,9 +127,10 @@ def policy_paths(config: EvaluateConfig, codec: Codec) -> dict[str, str | None]:
     trained."""
     paths = {"base": config.base_path, "sft": config.sft_path}
     for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
-        trained = path and (Path(path) / "config.json").exists()
-        paths[name] = path if trained else None
-        if path and not trained:
+        there = path and any((Path(path) / file).exists() for file in ("config.json", "adapter_config.json"))
+        absent = path and not there and Path(path).parent.exists()  # of a run; else a hub id, or a wrong path
+        paths[name] = None if absent else path
+        if absent:
             announce(f"{name}_path: {path} holds no model: not evaluated")
     for name, path in paths.items():
         if path and name != "sft":  # whose own tokens they are; checked before

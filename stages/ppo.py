@@ -38,7 +38,7 @@ from align.resume import start_run
 from align.rollout import collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.step_zero import check_step_zero
-from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl
+from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl, shown
 from align.update import BatchAlgebra, update
 from align.value_head import fit_value_head
 from stages.__main__ import run
@@ -56,12 +56,12 @@ def main(argv: list[str]) -> None:
 
     # 2. Parents, prompts, pretraining documents, folder.
     inputs = load_inputs(config)
-    codec = inputs.codec
+    codec, start = inputs.codec, inputs.value_start
     output, checkpoint = start_run(config, inputs.parents, inputs.reports)
 
     # 3. Policy and reference from SFT, reward and value model from the reward model; two optimisers; weight average.
-    learner = build_learner(config, inputs.value_start, runtime)
-    models = build_rollout_models(config, codec, inputs.value_start, learner, runtime)
+    learner = build_learner(config, start, runtime)
+    models = build_rollout_models(config, codec, start, learner, runtime)
     progress = Progress.at_start(inputs, config)
     if checkpoint:
         load_state(checkpoint, progress, learner, config, runtime)
@@ -71,21 +71,23 @@ def main(argv: list[str]) -> None:
 
     # 4. Iterate: rollout, update, log.
     with deferred():
-        iterations = range(progress.done, progress.done if stopped else algebra.iterations)
-        for iteration in tqdm(iterations, desc="ppo", disable=not runtime.is_main):
+        last = progress.done if stopped else algebra.iterations
+        for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not runtime.is_main)):
             set_learning_rates(learner, config, iteration, algebra.iterations)
             queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
             rollout = collect_rollout(queries, models, config, runtime, progress.kl_coef, iteration)
             if iteration == 0:
-                checked = check_step_zero(rollout, models, config, runtime, codec.eos_id, inputs.value_start.term)
-                rollout, fitted = fit_value_head(rollout, learner.value_model, config, runtime)
-                progress.step_zero = checked | fitted
+                progress.step_zero = check_step_zero(rollout, models, config, runtime, codec.eos_id, start.term)
+            if iteration == 0 and config.value_head_init == "fitted":
+                rollout, fit = fit_value_head(rollout, learner.value_model, config, runtime)
+                progress.step_zero |= fit
             documents = inputs.next_documents(progress.documents)
             stats = update(rollout, learner, documents, config, runtime, iteration)
             row = ppo_metrics(rollout, stats, progress.kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
             row |= judge.score([query.prompt for query in queries], rollout)
             progress.advance(row, config)
-            metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row})
+            metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row, **runtime.lap()})
+            bar.set_postfix_str(shown(row))
             if config.transcript_iterations and iteration % config.transcript_iterations == 0:
                 transcripts.write(iteration, rollout, codec)
             stopped, signal = stop_for_kl(progress, config), arrived()

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
 
-from align.checkpoint import is_finished, start_output
+from align.checkpoint import checkpoints, is_finished, start_output
 from align.config import RMConfig
 from align.data import demonstration_length, drop_long, load_demonstrations, load_rankings, ranking_length
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
-from align.files import atomic_contents, plain, write_json
+from align.files import atomic_contents, plain, remove_folders, write_json
 from align.head import fit_head
 from align.interrupt import deferred
 from align.lora import with_lora
@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
     demonstrations = []
     if config.demonstrations_file is not None:
         demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
-        short = drop_long(demonstrations, codec, limit, report, demonstration_length)
-        demonstrations, reports["demonstrations_file"] = short
+        demonstrations, report = drop_long(demonstrations, codec, limit, report, demonstration_length)
+        reports["demonstrations_file"] = report
     output, checkpoint = start_run(config, parents, reports)
 
     # 2. Train: each prompt once an epoch, its pairs never apart.
@@ -82,13 +82,15 @@ def main(argv: list[str]) -> None:
     # 4. Report on prompts, customers and labelers that training never saw; save, the manifest last.
     metrics = accuracies(model, held, codec, config) | means
     if is_main_process():
-        apart = codec.with_own_pad()  # for who loads it with transformers alone
+        own_pad = codec.with_own_pad()  # for who loads it with transformers alone
         with deferred("the results are written first"), atomic_contents(output) as folder:
-            save_scalar_model(model, folder, apart.pad_id)
-            apart.save(folder)
+            save_scalar_model(model, folder, own_pad.pad_id)
+            own_pad.save(folder)
             validation = metrics["validation"]
             write_json(folder / "report.json", validation | {k: v for k, v in metrics.items() if k != "validation"})
             write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
+        if not config.save_steps:
+            remove_folders(*checkpoints(output))
         announce(f"held-out accuracy {metrics['validation']['accuracy']['mean']:.3f}")
     announce(f"reward model in {output}; next: make ppo")
 
@@ -187,8 +189,8 @@ def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
+        save_strategy="no" if config.folds_by else "steps",
+        save_steps=config.save_steps or 10**9,  # after the last one alone: if scoring fails, the training is kept
     )
 
 

@@ -90,8 +90,10 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=resume_argument(checkpoint))
 
     # 4. Choose the epoch: best mean reward of sampled responses, else lowest validation loss.
-    device, autocast = trainer.args.device, trainer.accelerator.autocast
-    choice = choose_epoch(output, trainer.state.log_history, config, codec, device, autocast)
+    device, autocast, log = trainer.args.device, trainer.accelerator.autocast, trainer.state.log_history
+    del policy
+    trainer.let_go()
+    choice = choose_epoch(output, log, config, codec, device, autocast)
     announce(f"chose {choice['checkpoint']} by {choice['criterion']}")
 
     # 5. Save: a HuggingFace folder (LoRA merged, its adapter beside it), the manifest last.

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from align.data import parse_row
 from align.errors import UserError
-from align.readers import Conversion, read
 from align.readers.base import Options
 from align.readers.files import read_records
 from align.readers.formats import FORMATS, detect_format
 from align.readers.passages import documents
+from align.readers.reading import Conversion, read
 from align.rows import Problem
 from align.validate import validate
 

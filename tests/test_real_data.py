@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from align.data import parse_row
-from align.readers import Conversion, read
 from align.readers.files import read_records
+from align.readers.reading import Conversion, read
 from align.rows import Problem
 from align.splits import prompt_key, split_of
 from align.stats import parsed

@@ -16,7 +16,7 @@ from align.checkpoint import mark_complete
 from align.config import RMConfig, SFTConfig
 from align.demonstrations import mix_pretraining
 from align.errors import UserError
-from align.select import choose_epoch, mean_reward, pick, selection_prompts
+from align.select import choose_epoch, load_scorer, mean_reward, pick, selection_prompts
 
 LOG = [
     {"step": 5, "epoch": 1.0, "loss": 3.0},
@@ -42,6 +42,7 @@ def config_of(output, **changes) -> SFTConfig:
 def test_S5_the_highest_mean_reward_wins_though_its_loss_is_worse(output, monkeypatch):
     rewards = {"checkpoint-5": 0.3, "checkpoint-10": -1.0, "checkpoint-15": 0.1}
     monkeypatch.setattr(align.select, "mean_reward", lambda path, *rest: rewards[path.rsplit("/", 1)[1]])
+    monkeypatch.setattr(align.select, "load_scorer", lambda *_: None)
     choice = choose_epoch(output, LOG, config_of(output, reward_model_path="rm"), codec=None)
     assert choice["checkpoint"] == "checkpoint-5" and choice["criterion"] == "highest mean reward"
     assert [(row["reward"], row["validation_loss"]) for row in choice["table"]] == [(0.3, 2.0), (-1.0, 1.0), (0.1, 1.5)]
@@ -101,7 +102,8 @@ def test_S5_mean_reward_samples_the_checkpoint_and_scores_it(tiny_codec, tmp_pat
         if ids[0, -1] != tiny_codec.eos_id:  # cut off: read as if it ended there
             ids = torch.cat([ids, torch.tensor([[tiny_codec.eos_id]])], 1)
         total += float(judge(ids).logits[0, -1, 0].detach())
-    assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
+    reward = load_scorer(settings, tiny_codec)
+    assert mean_reward(str(tmp_path / "policy"), reward, settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
 
 
 def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp_path):
@@ -145,7 +147,8 @@ def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp
         answer = f"user: {prompt} / assistant: {tiny_codec.decode(ids)}</s>"
         tokens = other(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
         total += float(judge(tokens).logits[0, 0].detach())
-    assert mean_reward(str(tmp_path / "policy"), settings, tiny_codec) == pytest.approx(total / 3, abs=1e-4)
+    reward = load_scorer(settings, tiny_codec)
+    assert mean_reward(str(tmp_path / "policy"), reward, settings, tiny_codec) == pytest.approx(total / 3, abs=1e-4)
 
 
 class Rates(TrainerCallback):
@@ -223,7 +226,7 @@ def test_S5_prompts_without_room_for_an_answer_are_not_sampled_from(tiny_codec, 
     monkeypatch.setattr(
         align.select, "load_reward", lambda *how, **more: lambda prompts, episodes: [0.5] * len(prompts)
     )
-    assert mean_reward("policy", settings, tiny_codec) == 0.5
+    assert mean_reward("policy", load_scorer(settings, tiny_codec), settings, tiny_codec) == 0.5
     assert asked == [tiny_codec.prompt("hot")] and lengths[1] > lengths[0]
     monkeypatch.setattr(align.select, "context_of", lambda path: 3)
     with pytest.raises(UserError, match="max_new_tokens: no validation prompt leaves room for 3: lower"):

@@ -161,12 +161,6 @@ def test_advantages_come_of_values_that_did_not_see_their_episode(value_model, r
         assert same == (field.name not in changed), field.name
 
 
-def test_without_it_nothing_changes(value_model, runtime):
-    rollout, before = episodes(6), value_model.head.weight.clone()
-    assert fit_value_head(rollout, value_model, config_of(value_head_init="kept"), runtime) == (rollout, {})
-    assert torch.equal(value_model.head.weight, before)
-
-
 def test_what_is_not_finite_stops_before_the_fit(value_model, runtime, tmp_path):
     rollout = episodes(6)
     rollout.values[2, 0] = float("nan")

@@ -37,7 +37,7 @@ class Setting:
     max_new_tokens: int
     batch_size: int
     seed: int
-    context: int | None = None  # tokens that every model here can read
+    context: int | None = None  # tokens that SFT can read
 
 
 def load_proxy(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:
@@ -177,9 +177,13 @@ def sequence_logprobs(
 
 @torch.no_grad()
 def perplexity(policy: Policy, documents: list[list[int]], batch_size: int, device) -> float | None:
-    """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted. None without any."""
+    """exp of the mean negative log-likelihood of a token, documents' first tokens not predicted. None without any.
+
+    Each process reads its share; all have the same number.
+    """
     if not documents:
         return None
     batches = token_batches([len(document) for document in documents], batch_size)
-    total = sum(float(document_nll(policy, [documents[i] for i in rows], device)) for rows in batches)
-    return math.exp(total / sum(len(document) - 1 for document in documents))
+    mine = [batches[i] for i in my_share(len(batches))]
+    sums = gather_list([float(document_nll(policy, [documents[i] for i in rows], device)) for rows in mine])
+    return math.exp(math.fsum(sums) / sum(len(document) - 1 for document in documents))

@@ -3,7 +3,7 @@
 A reader is a function `(records, options) -> outputs`: it takes (place, row) of one data set and yields our rows, each
 with the places it was made from, a `Problem` for what cannot be used, and a `Note` for what was mended. A *unit* is
 what the format counts: a row, a ranked group of a tree, one judgement of one annotator. Every unit ends in a row or in
-a Problem, never in both and never in neither; `align.readers.read` checks it.
+a Problem, never in both and never in neither; `align.readers.reading` checks it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -161,6 +161,18 @@ def test_engine_and_trainer_agree_in_every_iteration(mini):
         assert abs(row["sampling/kl"]) < 1e-6
 
 
+def test_seconds_of_each_phase_lie_beside_the_metrics(mini):
+    timing, metrics = (rows(mini.run / "ppo" / name) for name in ("timing.jsonl", "metrics.jsonl"))
+    phases = {"sample", "logprobs", "reference", "value", "reward", "update_policy", "update_value"}
+    assert len(timing) == len(metrics) > 1
+    before = 0.0
+    for row in timing:
+        spent = [row[f"time/{phase}"] for phase in phases - {"logprobs"}]
+        assert min(spent) >= 0 and 0 < sum(spent) <= row["seconds"] - before + 0.02
+        before = row["seconds"]
+    assert not any(key.startswith("time/") for row in metrics for key in row)
+
+
 def test_losses_fall(mini):
     losses = [row["loss"] for row in rows(mini.run / "base" / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0]

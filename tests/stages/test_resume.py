@@ -8,7 +8,7 @@ import pytest
 
 import align.trainer
 import stages.ppo
-from align.checkpoint import checkpoints
+from align.checkpoint import checkpoints, release_output
 from align.postmortem import StopsAtNaN
 from stages.__main__ import main
 
@@ -199,3 +199,21 @@ def test_after_the_last_step_a_signal_ends_the_stage_at_once(mini, tmp_path, mon
     assert main(["rm", *mini.arguments("rm", mini.run, output_dir=tmp_path / "out")]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_reward_model_outlives_what_fails_after_its_training(mini, tmp_path, monkeypatch):
+    """Without a checkpoint asked for: scoring runs out of memory, say, and the next start scores what was trained."""
+
+    def fails(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.rm.normalise_on", fails)
+        with pytest.raises(MemoryError):
+            mini.stage("rm", mini.run, output_dir=tmp_path / "rm")
+    (checkpoint,) = (tmp_path / "rm").glob("checkpoint-*")
+    release_output(tmp_path / "rm")
+    mini.stage("rm", mini.run, output_dir=tmp_path / "rm", resume_from_checkpoint="latest")
+    assert not checkpoint.exists(), "what nobody asked for does not stay"
+    ours, whole = ((run / "rm" / "model.safetensors").read_bytes() for run in (tmp_path, mini.run))
+    assert ours == whole

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from align.errors import UserError
 from align.evaluate.schema import check_summary
 from align.text import Codec
 from stages.evaluate import evenly, policy_paths
@@ -46,6 +47,16 @@ def test_gain_is_paired_and_in_standard_deviations_of_sft(unjudged):
     assert numbers["gain_vs_sft"]["mean"] == pytest.approx(gain)
     assert numbers["gain_in_deviations"]["mean"] == pytest.approx(gain / spread)
     assert numbers["gain_in_deviations"]["low"] == pytest.approx(numbers["gain_vs_sft"]["low"] / spread)
+
+
+def test_a_policy_that_is_nowhere_is_an_error_and_one_not_trained_is_not(mini, capsys, tmp_path):
+    paths = {"base_path": None, "sft_path": str(mini.run / "sft"), "ppo_ptx_path": None}
+    config = SimpleNamespace(**paths, ppo_path=str(mini.run / "ppo-plain"), temperature=1.0)
+    assert policy_paths(config, Codec.load(config.sft_path))["ppo"] is None
+    assert "holds no model: not evaluated" in capsys.readouterr().out
+    config.ppo_path = str(tmp_path / "runz" / "ppo")
+    with pytest.raises(UserError, match="ppo_path"):
+        policy_paths(config, Codec.load(config.sft_path))
 
 
 def test_prompts_are_evenly_spaced_over_the_file():
