@@ -111,6 +111,11 @@ def _is_halluqa_mc(row: Any) -> bool:
     return _has("question_id", "question", "answer")(row) and bool(benchmarks.MC.search(str(row["question"])))
 
 
+def _is_winogender(row: Any) -> bool:
+    """Its sentences, or the templates that they are made of; not any table with a column `sentence`."""
+    return _has("sentid", "sentence")(row) or _has("occupation(0)", "sentence")(row)
+
+
 def _prompts(reader: Reader, matches: Callable[[Any], bool]) -> Format:
     return Format(matches, {"prompt": reader})
 
@@ -192,7 +197,7 @@ FORMATS: dict[str, Format] = {
     "gsm8k": _prompts(benchmarks.gsm8k, lambda row: _has("question", "answer")(row) and "####" in str(row["answer"])),
     "bbq": _prompts(benchmarks.bbq, _has("context", "question", "ans0", "ans1", "ans2")),
     "crows_pairs": _prompts(benchmarks.crows_pairs, _has("sent_more", "sent_less")),
-    "winogender": _prompts(benchmarks.sentence, _has("sentid", "sentence")),
+    "winogender": _prompts(benchmarks.sentence, _is_winogender),
     "winogender_statistics": _prompts(benchmarks.no_text, _has("occupation", "bls_pct_female")),
     "cold": _prompts(benchmarks.cold, _has("TEXT", "fine-grained-label")),
     "safetybench": Format(
