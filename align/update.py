@@ -76,18 +76,21 @@ class BatchAlgebra:
 def update(
     rollout: Rollout, learner: Learner, next_documents: PtxSource, config: PPOConfig, runtime: Runtime, iteration: int
 ) -> UpdateStats:
-    """All inner epochs over one rollout; each episode is used once an epoch. Changes the learner's weights."""
-    algebra = BatchAlgebra.of(config, runtime.world)
+    """All inner epochs over one rollout; each episode is used once an epoch. Changes the learner's weights.
+
+    In the first `value_warmup_iterations` the value model's alone, and no pretraining document is taken.
+    """
+    algebra, value_alone = BatchAlgebra.of(config, runtime.world), iteration < config.value_warmup_iterations
     parts = []
     for epoch in range(config.num_ppo_epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration * 101 + epoch)
         order = torch.randperm(len(rollout), generator=generator)
         for rows in order.split(algebra.minibatch):
-            documents = next_documents(algebra.ptx)
+            documents = [] if value_alone else next_documents(algebra.ptx)
             minibatch = rollout.index(rows.to(runtime.device))
             about = {"iteration": iteration, "epoch": epoch, "rows": rows, "documents": documents, "config": config}
             with kept_for_inspection(config.output_dir, minibatch.tensors(), about):
-                parts.append(optimiser_step(minibatch, documents, learner, config, runtime))
+                parts.append(optimiser_step(minibatch, documents, learner, config, runtime, value_alone))
     return UpdateStats({**UpdateStats.total(parts).sums, **sampling_mismatch(rollout, parts[0], config)})
 
 
@@ -106,8 +109,9 @@ MISMATCH = ("mismatch", "mismatch_kl", "max_mismatch")
 
 
 def optimiser_step(
-    minibatch: Rollout, documents: list[list[int]], learner: Learner, config: PPOConfig, runtime: Runtime
-) -> UpdateStats:
+    minibatch: Rollout, documents: list[list[int]], learner: Learner, config: PPOConfig, runtime: Runtime,
+    value_alone: bool = False,
+) -> UpdateStats:  # fmt: skip
     """One minibatch: PPO's gradient, then the pretraining gradient, in the same buffers, then a step (App. C.4); the
     value model follows, so that one model's gradients exist at a time.
 
@@ -120,19 +124,38 @@ def optimiser_step(
     mine = minibatch.index(runtime.mine(torch.arange(len(minibatch), device=runtime.device)))
     micros = microbatches(mine, config, runtime)
     with runtime.timed("update policy"):
-        stats = backward(micros, policy_terms, learner.policy, tokens, config, runtime, more=bool(documents))
-        if documents:
-            stats += pretraining_backward(runtime.mine(documents), ptx_tokens, learner, config, runtime)
-        numbers = summed(stats, runtime)
-        norm = step("policy", learner.policy, learner.policy_optimizer, numbers, config, runtime)
-        numbers["policy_grad_norm"] = norm
-        if learner.ema is not None and not getattr(learner.policy_optimizer, "step_was_skipped", False):  # float16
-            learner.ema.update(runtime.unwrap(learner.policy))
+        if value_alone:
+            numbers = read_policy(micros, learner.policy, config, runtime)
+        else:
+            numbers = policy_step(micros, documents, tokens, ptx_tokens, learner, config, runtime)
     with runtime.timed("update value"):
         value_numbers = summed(backward(micros, value_terms, learner.value_model, tokens, config, runtime), runtime)
         norm = step("value", learner.value_model, learner.value_optimizer, value_numbers, config, runtime)
         numbers |= value_numbers | {"value_grad_norm": norm}
     return UpdateStats(numbers | {"tokens": float(tokens), "ptx_tokens": float(ptx_tokens), "steps": 1.0})
+
+
+def policy_step(
+    micros: list[Rollout], documents: list[list[int]], tokens: int, ptx_tokens: int, learner: Learner,
+    config: PPOConfig, runtime: Runtime,
+) -> dict[str, float]:  # fmt: skip
+    """Both gradients, a step, and the average of weights."""
+    stats = backward(micros, policy_terms, learner.policy, tokens, config, runtime, more=bool(documents))
+    if documents:
+        stats += pretraining_backward(runtime.mine(documents), ptx_tokens, learner, config, runtime)
+    numbers = summed(stats, runtime)
+    norm = step("policy", learner.policy, learner.policy_optimizer, numbers, config, runtime)
+    if learner.ema is not None and not getattr(learner.policy_optimizer, "step_was_skipped", False):  # float16
+        learner.ema.update(runtime.unwrap(learner.policy))
+    return numbers | {"policy_grad_norm": norm}
+
+
+@torch.no_grad()
+def read_policy(micros: list[Rollout], policy: nn.Module, config: PPOConfig, runtime: Runtime) -> dict[str, float]:
+    """What the log says of a policy that does not learn yet."""
+    with runtime.autocast():
+        stats = [policy_terms(micro, policy, config)[1] for micro in micros]
+    return summed(stats, runtime) | {"policy_grad_norm": 0.0}
 
 
 def require_finite_numbers(minibatch: Rollout) -> None:

@@ -527,7 +527,12 @@ def test_the_value_model_may_learn_alone_first(folder, runtime, tiny_codec):
     for iteration in range(3):
         set_learning_rates(learner, config, iteration, 3)
         rollout = collect_rollout(make_queries(12), actors, config, runtime, kl_coef, iteration)
-        update(rollout, learner, lambda count: [], config, runtime, iteration)
+        asked = []
+        stats = update(rollout, learner, lambda count: asked.append(count) or [], config, runtime, iteration)
+        assert bool(asked) == bool(learner.policy_optimizer.state) == (iteration == 2), (
+            "no Adam state of a policy at rest"
+        )
+        assert (stats.sums["policy_grad_norm"] > 0) == (iteration == 2) and stats.sums["entropy"] > 0
         kl_coef = next_kl_coef(kl_coef, 0.0, config, iteration)
         seen.append((digest(learner.policy), digest(learner.value_model)))
         assert (kl_coef == config.kl_coef) == (iteration < 2), "a KL of 0 that nothing could move adapts nothing"
