@@ -523,15 +523,17 @@ def test_the_value_model_may_learn_alone_first(folder, runtime, tiny_codec):
     learner = build_learner(config, value_start(config, tiny_codec), runtime)
     actors = build_rollout_models(config, ends, value_start(config, tiny_codec), learner, runtime)
     seen = [(digest(learner.policy), digest(learner.value_model))]
-    kl_coef = config.kl_coef
+    kl_coef, asked = config.kl_coef, []
+
+    def documents(count: int) -> list:
+        asked.append(count)
+        return []
+
     for iteration in range(3):
         set_learning_rates(learner, config, iteration, 3)
         rollout = collect_rollout(make_queries(12), actors, config, runtime, kl_coef, iteration)
-        asked = []
-        stats = update(rollout, learner, lambda count: asked.append(count) or [], config, runtime, iteration)
-        assert bool(asked) == bool(learner.policy_optimizer.state) == (iteration == 2), (
-            "no Adam state of a policy at rest"
-        )
+        stats = update(rollout, learner, documents, config, runtime, iteration)
+        assert bool(asked) == bool(learner.policy_optimizer.state) == (iteration == 2), "a policy at rest has no state"
         assert (stats.sums["policy_grad_norm"] > 0) == (iteration == 2) and stats.sums["entropy"] > 0
         kl_coef = next_kl_coef(kl_coef, 0.0, config, iteration)
         seen.append((digest(learner.policy), digest(learner.value_model)))
