@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
             write_json(folder / "report.json", validation | {k: v for k, v in metrics.items() if k != "validation"})
             write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
         if not config.save_steps:
-            remove_folders(*checkpoints(output))
+            remove_folders(*checkpoints(output)[-1:])  # of the last step; earlier ones were asked for
         announce(f"held-out accuracy {metrics['validation']['accuracy']['mean']:.3f}")
     announce(f"reward model in {output}; next: make ppo")
 

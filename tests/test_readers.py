@@ -733,6 +733,8 @@ def test_ratings_that_compare_nothing_are_named(tmp_path):
     assert rows_of(conversion) == [ranking("r", ("c", 1), ("d", 0))]
     kinds = [("1", "all_ties"), ("2", "all_ties"), ("3", "too_few_completions"), ("4", "bad_score")]
     assert sorted(faults(conversion)) == kinds
+    twice = one(tmp_path, [rate, rate | {"helpfulness": 1}, rate | {"response": "b", "helpfulness": 0}])
+    assert rows_of(twice) == [ranking("p", ("a", 0), ("b", 2))] and notes(twice) == [("1", "repeated_completion")]
 
 
 def test_messages_whose_tree_lies_elsewhere_are_named(tmp_path):

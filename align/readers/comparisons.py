@@ -10,6 +10,7 @@ from align.readers.base import (
     SHAPE_ERRORS,
     WRONG_SHAPE,
     Converted,
+    Note,
     Options,
     Output,
     Record,
@@ -159,6 +160,9 @@ def _by_rating(group: list[tuple[str, Any, str, float]]) -> Iterator[Output]:
         return
     try:
         ranked = [(answer, float(levels.index(rating))) for *_, answer, rating in group]
-        yield Converted(ranking_row(group[0][1], ranked, notes), places)
+        row = ranking_row(group[0][1], ranked, notes)
     except BadRow as bad:
         yield from (problem(place, bad) for place in places)
+        return
+    yield from (Note(places[0], kind, what) for kind, what in notes)
+    yield Converted(row, places)
