@@ -189,7 +189,7 @@ def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
-        save_strategy="no" if config.folds_by else "steps",
+        save_strategy="no" if config.folds_by and not config.save_steps else "steps",
         save_steps=config.save_steps or 10**9,  # after the last one alone: if scoring fails, the training is kept
     )
 
