@@ -21,9 +21,9 @@ COUNTS = (
     "save_total_limit", "selection_prompts",
 )  # fmt: skip
 NONE_OR_MORE = (
-    "save_steps", "save_iterations", "eval_steps", "warmup_steps", "decay_steps", "warmup_iterations",
-    "value_warmup_iterations", "transcript_iterations", "num_transcripts", "num_mistakes", "num_spread_prompts",
-    "reward_retries",
+    "save_steps", "save_iterations", "eval_steps", "eval_iterations", "warmup_steps", "decay_steps",
+    "warmup_iterations", "value_warmup_iterations", "transcript_iterations", "num_transcripts", "num_mistakes",
+    "num_spread_prompts", "reward_retries",
 )  # fmt: skip
 RATES = (
     "learning_rate",
@@ -307,6 +307,9 @@ class PPOConfig(TrainingConfig):
     value_model_path: str | None = None  # null: a reward model that reads the policy's tokens, else the policy
     value_head_init: str = "kept"  # or "fitted": to the first rollout's returns, before its update
     train_file: str = ""
+    validation_file: str | None = None  # prompts to measure on, that are not trained on
+    validation_prompts: int = 256  # so many of them, evenly spaced over the file; 0: all
+    eval_iterations: int = 10  # they are answered at the start, every so many iterations and after the last; 0: never
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
     ptx_examples_per_episode: float = 8.0
@@ -392,6 +395,10 @@ class PPOConfig(TrainingConfig):
             check_term(f"reward[{i}]", term, [term_name(other) for other in self.reward[:i]])
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise UserError(f"reward_timeout: {self.reward_timeout} seconds; give more than 0, or null for no limit")
+        if self.validation_prompts == 1 or self.validation_prompts < 0:
+            raise UserError(
+                f"validation_prompts: {self.validation_prompts}; an interval needs 2 or more, 0 is all of them"
+            )
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise UserError(f"kl_stop: {self.kl_stop} nats; give more than 0, or null to never stop")
         between("ptx_max_length", self.ptx_max_length, 2, 10**9)  # a document's first token is its query

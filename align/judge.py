@@ -28,22 +28,27 @@ class Judge:
 
 
 class GoldJudge:
-    """The mean of a judge's scores over an iteration's episodes, for the log."""
+    """A judge's scores of episodes, for the log."""
 
     def __init__(self, path: str | None, codec: Codec):
         self.judge, self.codec = (Judge(path) if path else None), codec
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
-        """{"eval/gold": mean}, or nothing without a judge. `prompts` in the rollout's order. The main process asks."""
+        """{"eval/gold": mean over an iteration's episodes}, or nothing without a judge."""
+        scores = self.scores(prompts, rollout)
+        return {"eval/gold": sum(scores) / len(scores)} if scores else {}
+
+    def scores(self, prompts: list[Prompt], rollout: Rollout) -> list[float]:
+        """One an episode, or none without a judge. `prompts` in the rollout's order. The main process asks."""
         if self.judge is None:
-            return {}
+            return []
         return broadcast(self.ask(prompts, rollout) if is_main_process() else None)
 
-    def ask(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, float]:
+    def ask(self, prompts: list[Prompt], rollout: Rollout) -> list[float]:
         ends = (rollout.query_lengths + rollout.response_lengths).tolist()
-        total = 0.0
+        scores = []
         for i, prompt in enumerate(prompts):
             response = rollout.input_ids[i, int(rollout.query_lengths[i]) : ends[i]].tolist()
             row = {"prompt": prompt.prompt, **prompt.columns}
-            total += self.judge(row, self.codec.decode(response), bool(rollout.finished[i])).likert
-        return {"eval/gold": total / len(prompts)}
+            scores.append(float(self.judge(row, self.codec.decode(response), bool(rollout.finished[i])).likert))
+        return scores

@@ -59,9 +59,10 @@ from align.runtime import (
     whole_state,
     write,
 )
-from align.splits import refuse_eval_only
+from align.splits import keep_apart, refuse_eval_only
 from align.text import Codec
 from align.track import announce, save_log_sizes
+from align.types import Prompt
 from align.update import Learner, PtxSource
 
 
@@ -71,6 +72,7 @@ class Inputs:
 
     codec: Codec
     queries: list[Query]
+    held_out: list[Query]  # prompts that no rollout takes; may be empty
     texts: list[str]  # pretraining documents; empty for plain PPO
     ptx_limit: int  # their tokens are cut to so many
     parents: list[dict[str, Any]]
@@ -96,6 +98,7 @@ class Progress:
     done: int = 0  # finished iterations
     step_zero: dict[str, float | None] = field(default_factory=dict)
     row: dict[str, float] = field(default_factory=dict)  # the log's last
+    start_scores: dict[str, Any] = field(default_factory=dict)  # of the held-out prompts, before the first iteration
 
     @staticmethod
     def at_start(inputs: Inputs, config: PPOConfig) -> "Progress":
@@ -126,16 +129,33 @@ def load_inputs(config: PPOConfig) -> Inputs:
     announce(str(start))
     for path in (config.model_name_or_path, start.path):
         require_context(path, config.max_prompt_length, config.max_new_tokens)
-    prompts, report = load_prompts(config.train_file, config.on_bad_rows)
-    refuse_eval_only(prompts, report)
-    prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
-    tokens = codec.prompts([prompt.prompt for prompt in prompts])
-    queries = [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]
-    reports, texts, limit = {"train_file": report}, [], config.ptx_max_length
+    queries, held_out, reports = load_queries(config, codec)
+    texts, limit = [], config.ptx_max_length
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
         limit = row_limit(config.model_name_or_path, "ptx_max_length", limit)
-    return Inputs(codec, queries, texts, limit, parents, reports, start)
+    return Inputs(codec, queries, held_out, texts, limit, parents, reports, start)
+
+
+def load_queries(config: PPOConfig, codec: Codec) -> tuple[list[Query], list[Query], dict[str, DataReport]]:
+    """Prompts to train on, and held-out ones; a prompt in both files is for neither rollout nor gradient."""
+
+    def encoded(prompts: list[Prompt], report: DataReport) -> tuple[list[Query], DataReport]:
+        prompts, report = drop_long(prompts, codec, config.max_prompt_length, report)
+        tokens = codec.prompts([prompt.prompt for prompt in prompts])
+        return [Query(prompt, tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)], report
+
+    prompts, report = load_prompts(config.train_file, config.on_bad_rows)
+    refuse_eval_only(prompts, report)
+    held_out, reports = [], {}
+    if config.validation_file:
+        others, other_report = load_prompts(config.validation_file, config.on_bad_rows)
+        prompts, report = keep_apart(prompts, report, others, config.on_bad_rows)
+        held_out, reports["validation_file"] = encoded(others, other_report)
+        if len(held_out) < 2:
+            raise UserError("validation_file: one prompt that can be used; an interval needs 2 or more")
+    queries, reports["train_file"] = encoded(prompts, report)
+    return queries, held_out, reports
 
 
 def build_learner(config: PPOConfig, start: ValueStart, runtime: Runtime) -> Learner:
@@ -252,6 +272,7 @@ def save_state(
         "kl_coef": progress.kl_coef,
         "step_zero": progress.step_zero,
         "row": progress.row,
+        "start_scores": progress.start_scores,
         "random": runtime.gather_list([random_state()]),
         "prompts": progress.prompts.state(),
         "documents": progress.documents.state(),
@@ -288,6 +309,7 @@ def load_state(checkpoint: Path, progress: Progress, learner: Learner, config: P
     progress.prompts.load(state["prompts"])
     progress.documents.load(state["documents"])
     progress.done, progress.step_zero, progress.row = state["iteration"], state["step_zero"], state["row"]
+    progress.start_scores = state.get("start_scores", {})  # a checkpoint of before has none
     if config.kl_target is not None:
         progress.kl_coef = state["kl_coef"]
 

@@ -526,3 +526,20 @@ class EMA:
         parameters = dict(model.named_parameters())
         for name, value in self.shadow.items():
             parameters[name].copy_(value)
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """In the block the model holds the average, and this the model's weights: no third copy of all of them."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        for name, value in self.shadow.items():
+            weights = parameters[name].clone()
+            parameters[name].copy_(value)
+            value.copy_(weights)

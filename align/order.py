@@ -1,16 +1,25 @@
 """One global order of rows, an epoch at a time, that goes on exactly where it stood."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
 from align.errors import UserError
+
+T = TypeVar("T")
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     """The order of one epoch: a permutation of the global row numbers, the same for any number of processes."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_rows, generator=generator).tolist()
+
+
+def evenly(rows: list[T], count: int) -> list[T]:
+    """`count` rows, evenly spaced over the file, so that every source in it has its share; all when 0."""
+    count = min(count, len(rows)) or len(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 class Cursor:

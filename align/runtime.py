@@ -197,10 +197,11 @@ class Runtime:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds to `seconds[phase]`, by this process's clock (an accelerator may still be at work)."""
-        start = time.perf_counter()
+        """Adds to `seconds[phase]`, by this process's clock (an accelerator may still be at work). A phase within
+        another is a part of that one."""
+        start, outer = time.perf_counter(), dict(self.seconds)
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.seconds = outer | {phase: outer.get(phase, 0.0) + time.perf_counter() - start}
 
     def lap(self) -> dict[str, float]:
         """{"time/<phase>": seconds} since the last call, as this process's clock has them."""

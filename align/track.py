@@ -31,7 +31,7 @@ from align.types import Rollout, UpdateStats
 
 MANY_DROPPED = 0.05  # of a data set's rows: a warning
 TRACKER_WAIT = 60.0  # seconds that wandb gets to start, and to send what is left
-LOGS = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl")  # what a stage appends to while it trains
+LOGS = ("metrics.jsonl", "timing.jsonl", "transcripts.jsonl", "validation.jsonl")  # a stage appends as it trains
 CLOCKED = ("_runtime", "_per_second", "total_flos", "time/")
 SINCE_START = ("train_loss", "num_tokens")  # of this process: another after a resume
 
@@ -143,22 +143,11 @@ class MetricsCallback(TrainerCallback):
 def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float) -> dict[str, float]:
     """One iteration's row of metrics.jsonl, with TRL's names; definitions in docs/metrics.md."""
     mask = rollout.response_mask
-    kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
     residual = masked_var(rollout.returns - rollout.values, mask)
-    non_score = masked_row_sum(rollout.rewards, mask) - rollout.scores
-    responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
-    repeated = repeated_ngrams(responses, rollout.response_lengths)
     return (
-        {
-            "objective/scores": float(rollout.scores.mean()),
-            "objective/raw_scores": float(rollout.raw_scores.mean()),
-            "objective/kl": float(kl.mean()),
-            "objective/non_score_reward": float(non_score.mean()),
-            "objective/rlhf_reward": float((rollout.scores + non_score).mean()),
+        episode_metrics(rollout, "objective")
+        | {
             "objective/entropy": stats.mean("entropy"),
-            "objective/response_tokens": float(rollout.response_lengths.float().mean()),
-            "objective/finished": float(rollout.finished.float().mean()),
-            "objective/repetition": float(repeated.mean()),
             "policy/approxkl_avg": stats.mean("approxkl"),
             "policy/clipfrac_avg": stats.mean("policy_clipped"),
             "policy/grad_norm": stats.mean("policy_grad_norm", "steps"),
@@ -175,8 +164,27 @@ def ppo_metrics(rollout: Rollout, stats: UpdateStats, kl_coef: float, lr: float)
             "lr": lr,
         }
         | sampling_metrics(rollout, stats)
-        | part_metrics(rollout)
+        | part_metrics(rollout, "objective")
     )
+
+
+def episode_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
+    """Means over a rollout's episodes, whether they are trained on or not."""
+    mask = rollout.response_mask
+    kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, mask)  # (B,) nats an episode
+    non_score = masked_row_sum(rollout.rewards, mask) - rollout.scores
+    responses = response_tokens(rollout.input_ids, rollout.query_lengths, mask.shape[1])  # (B, R)
+    means = {
+        "scores": rollout.scores,
+        "raw_scores": rollout.raw_scores,
+        "kl": kl,
+        "non_score_reward": non_score,
+        "rlhf_reward": rollout.scores + non_score,
+        "response_tokens": rollout.response_lengths.float(),
+        "finished": rollout.finished.float(),
+        "repetition": repeated_ngrams(responses, rollout.response_lengths),
+    }
+    return {f"{prefix}/{name}": float(values.mean()) for name, values in means.items()}
 
 
 def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
@@ -200,12 +208,12 @@ def sampling_metrics(rollout: Rollout, stats: UpdateStats) -> dict[str, float]:
     }
 
 
-def part_metrics(rollout: Rollout) -> dict[str, float]:
+def part_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
     """Each part of the reward: its mean over episodes, and of a term's scores their spread over episodes too."""
-    row = {f"objective/{name}": float(scores.mean()) for name, scores in rollout.part_scores.items()}
+    row = {f"{prefix}/{name}": float(scores.mean()) for name, scores in rollout.part_scores.items()}
     spread = {name: scores for name, scores in rollout.part_scores.items() if name.startswith("scores/")}
     return row | {
-        f"objective/scores_std/{name.removeprefix('scores/')}": float(scores.std(correction=0))
+        f"{prefix}/scores_std/{name.removeprefix('scores/')}": float(scores.std(correction=0))
         for name, scores in spread.items()
     }
 
@@ -217,12 +225,14 @@ def overoptimisation_rows(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 class Transcripts:
-    """Some episodes of a rollout as text, with their scores and KL, in transcripts.jsonl."""
+    """Of every so many iterations some episodes as text, with their scores and KL, in a file of their own. 0: none."""
 
-    def __init__(self, folder: str | Path, count: int = 8):
-        self.path, self.count = Path(folder) / "transcripts.jsonl", count
+    def __init__(self, folder: str | Path, every: int = 1, count: int = 8, name: str = "transcripts.jsonl"):
+        self.path, self.every, self.count = Path(folder) / name, every, count
 
     def write(self, iteration: int, rollout: Rollout, codec: Codec) -> None:
+        if not self.every or iteration % self.every:
+            return
         kl = masked_row_sum(rollout.logprobs - rollout.ref_logprobs, rollout.response_mask)
         ends = rollout.query_lengths + rollout.response_lengths
         rows = []

@@ -37,13 +37,14 @@ from align.files import plain, write_json, write_jsonl
 from align.judge import Judge
 from align.manifest import check_parent, read_manifest
 from align.models import context_of, load_packed_policy
+from align.order import evenly
 from align.parse import parse
 from align.reward_models import require_same_tokens, say_other_end
 from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
-from align.types import Prompt, Ranking
+from align.types import Ranking
 from align.validate import training_leaks
 from stages.__main__ import run, seconds_so_far
 
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> None:
     if room <= config.max_new_tokens + 1:
         raise UserError(f"max_new_tokens: {config.max_new_tokens} leaves a prompt no room in {room} tokens; lower it")
     prompts = within(room - config.max_new_tokens - 1, codec, *load_prompts(config.prompts_file, config.on_bad_rows))
+    if len(prompts) < 2:
+        raise UserError(f"prompts_file: {len(prompts)} prompt that can be used; an interval needs 2 or more")
     prompts = evenly(prompts, config.num_prompts)
     rankings, documents = [], []
     if config.rankings_file:
@@ -112,14 +115,6 @@ def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length
             f"{', '.join(report.paths)}: {len(rows) - len(kept)} of {len(rows)} rows over {max_tokens} tokens left out"
         )
     return kept
-
-
-def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts, evenly spaced over the file, so that every source in it has its share; all when 0."""
-    if len(prompts) < 2:
-        raise UserError(f"prompts_file: {len(prompts)} prompt that can be used; an interval needs 2 or more")
-    count = min(count, len(prompts)) or len(prompts)
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def policy_paths(config: EvaluateConfig, codec: Codec) -> dict[str, str | None]:

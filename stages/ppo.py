@@ -20,6 +20,7 @@ from tqdm import tqdm
 from align.checkpoint import is_finished
 from align.config import PPOConfig
 from align.evaluate.plots import plot_overoptimisation
+from align.held_out import HeldOut
 from align.interrupt import Interrupted, arrived, deferred
 from align.judge import GoldJudge
 from align.learn import (
@@ -65,13 +66,14 @@ def main(argv: list[str]) -> None:
     progress = Progress.at_start(inputs, config)
     if checkpoint:
         load_state(checkpoint, progress, learner, config, runtime)
-    stopped = stop_for_kl(progress, config)
-    metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output)
+    metrics, transcripts = Metrics(output, checkpoint, config), Transcripts(output, config.transcript_iterations)
     judge = GoldJudge(config.judge, codec)
+    held_out = HeldOut(inputs, learner, models, judge, config, runtime)
 
     # 4. Iterate: rollout, update, log.
     with deferred():
-        last = progress.done if stopped else algebra.iterations
+        held_out.start(progress, metrics)
+        last = progress.done if (stopped := stop_for_kl(progress, config)) else algebra.iterations
         for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not runtime.is_main)):
             set_learning_rates(learner, config, iteration, algebra.iterations)
             queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
@@ -84,12 +86,11 @@ def main(argv: list[str]) -> None:
             documents = inputs.next_documents(progress.documents)
             stats = update(rollout, learner, documents, config, runtime, iteration)
             row = ppo_metrics(rollout, stats, progress.kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
-            row |= judge.score([query.prompt for query in queries], rollout)
+            row |= judge.score([query.prompt for query in queries], rollout) | held_out.measure(progress, iteration + 1)
             progress.advance(row, config)
             metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row, **runtime.lap()})
             bar.set_postfix_str(shown(row))
-            if config.transcript_iterations and iteration % config.transcript_iterations == 0:
-                transcripts.write(iteration, rollout, codec)
+            transcripts.write(iteration, rollout, codec)
             stopped, signal = stop_for_kl(progress, config), arrived()
             if stopped or signal or (config.save_iterations and progress.done % config.save_iterations == 0):
                 save_state(output, progress, learner, config, codec, runtime)

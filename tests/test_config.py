@@ -67,7 +67,8 @@ FIELDS = {
     """,
     "PPOConfig": """
         model_name_or_path reward reward_timeout reward_retries value_model_path value_head_init
-        train_file pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
+        train_file validation_file validation_prompts eval_iterations
+        pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature

@@ -47,7 +47,7 @@ FLOORS = (
     {"rewards", "reward_models", "judge", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},
     {"validate", "convert", "stats", "learn", "value_head", "step_zero"},
-    {"prepare"},
+    {"prepare", "held_out"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -198,7 +198,7 @@ def sft_flags(world: Path) -> dict:
     }  # fmt: skip
 
 
-PPO_METRICS = ("objective/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr")
+PPO_METRICS = ("objective/", "validation/", "loss/", "val/", "policy/", "sampling/", "kl_coef", "lr")
 LORA = {"use_peft": "true", "value_use_peft": "true", "gradient_checkpointing": "true", "lora_r": 4}
 MUON = {"optim": "muon"}
 FITTED = {"value_head_init": "fitted", "missing_eos_penalty": "null"}  # else all returns are one number here
@@ -238,9 +238,9 @@ def check_same(a: object, b: object, where: str) -> None:
         check_same(*pair)
 
 
-def check_transcripts(a: Path, b: Path) -> None:
+def check_transcripts(a: Path, b: Path, name: str = "transcripts.jsonl") -> None:
     """The same prompts in the same order, and the same words sampled from them."""
-    one, two = ([json.loads(line) for line in (f / "transcripts.jsonl").open(encoding="utf-8")] for f in (a, b))
+    one, two = ([json.loads(line) for line in (f / name).open(encoding="utf-8")] for f in (a, b))
     texts = [[{k: v for k, v in row.items() if isinstance(v, str)} for row in rows] for rows in (one, two)]
     assert texts[0] == texts[1] and len(texts[0]) > 0
 
@@ -261,7 +261,9 @@ def check_transcripts(a: Path, b: Path) -> None:
     ],
 )
 def test_P16_ppo_in_several_processes(world, tmp_path, processes, sharded, more, changes):
+    more |= {"validation_file": world / "held_out.jsonl", "validation_prompts": 5, "eval_iterations": 1}
     one, other = outputs("ppo", tmp_path, ppo_flags(world) | more, (1, {}, False), (processes, changes, sharded))
+    check_transcripts(one, other, "validation.jsonl")
     if "use_peft" in more or "optim" in more or "frozen_quantization" in more:
         check_metrics(one, other, PPO_METRICS)
         check_weights(one, other, world / "policy")

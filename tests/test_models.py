@@ -486,6 +486,21 @@ def test_P15_average_by_a_loop(tiny_llama):
     assert not torch.equal(trained[name], tiny_llama.state_dict()[name])
 
 
+def test_P15_the_average_takes_the_models_place_and_gives_it_back(tiny_llama):
+    ema = EMA(tiny_llama, 0.5)
+    name = "lm_head.weight"
+    before = tiny_llama.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.add_(1.0)
+    ema.update(tiny_llama)
+    average, trained = ema.shadow[name].clone(), tiny_llama.lm_head.weight.detach().clone()
+    assert torch.allclose(average, before + 0.5)
+    with pytest.raises(KeyboardInterrupt), ema.swapped(tiny_llama):
+        assert torch.equal(tiny_llama.lm_head.weight, average) and torch.equal(ema.shadow[name], trained)
+        raise KeyboardInterrupt
+    assert torch.equal(tiny_llama.lm_head.weight, trained) and torch.equal(ema.shadow[name], average)
+
+
 def test_P15_constant_weights_are_a_fixed_point(tiny_llama):
     ema = EMA(tiny_llama, 0.992)
     for _ in range(50):

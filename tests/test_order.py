@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.errors import UserError
-from align.order import Cursor, epoch_order
+from align.order import Cursor, epoch_order, evenly
 
 
 def test_epoch_order_is_a_fixed_permutation():
     order = epoch_order(100, seed=5, epoch=2)
     assert sorted(order) == list(range(100)) and order == epoch_order(100, 5, 2)
     assert len({tuple(epoch_order(100, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
+def test_rows_are_evenly_spaced_over_the_file():
+    assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], 0) == [1, 2] == evenly([1, 2], 5)
+    assert evenly([], 3) == []
 
 
 def test_a_cursor_spans_epochs_and_covers_each():

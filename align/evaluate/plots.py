@@ -19,6 +19,7 @@ from align.files import plain
 DPI = 120
 INK, FAINT, GRID = "#333333", "#a8a8a8", "#e6e6e6"
 PROXY, GOLD = "#7b5ea7", "#e08214"
+HELD_OUT = "#3b75af"
 LABELS = {"base": "base", "prompted": "base, few-shot", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 COLOURS = {"base": "#8a8f98", "prompted": "#c9a227", "sft": "#3b75af", "ppo": "#d1495b", "ppo_ptx": "#2a8a57"}
 
@@ -102,7 +103,11 @@ def plot_training(rows: Sequence[Row], path: Path, policy: str = "ppo_ptx") -> P
         (
             "Score",
             "reward model score",
-            (("objective/scores", "score", colour), ("objective/rlhf_reward", "score minus KL penalty", other)),
+            (
+                ("objective/scores", "score", colour),
+                ("objective/rlhf_reward", "score minus KL penalty", other),
+                ("validation/scores", "score, held-out prompts", HELD_OUT),
+            ),
         ),
         ("KL to the SFT policy", "nats per episode", (("objective/kl", "KL", colour),)),
         ("Entropy", "nats", (("objective/entropy", "entropy", colour),)),

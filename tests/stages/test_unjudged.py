@@ -9,7 +9,7 @@ import pytest
 from align.errors import UserError
 from align.evaluate.schema import check_summary
 from align.text import Codec
-from stages.evaluate import evenly, policy_paths
+from stages.evaluate import policy_paths
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,6 @@ def test_a_policy_that_is_nowhere_is_an_error_and_one_not_trained_is_not(mini, c
     config.ppo_path = str(tmp_path / "runz" / "ppo")
     with pytest.raises(UserError, match="ppo_path"):
         policy_paths(config, Codec.load(config.sft_path))
-
-
-def test_prompts_are_evenly_spaced_over_the_file():
-    assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], 0) == [1, 2] == evenly([1, 2], 5)
 
 
 def test_the_report_never_says_gold(unjudged):
