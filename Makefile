@@ -27,6 +27,8 @@ SFT := $(RUN)/sft/manifest.json
 RANKINGS := $(if $(wildcard $(CONFIGS)/collect.yaml),$(RUN)/rankings/manifest.json)
 RM := $(RUN)/rm/manifest.json
 FOLDS := $(RUN)/rm-folds/manifest.json
+# Public rankings hardly ever name their labelers; they come from several sources.
+FOLDS_BY ?= $(if $(wildcard $(CONFIGS)/data.yaml),source,labeler)
 RM_REPORT := $(RUN)/rm/report.md
 # With people's rankings the reward model's report is part of the whole.
 REPORTED := $(if $(wildcard $(CONFIGS)/data.yaml),$(RM_REPORT))
@@ -76,7 +78,7 @@ base: $(READY) $(BASE) ## stage 0: a small language model from text
 sft: $(READY) $(SFT) ## stage 1: demonstrations -> policy
 collect: $(READY) $(RANKINGS) ## samples of the policy, ranked by the labelers
 rm: $(READY) $(RM) ## stage 2: rankings -> reward model
-rm-folds: $(READY) $(FOLDS) ## reward models without one group of labelers each (section 4.1)
+rm-folds: $(READY) $(FOLDS) ## reward models without one group of labelers (section 4.1), or one source, each
 rm-report: $(READY) $(RM_REPORT) ## the reward model beside its baselines, a peer, its labelers
 ppo: $(READY) $(PPO) ## stage 3: PPO-ptx against the reward model
 ppo-plain: $(READY) $(PLAIN) ## stage 3 without pretraining gradients
@@ -114,7 +116,7 @@ $(RM): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm) | $(READY
 	$(call stage,rm,rm,rm)
 
 $(FOLDS): $(CONFIGS)/rm.yaml $(WORLD) $(SFT) $(RANKINGS) $(call force,rm-folds) | $(READY)
-	$(call stage,rm-folds,rm,rm,--folds_by labeler --output_dir $(RUN)/rm-folds)
+	$(call stage,rm-folds,rm,rm,--folds_by $(FOLDS_BY) --output_dir $(RUN)/rm-folds)
 
 # Folds that exist are in the report.
 $(RM_REPORT): $(CONFIGS)/evaluate_rm.yaml $(RM) $(wildcard $(FOLDS)) $(call force,rm-report) | $(READY)

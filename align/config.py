@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from align.errors import UserError
+from align.maths.importance import LEVELS
+from align.maths.kl import ESTIMATORS
 
 COUNTS = (
     "total_episodes", "rollout_batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
@@ -352,6 +354,7 @@ class PPOConfig(TrainingConfig):
     gamma: float = 1.0
     lam: float = 0.95
     cliprange: float = 0.2
+    dual_clip: float | None = None  # given, e.g. 3: a token of negative advantage costs at most so many times it
     cliprange_value: float | None = 0.2
     whiten_advantages: bool = True
     whiten_rewards: bool = False
@@ -371,7 +374,7 @@ class PPOConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        choose("kl_estimator", self.kl_estimator, ESTIMATORS)
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
         if self.missing_eos_mode == "replace" and (self.missing_eos_penalty or 0) > 0:
             warnings.warn(
@@ -395,6 +398,8 @@ class PPOConfig(TrainingConfig):
             check_term(f"reward[{i}]", term, [term_name(other) for other in self.reward[:i]])
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise UserError(f"reward_timeout: {self.reward_timeout} seconds; give more than 0, or null for no limit")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.cliprange:
+            raise UserError(f"dual_clip: {self.dual_clip} is within 1 + cliprange; give more, e.g. 3, or null for none")
         if self.validation_prompts == 1 or self.validation_prompts < 0:
             raise UserError(
                 f"validation_prompts: {self.validation_prompts}; an interval needs 2 or more, 0 is all of them"
@@ -412,7 +417,7 @@ class PPOConfig(TrainingConfig):
         return self.importance_weight_cap is not None or self.importance_weight_band is not None
 
     def _check_weights(self) -> None:
-        choose("importance_weight_level", self.importance_weight_level, ("token", "sequence"))
+        choose("importance_weight_level", self.importance_weight_level, LEVELS)
         for key in ("importance_weight_cap", "importance_weight_band"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -51,11 +51,13 @@ from align.rollout import Query, RolloutModels
 from align.rows import DataReport
 from align.runtime import (
     Runtime,
+    gather_list,
     is_main_process,
     load_optimizer_state,
     random_state,
     refuse_sharding,
     set_random_state,
+    wait_for_everyone,
     whole_state,
     write,
 )
@@ -64,6 +66,7 @@ from align.text import Codec
 from align.track import announce, save_log_sizes
 from align.types import Prompt
 from align.update import Learner, PtxSource
+from align.validate import say_training_leaks
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def load_inputs(config: PPOConfig) -> Inputs:
     for path in (config.model_name_or_path, start.path):
         require_context(path, config.max_prompt_length, config.max_new_tokens)
     queries, held_out, reports = load_queries(config, codec)
+    say_training_leaks([parent["path"] for parent in parents], [query.prompt for query in held_out])
     texts, limit = [], config.ptx_max_length
     if config.ptx_coef > 0:
         texts, reports["pretraining_file"] = load_texts(config.pretraining_file, config.on_bad_rows)
@@ -273,7 +277,7 @@ def save_state(
         "step_zero": progress.step_zero,
         "row": progress.row,
         "start_scores": progress.start_scores,
-        "random": runtime.gather_list([random_state()]),
+        "random": gather_list([random_state()]),
         "prompts": progress.prompts.state(),
         "documents": progress.documents.state(),
         "policy_optimizer": whole_state(learner.policy_optimizer.state_dict()),
@@ -290,7 +294,7 @@ def save_state(
                 save_log_sizes(output, folder)
                 mark_complete(folder)
             rotate(checkpoint, config.save_total_limit)
-    runtime.barrier()  # a process that left before, at a signal, would end the others as they write
+    wait_for_everyone()  # a process that left before, at a signal, would end the others as they write
 
 
 def load_state(checkpoint: Path, progress: Progress, learner: Learner, config: PPOConfig, runtime: Runtime) -> None:

@@ -90,10 +90,6 @@ class Runtime:
     def world(self) -> int:
         return self.accelerator.num_processes
 
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
     def mine(self, rows: Rows) -> Rows:
         """This process's share of a global list or tensor."""
         return rows[self.rank :: self.world]
@@ -191,10 +187,6 @@ class Runtime:
         per_rank = self.accelerator.gather(x).view(self.world, x.shape[0], *x.shape[1:])
         return per_rank.transpose(0, 1).reshape(self.world * x.shape[0], *x.shape[1:])
 
-    def gather_list(self, rows: list) -> list:
-        """Every process's Python objects in global order (inverse of `mine`); shares may differ by one."""
-        return gather_list(rows)
-
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds to `seconds[phase]`, by this process's clock (an accelerator may still be at work). A phase within
@@ -208,9 +200,6 @@ class Runtime:
         passed = {name: total - self.told.get(name, 0.0) for name, total in self.seconds.items()}
         self.told = dict(self.seconds)
         return {f"time/{name.replace(' ', '_')}": round(seconds, 3) for name, seconds in passed.items()}
-
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
 
 
 def is_distributed() -> bool:
@@ -396,7 +385,8 @@ def my_share(count: int) -> range:
 
 
 def gather_list(rows: list) -> list:
-    """Every process's Python objects in the order of which each holds `my_share`; shares may differ by one."""
+    """Every process's Python objects in global order, each holding `my_share` of them (or `Runtime.mine`); shares may
+    differ by one."""
     world = state().num_processes
     if world == 1:
         return rows

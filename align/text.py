@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from align.errors import UserError, first_line
-from align.types import Text, pad_rows
+from align.types import Text, contents, pad_rows
 
 SYSTEM_ROLES = ("system", "developer")
 # A template that writes today's date writes this one: else a run that is resumed tomorrow reads other tokens.
@@ -222,7 +222,7 @@ class Codec:
         return self.responses([completion])[0]
 
     def responses(self, completions: list[Text]) -> list[list[int]]:
-        texts = [c if isinstance(c, str) else "\n\n".join(m["content"] for m in c) for c in completions]
+        texts = [contents(completion) for completion in completions]
         if not texts:
             return []
         # A special token spelled out in a text stays text.

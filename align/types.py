@@ -16,8 +16,9 @@ Text = str | tuple[Message, ...]  # plain text, or a conversation
 
 
 def contents(text: Text) -> str:
-    """The text alone; of a conversation, its messages' contents a line each."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    """The text alone, as reward models and judges read it; of a conversation, its messages' contents, an empty line
+    between two."""
+    return text if isinstance(text, str) else "\n\n".join(message["content"] for message in text)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[
     rows = micro.input_ids, micro.query_lengths, micro.response_lengths
     logprobs, entropies = response_logprobs(policy, *rows, config.temperature)
     old, mask = micro.logprobs, micro.response_mask
-    loss, stats = policy_loss(logprobs, old, micro.advantages, mask, config.cliprange, micro.importance_weights)
+    weights = micro.importance_weights
+    loss, stats = policy_loss(logprobs, old, micro.advantages, mask, config.cliprange, weights, config.dual_clip)
     if config.old_logprobs == "sampler":
         stats |= logprob_mismatch(logprobs, old, mask)
     return loss, stats | {"entropy": entropies.sum()}

@@ -22,6 +22,7 @@ from align.readers.files import TABLES, suffix
 from align.readers.formats import FORMATS, detect_format
 from align.rows import Problem, count_kinds, read_rows, split_paths
 from align.splits import prompt_key
+from align.track import announce
 from align.types import Ranking, Text
 
 ALL = "--all"
@@ -126,6 +127,12 @@ def _compare(first: FileCheck, second: FileCheck) -> list[str]:
         what, remedy = f"its prompt is also at {other}", "split by prompt, each in one file"
         second.problems.append(Problem(place, "in_two_splits", what, remedy))
     return []
+
+
+def say_training_leaks(folders: Iterable[str | None], records: Iterable[Any]) -> None:
+    """A line for each of `training_leaks`, of the prompts of these records."""
+    for leak in training_leaks(folders, [record.prompt for record in records]):
+        announce(leak)
 
 
 def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from align.config import ModelTerm, PPOConfig
 from align.models import Policy, ScalarModel
 from align.optimise import make_optimizer
-from align.runtime import Runtime, end_processes
+from align.runtime import Runtime, end_processes, is_main_process
 from align.types import Rollout
 from align.update import Learner, microbatches, optimiser_step
 
@@ -120,10 +120,10 @@ def work() -> dict[str, Any]:
     with Counting() as sampling, runtime.for_sampling(policy):
         pass
     with runtime.for_saving(policy) as whole:
-        weights = torch.cat([p.flatten() for p in whole.parameters()]).tolist() if runtime.is_main else []
+        weights = torch.cat([p.flatten() for p in whole.parameters()]).tolist() if is_main_process() else []
     found = {"counted": counted.bytes, "theory": expected, "sampling": sampling.bytes["all-gather"], "policy": size}
     found |= {"weights": weights, "gradient": stats.sums["policy_grad_norm"], "held": held}
-    return found | {"main": runtime.is_main}
+    return found | {"main": is_main_process()}
 
 
 def made_up_rollout(device: torch.device) -> Rollout:

@@ -21,7 +21,7 @@ from align.manifest import check_parent, write_manifest
 from align.models import load_packed_policy, require_context
 from align.parse import parse
 from align.reward_models import say_other_end
-from align.runtime import Runtime, is_main_process, tune_cpu
+from align.runtime import Runtime, gather_list, is_main_process, tune_cpu
 from align.splits import refuse_eval_only
 from align.text import Codec
 from align.track import announce, say_dropped
@@ -76,7 +76,7 @@ def sample(
     uniforms = uniform_numbers(len(repeated), config.max_new_tokens, config.seed, stream)
     with runtime.autocast():
         mine = sampler(runtime.mine(repeated), runtime.mine(uniforms), config.temperature)
-    return group(prompts, sizes, runtime.gather_list(mine), codec)
+    return group(prompts, sizes, gather_list(mine), codec)
 
 
 def rank(candidates: dict[str, list[Candidates]], config: CollectConfig) -> tuple[dict, dict]:

@@ -45,7 +45,7 @@ from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce, read_jsonl
 from align.types import Ranking
-from align.validate import training_leaks
+from align.validate import say_training_leaks
 from stages.__main__ import run, seconds_so_far
 
 
@@ -69,8 +69,7 @@ def main(argv: list[str]) -> None:
     if config.rankings_file:
         rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
     models = [*paths.values(), config.reward_model_path or None]
-    for leak in training_leaks(models, [row.prompt for row in (*prompts, *rankings)]):
-        announce(leak)
+    say_training_leaks(models, [*prompts, *rankings])
     if config.text_file:
         documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)

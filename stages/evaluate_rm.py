@@ -37,7 +37,7 @@ from align.parse import parse
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.splits import keep_apart
 from align.track import announce, read_jsonl
-from align.validate import training_leaks
+from align.validate import say_training_leaks
 from stages.__main__ import run
 
 
@@ -51,8 +51,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"output_dir: {output} holds a report; choose another, or set overwrite_output_dir: true")
     trained = load_rankings(config.train_file, config.on_bad_rows)[0] if config.train_file else []
     rankings, data = load_held_out(config.rankings_file, "rankings_file", trained, config)
-    for leak in training_leaks([config.reward_model_path], [ranking.prompt for ranking in rankings]):
-        announce(leak)
+    say_training_leaks([config.reward_model_path], rankings)
     device = Runtime(config.seed).device
     scorer = load(config.reward_model_path, "reward_model_path", device, config)
 

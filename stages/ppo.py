@@ -37,7 +37,7 @@ from align.learn import (
 from align.parse import parse
 from align.resume import start_run
 from align.rollout import collect_rollout
-from align.runtime import Runtime, tune_cpu
+from align.runtime import Runtime, is_main_process, tune_cpu
 from align.step_zero import check_step_zero
 from align.track import Metrics, Transcripts, announce, overoptimisation_rows, ppo_metrics, read_jsonl, shown
 from align.update import BatchAlgebra, update
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     with deferred():
         held_out.start(progress, metrics)
         last = progress.done if (stopped := stop_for_kl(progress, config)) else algebra.iterations
-        for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not runtime.is_main)):
+        for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not is_main_process())):
             set_learning_rates(learner, config, iteration, algebra.iterations)
             queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
             rollout = collect_rollout(queries, models, config, runtime, progress.kl_coef, iteration)
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
                 break
 
     # 5. Save the averaged policy, the manifest last.
-    if config.judge and runtime.is_main:
+    if config.judge and is_main_process():
         plot_overoptimisation(overoptimisation_rows(read_jsonl(metrics.path)), output / "overoptimisation.png")
     metrics_now = {"step_zero": progress.step_zero, "stopped": stopped, **progress.row}
     save_policy(output, learner, config, inputs, metrics_now, runtime)

@@ -49,6 +49,7 @@ from align.trainer import (
     refuse_several_gpus,
     resume_argument,
 )
+from align.validate import say_training_leaks
 from stages.__main__ import run
 
 
@@ -161,14 +162,14 @@ def load_all(config: RMConfig, codec: Codec, limit: int) -> tuple[list, dict[str
     for others in held.values():
         rankings, report = keep_apart(rankings, report, others, config.on_bad_rows)
     rankings, reports["train_file"] = drop_long(rankings, codec, limit, report, ranking_length)
+    say_training_leaks([config.model_name_or_path], [ranking for others in held.values() for ranking in others])
     return rankings, held, reports
 
 
 def accuracies(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
     """Accuracy with intervals, calibration and baselines, by name of the held-out set."""
-    scored = {
-        name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()
-    }
+    size = config.per_device_eval_batch_size
+    scored = {name: score_rankings(model, rows, codec, size) for name, rows in held.items()}
     return {name: plain(ranking_accuracy(rows, config.seed)) for name, rows in scored.items()}
 
 

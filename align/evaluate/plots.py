@@ -112,7 +112,14 @@ def plot_training(rows: Sequence[Row], path: Path, policy: str = "ppo_ptx") -> P
         ("KL to the SFT policy", "nats per episode", (("objective/kl", "KL", colour),)),
         ("Entropy", "nats", (("objective/entropy", "entropy", colour),)),
         ("Response length", "tokens", (("objective/response_tokens", "length", colour),)),
-        ("Finished with EOS", "share of responses", (("objective/finished", "finished", colour),)),
+        (
+            "Endings and repetition",
+            "share",
+            (
+                ("objective/finished", "responses that end in EOS", colour),
+                ("objective/repetition", "3-grams that stood before", other),
+            ),
+        ),
         ("Value", "loss", (("loss/value_avg", "value loss", other),)),
     ]
     for panel, (title, unit, series) in zip(axes, panels, strict=True):

@@ -72,7 +72,7 @@ def answer(
     sampler = make_sampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
     if not mine:  # more processes than prompts
-        return runtime.gather_list([])
+        return gather_list([])
     with runtime.autocast():
         episodes = sampler(mine, uniforms[picked], temperature)
     drawn = [len(episode.response) for episode in episodes]  # without the EOS that closes an answer that is cut
@@ -90,7 +90,7 @@ def answer(
     require_scores([proxies], "reward_model_path")
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
-    return runtime.gather_list(rows)
+    return gather_list(rows)
 
 
 def few_shot_examples(demonstrations: list[Demonstration]) -> list[tuple[str, str]]:

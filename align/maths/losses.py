@@ -33,14 +33,19 @@ def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, d
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
-    weights: Tensor | None = None,
+    weights: Tensor | None = None, dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Sum over tokens of -min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) (Schulman et al. 2017, Eq. 7), each times its
-    weight where `weights` are given. All (B, R)."""
+    weight where `weights` are given. All (B, R).
+
+    `dual_clip`: where A < 0 a token costs at most dual_clip * |A|, whatever its ratio (Ye et al. 2020, Eq. 4).
+    """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     losses = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     loss = masked_sum(losses if weights is None else losses * weights, mask)
     with torch.no_grad():
         stats = {

@@ -39,7 +39,7 @@ from align.readers.base import (
 )
 from align.rows import BadRow, Problem
 from align.splits import prompt_key
-from align.types import Demonstration, Text
+from align.types import Demonstration, contents
 
 TURN = re.compile(r"\n\n(Human|Assistant):")  # Anthropic's HH dialogues
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -87,7 +87,7 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
             yield from (Problem(place, "one_label", what, remedy) for place in places)
             continue
         first, notes = group[0][2], []
-        ranked = [(_said(record.completion), float(not label)) for _, label, record in group]
+        ranked = [(contents(record.completion), float(not label)) for _, label, record in group]
         try:
             converted = Converted(
                 ranking_row(as_json(first.prompt), ranked, notes, **columns(first.columns, *LABELS)), places
@@ -97,11 +97,6 @@ def unpaired_rankings(records: Iterable[Record], options: Options) -> Iterator[O
             continue
         yield from (Note(places[0], kind, what) for kind, what in notes)
         yield converted
-
-
-def _said(completion: Text) -> str:
-    """A completion's text: the assistant's messages are what a template would put around it."""
-    return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
 
 
 def unpaired_demonstration(row: Mapping[str, Any], options: Options, notes: Notes) -> Row:

@@ -163,11 +163,12 @@ def test_ranking_is_float32_inside(dtype):
 # Policy loss
 
 
-def one_token(ratio: float, advantage: float, cliprange: float = 0.2):
+def one_token(ratio: float, advantage: float, cliprange: float = 0.2, dual_clip: float | None = None):
     """Loss, d loss / d logprob and stats of a single token."""
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    loss, stats = policy_loss(logprobs, torch.zeros(1, 1), torch.full((1, 1), advantage), mask, cliprange)
+    advantages = torch.full((1, 1), advantage)
+    loss, stats = policy_loss(logprobs, torch.zeros(1, 1), advantages, mask, cliprange, dual_clip=dual_clip)
     loss.backward()
     return loss.item(), logprobs.grad.item(), {name: value.item() for name, value in stats.items()}
 
@@ -191,6 +192,20 @@ def test_P11_clipping(ratio, advantage, loss, gradient):
     assert stats["ratio"] == pytest.approx(ratio)
     assert stats["max_ratio_deviation"] == pytest.approx(abs(ratio - 1))
     assert stats["approxkl"] == pytest.approx(math.log(ratio) ** 2 / 2)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (4.0, -0.5, 1.5, 0.0),  # 3 x 0.5 instead of 4 x 0.5
+        (2.0, -0.5, 1.0, 1.0),  # 2 x 0.5, under the limit: -A x ratio
+        (0.5, -0.5, 0.4, 0.0),  # the first clip's, 0.8 x 0.5
+        (4.0, 0.5, -0.6, 0.0),  # the first clip's, 1.2 x 0.5: what is good has no second limit
+        (0.5, 0.5, -0.25, -0.25),
+    ],
+)
+def test_K3_dual_clip(ratio, advantage, loss, gradient):
+    assert one_token(ratio, advantage, dual_clip=3.0)[:2] == pytest.approx((loss, gradient))
 
 
 def test_P4_first_minibatch():
