@@ -24,6 +24,7 @@ TOOLS = {
     "convert": "FILE... --output FILE: public formats -> ours, every dropped row named",
     "prepare": "--config FILE --data_dir FOLDER: the files of a run from public data, split by prompt over all of them",
     "validate": "FILE...: report every bad row of data files",
+    "plan": "--config PPO.yaml --model FOLDER: what stage 3 will hold in memory",
     "stats": "FILE...: counts, K, lengths, ties, agreement, duplicates, shared prompts",
 }
 

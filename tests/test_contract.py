@@ -47,7 +47,7 @@ FLOORS = (
     {"rewards", "reward_models", "judge", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},
     {"validate", "convert", "stats", "learn", "value_head", "step_zero"},
-    {"prepare", "held_out"},
+    {"prepare", "held_out", "plan"},
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
