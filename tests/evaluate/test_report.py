@@ -67,6 +67,10 @@ def test_a_use_case_with_one_prompt_is_drawn_and_tabled(tmp_path, make_evaluatio
     assert "(n=1)" in report.write_tables(evaluation)
 
 
+def test_error_bars_reach_down_to_low_and_up_to_high():
+    assert plots._bars([{"mean": 5.0, "low": 4.0, "high": 8.0}]).tolist() == [[1.0], [3.0]]
+
+
 def test_the_same_numbers_give_the_same_picture(tmp_path, make_evaluation):
     summary = summarise(make_evaluation(n=30))
     one, two = (plots.plot_policies(summary, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
@@ -85,6 +89,58 @@ def test_tables_hold_the_summary(make_evaluation):
     assert "| satisfies constraint |" in text and "| open_qa | 20 |" in text and "| zh |" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every row of a table has as many cells
         assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def around(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.25, "high": mean + 0.5}
+
+
+def test_each_number_of_a_policy_stands_in_its_column(make_evaluation):
+    """All numbers differ; each interval is 0.25 below its mean and 0.5 above it."""
+    evaluation = make_evaluation(n=4, without=("base", "prompted", "ppo", "ppo_ptx"))
+    summary = summarise(evaluation)
+    keys = ("gold", "gain_vs_sft", "win_rate_vs_sft")
+    summary["policies"]["sft"] = {
+        "sampled": {key: around(1.0 + i) for i, key in enumerate(keys)},
+        "greedy": {key: around(4.0 + i) for i, key in enumerate(keys)},
+        "proxy": 7.0, "kl": 8.0, "perplexity": 9.0, "response_tokens": 10.0, "finished": 0.11,
+    }  # fmt: skip
+    table = next(t for t in report.tables(evaluation, summary) if t.title == "Policies")
+    head, _, row = table.markdown().splitlines()[4:]
+    assert head == (
+        "| policy | sampled: gold | sampled: gain | sampled: win rate | greedy: gold | greedy: gain | greedy: win rate "
+        "| proxy | KL | perplexity | tokens | finished |"
+    )
+    assert row == (
+        "| SFT | 1.00 [0.75, 1.50] | 2.00 [1.75, 2.50] | 3.00 [2.75, 3.50] "
+        "| 4.00 [3.75, 4.50] | 5.00 [4.75, 5.50] | 6.00 [5.75, 6.50] | 7.00 | 8.00 | 9.00 | 10.0 | 11.0% |"
+    )
+
+
+def test_each_number_of_the_reward_model_stands_in_its_row(make_evaluation):
+    evaluation = make_evaluation(n=4)
+    summary = summarise(evaluation)
+    summary["rm"] = {"accuracy": around(0.3), "gold_accuracy": around(0.4), "demonstration_mean": 0.06, "pairs": 7}
+    summary["labelers"] = {"agreement": around(0.5)}
+    table = next(t for t in report.tables(evaluation, summary) if t.title == "Reward model").markdown()
+    assert "Over 7 held-out pairs" in table and table.splitlines()[4:] == [
+        "| measure | value |",
+        "|---|---:|",
+        "| accuracy against labelers | 0.30 [0.05, 0.80] |",
+        "| accuracy against gold | 0.40 [0.15, 0.90] |",
+        "| agreement of two labelers | 0.50 [0.25, 1.00] |",
+        "| mean score of demonstrations | 0.06 |",
+    ]
+
+
+def test_scores_by_use_case_are_of_the_sampled_answers(make_evaluation):
+    evaluation = make_evaluation(n=2, without=("base", "prompted", "ppo", "ppo_ptx"))
+    for mode, scores in (("sampled", (2.0, 6.0)), ("greedy", (3.0, 7.0))):
+        for record, score in zip(evaluation["policies"]["sft"][mode], scores, strict=True):
+            record["likert"] = score
+    table = next(t for t in report.tables(evaluation) if t.title == "Gold score by use case")
+    assert table.header == ["use case", "prompts", "SFT"]
+    assert table.rows == [["generation", "1", "2.00 (n=1)"], ["open_qa", "1", "6.00 (n=1)"]]
 
 
 def test_fields_table_by_hand(make_evaluation):
@@ -112,6 +168,19 @@ def test_transcripts_are_spread_over_use_cases_and_paired(make_evaluation):
     assert len(rows) == 20 and all(cases.count(case) == 2 for case in cases)
     for row in rows:
         assert {answer["id"] for answer in row["responses"].values()} == {row["id"]}
+
+
+@pytest.mark.parametrize(("asked", "mode"), [({}, "sampled"), ({"mode": "greedy"}, "greedy")])
+def test_transcripts_are_of_the_mode_asked_for(make_evaluation, asked, mode):
+    evaluation = make_evaluation(n=3, without=("base", "prompted", "ppo"))
+    for name in ("sft", "ppo_ptx"):
+        for drawn in ("sampled", "greedy"):
+            for record in evaluation["policies"][name][drawn]:
+                record["response"] = f"{name}, {drawn}, {record['id']}"
+    rows = report.pick_transcripts(evaluation, n=3, **asked)
+    assert [{name: answer["response"] for name, answer in row["responses"].items()} for row in rows] == [
+        {"sft": f"sft, {mode}, p{i}", "ppo_ptx": f"ppo_ptx, {mode}, p{i}"} for i in range(3)
+    ]
 
 
 class Tags(HTMLParser):
