@@ -159,6 +159,45 @@ def test_tables_hold_the_reports_numbers(report, tmp_path):
     assert "![Accuracy](accuracy.png)" in text and "mistakes.md" in text and "xxxxx" not in text
 
 
+def around(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.25, "high": mean + 0.5}
+
+
+def test_each_number_stands_in_its_row(report):
+    """All numbers differ; each interval is 0.25 below its mean and 0.5 above it."""
+    lone = report | {"accuracy": around(0.31), "peer": None, "transfer": None}
+    lone["baselines"] = {"length_only": around(0.32), "length_fitted": around(0.33), "random": around(0.34)}
+    lone["gain"] = {"length_only": around(0.35), "length_fitted": around(0.36)}
+    lone["labelers"] = {
+        "agreement": around(0.41), "agreement_with_ties": around(0.42), "ties": 0.43, "ceiling": around(0.44),
+        "ceiling_bounds": [0.45, 0.46], "accuracy": around(0.47), "consensus": {"accuracy": around(0.48)},
+        "by_labeler": {"ann": {"agreement": around(0.49)}}, "pairs": 5, "prompts": 2,
+    }  # fmt: skip
+    found = {table.title: table.markdown().splitlines()[4:] for table in tables(lone)}
+    assert found["Accuracy"] == [
+        "| scorer | accuracy | this model minus it |",
+        "|---|---:|---:|",
+        "| this model | 0.31 [0.06, 0.81] |  |",
+        "| the longer is better | 0.32 [0.07, 0.82] | 0.35 [0.10, 0.85] |",
+        "| length, fitted on other prompts | 0.33 [0.08, 0.83] | 0.36 [0.11, 0.86] |",
+        "| random scores (range of 95% of such scorers) | 0.34 [0.09, 0.84] |  |",
+        "| this model, pairs that two labelers judged | 0.47 [0.22, 0.97] |  |",
+        "| ceiling there: perfect predictor of the mean labeler | 0.44 [0.19, 0.94] |  |",
+    ]
+    assert found["Labelers"] == [
+        "| measure | value |",
+        "|---|---:|",
+        "| two labelers order a pair alike | 0.41 [0.16, 0.91] |",
+        "| the same verdict, ties included | 0.42 [0.17, 0.92] |",
+        "| judgements that are ties | 43.0% |",
+        "| ceiling, gaps in quality normal | 0.44 [0.19, 0.94] |",
+        "| ceiling, whatever the gaps | 0.45 to 0.46 |",
+        "| this model on those pairs | 0.47 [0.22, 0.97] |",
+        "| this model against the labelers' joint order there | 0.48 [0.23, 0.98] |",
+        "| labeler ann with the others | 0.49 [0.24, 0.99] |",
+    ]
+
+
 def test_a_bare_report_has_its_tables_too(report):
     bare = report | dict.fromkeys(("peer", "transfer", "score_spread", "held_out_labelers"))
     alone = {
