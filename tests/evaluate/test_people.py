@@ -104,6 +104,13 @@ def test_agreement_by_hand():
     assert found == {"ann": (3 / 4, 4), "ben": (3 / 4, 4), "cat": (pytest.approx(1 / 3), 3)}
 
 
+def test_the_ceiling_is_of_the_agreement_without_ties():
+    """Agreement 2/3; at most (1 + sqrt(4/3 - 1)) / 2 = (1 + 0.577350) / 2."""
+    report = labelers_report(RANKINGS, seed=0)
+    assert report["ceiling_bounds"] == pytest.approx([0.666667, 0.788675], abs=1e-6)
+    assert report["ceiling"].mean == pytest.approx(ceiling(4 / 6)) and 0.667 < report["ceiling"].mean < 0.788
+
+
 def test_consensus_by_hand():
     """x wins 2 of 3 over y and nothing is against it; y beats z twice; v beats u twice, where the scores are wrong."""
     consensus = labelers_report(RANKINGS, seed=0)["consensus"]
