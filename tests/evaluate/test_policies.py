@@ -17,6 +17,8 @@ from align.evaluate.policies import (
     few_shot_examples,
     judged,
     perplexity,
+    record,
+    scored,
     sequence_logprobs,
 )
 from align.generate import TorchSampler, uniform_numbers
@@ -115,6 +117,18 @@ def test_P6_kl_of_an_answer_is_at_the_temperature_that_drew_it(tiny_llama, tiny_
         here, there = (at_temperature(m, tuple(query), episode.response, read_at) for m in models)
         assert row["response"] == tiny_codec.decode(episode.response).strip()
         assert row["kl"] == pytest.approx(here - there, abs=1e-3) and abs(here - there) > 0.1
+
+
+def test_another_seed_draws_other_answers(tiny_llama, tiny_codec):
+    tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
+    policy, prompts = Policy(tiny_llama.eval()), [Prompt("Name a pet."), Prompt("Say no")]
+
+    def drawn(seed, temperature):
+        setting = Setting(tiny_codec, prompts, policy, lambda p, e: [0.0] * len(e), None, 5, batch_size=2, seed=seed)
+        return [row["response"] for row in answer(policy, setting, temperature, Runtime(seed=0))]
+
+    assert drawn(0, 1.0) == drawn(0, 1.0) != drawn(1, 1.0)
+    assert drawn(0, 0.0) == drawn(1, 0.0)
 
 
 @pytest.mark.parametrize("text, kept", [("a cat\nName", "a cat"), ("\na cat\n", "\na cat"), ("a cat", "a cat")])
@@ -216,6 +230,27 @@ def test_reward_and_judge_read_the_answer_behind_the_plain_prompt(tiny_llama, ti
     ]
     told = [(row["proxy"], row["likert"], row["fields"], row["finished"]) for row in rows]
     assert told == [(0.25, 5, {"opinion": False}, True), (-0.5, 2, {"opinion": True}, False)]
+
+
+def test_an_answer_is_as_long_as_its_tokens():
+    setting = SimpleNamespace(codec=SimpleNamespace(decode=lambda ids: " a crow, a cat and a dog "), judge=None)
+    row = record(Prompt("Name a pet."), Episode((5,), (7, 8, 9, 1), True), setting)
+    assert row["response_tokens"] == 4 and row["response"] == "a crow, a cat and a dog"
+
+
+def test_a_reward_function_reads_the_columns_of_the_rankings(tiny_codec):
+    """Here it weighs the characters of a completion by its ranking's column."""
+
+    def reward(prompts, episodes):
+        texts = [tiny_codec.decode(episode.response) for episode in episodes]
+        return [prompt.columns["weight"] * len(text) for prompt, text in zip(prompts, texts, strict=True)]
+
+    rankings = [
+        Ranking("p", ("a", "bbb"), (0, 1), "ann", {"weight": 2}),
+        Ranking("q", ("cc", "d"), (1, 0), None, {"weight": 5}),
+    ]
+    setting = SimpleNamespace(reward=reward, codec=tiny_codec)
+    assert scored(rankings, setting) == [(rankings[0], [2, 6]), (rankings[1], [10, 5])]
 
 
 def test_the_judge_is_told_which_completions_ended():
