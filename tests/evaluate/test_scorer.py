@@ -107,6 +107,14 @@ def test_an_encoder_scores_prompt_and_completion_as_a_pair(tiny_codec, tmp_path)
     assert spread["max_difference"] < 1e-5 and sum(spread["flipped_pairs"].values()) == 0
 
 
+def test_an_encoder_counts_the_tokens_of_the_longest_pair():
+    def words(prompt, completion):
+        return {"input_ids": ["[CLS]", *prompt.split(), "[SEP]", *completion.split(), "[SEP]"]}
+
+    scorer = ClassifierScorer(None, words, 20)
+    assert scorer.tokens(Ranking("Name a pet.", ("cat", "a small grey cat", "a dog"), (0, 1, 2))) == 10, "3 + 4 + 3"
+
+
 def test_batching_and_padding_do_not_move_a_score(ours):
     scorer = load_scorer(ours, "reward_model_path", CPU)
     spread = score_spread(scorer, RANKINGS, 4, seed=0)
