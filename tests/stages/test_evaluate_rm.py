@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from align.errors import UserError
+from align.types import Ranking
 from stages.__main__ import main
+from stages.evaluate_rm import held_out_labelers, score
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -95,6 +99,40 @@ def test_long_rankings_are_counted_and_keep_their_line(mini, report_of, tmp_path
     assert dropped > 0 and cut["data"]["rows_used"] == whole["data"]["rows_used"] - dropped
     rows = [json.loads(line)["scores"] for line in (tmp_path / "cut" / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == whole["data"]["rows_used"] and rows.count(None) == dropped
+
+
+class Characters:
+    """Reads texts character by character, and scores a completion by their number."""
+
+    def __init__(self, context: int | None):
+        self.context = context
+
+    def tokens(self, ranking) -> int:
+        return max(len(ranking.prompt + completion) for completion in ranking.completions)
+
+    def score(self, rankings, batch_size):
+        return [[float(len(completion)) for completion in ranking.completions] for ranking in rankings]
+
+
+@pytest.mark.parametrize(("context", "max_length"), [(20, 2048), (None, 20), (30, 20), (20, 30)])
+def test_a_ranking_over_what_the_model_can_read_has_no_scores(context, max_length):
+    """20 and 21 characters, prompt and longest completion."""
+    rankings = [Ranking("abcd", ("x" * n, "yes"), (0, 1)) for n in (16, 17, 1)]
+    config = SimpleNamespace(max_length=max_length, per_device_batch_size=2)
+    assert score(Characters(context), rankings, "reward_model_path", config) == [[16.0, 3.0], None, [1.0, 3.0]]
+
+
+def test_unseen_labelers_judged_prompts_that_were_not_trained_on(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    completions = [{"completion": "a cat", "rank": 0}, {"completion": "no", "rank": 1}]
+    rows = [{"prompt": f"Name {what}.", "completions": completions, "labeler": "cat"} for what in ("a pet", "a bird")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = {"max_length": 99, "per_device_batch_size": 2, "seed": 0, "held_out_file": str(path)}
+    trained = [Ranking("Name a pet.", ("a cat", "no"), (0, 1), "ann")]
+    with pytest.raises(UserError, match="the prompts of 1 of its 2 rows are also in another split"):
+        held_out_labelers(Characters(None), trained, SimpleNamespace(on_bad_rows="stop", **keys))
+    report = held_out_labelers(Characters(None), trained, SimpleNamespace(on_bad_rows="drop", **keys))
+    assert (report["pairs"], report["prompts"], report["accuracy"].mean) == (1, 1, 1.0)
 
 
 def test_what_the_report_refuses(mini, refused, tmp_path):
