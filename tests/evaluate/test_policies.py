@@ -163,7 +163,7 @@ def test_a_process_without_a_prompt_scores_nothing_and_has_all_rows(tiny_llama, 
     tiny_llama.resize_token_embeddings(len(tiny_codec.tokenizer))
     policy, called, theirs = Policy(tiny_llama.eval()), [], [{"response": "the other process's"}]
     monkeypatch.setattr(Runtime, "mine", lambda self, rows: rows[len(rows) :])
-    monkeypatch.setattr(Runtime, "gather_list", lambda self, rows: theirs + rows)
+    monkeypatch.setattr("align.evaluate.policies.gather_list", lambda rows: theirs + rows)
     setting = Setting(tiny_codec, [Prompt("Say no")], policy, called.append, None, 2, batch_size=2, seed=0)
     assert answer(policy, setting, 1.0, Runtime(seed=0)) == theirs and not called
 
