@@ -22,6 +22,7 @@ from align.rollout import (
     apply_eos_rule,
     collect_rollout,
     shape_rewards,
+    token_weights,
 )
 from align.runtime import Runtime
 from align.step_zero import CAUSES, check_step_zero, step_zero_limits, warn_of_rewarded_cuts
@@ -438,6 +439,21 @@ def test_K4_weights_of_an_engine_that_says_other_numbers(actors, runtime):
     width = int(part.response_lengths.max())
     assert torch.equal(part.importance_weights, rollout.importance_weights[[3, 1], :width])
     assert torch.equal(part.sampler_logprobs, rollout.sampler_logprobs[[3, 1], :width])
+
+
+def test_K4_weights_of_another_engines_tokens_act_by_band_and_level():
+    """Two tokens twice and half as likely to the trainer; one token four times as likely."""
+    drawn = torch.tensor([[-math.log(2), math.log(2)], [-math.log(4), 0.0]])
+    tensors = {"logprobs": torch.zeros(2, 2), "sampler_logprobs": drawn}
+    mask = torch.tensor([[True, True], [True, False]])
+    for changes, expected in (
+        ({"importance_weight_cap": 3.0}, [[2.0, 0.5], [3.0, 0.0]]),
+        ({"importance_weight_band": 3.0}, [[2.0, 0.5], [0.0, 0.0]]),
+        ({"importance_weight_cap": 3.0, "importance_weight_level": "sequence"}, [[1.0, 1.0], [3.0, 0.0]]),
+        ({"importance_weight_band": 3.0, "importance_weight_level": "sequence"}, [[1.0, 1.0], [0.0, 0.0]]),
+    ):
+        weights = token_weights(tensors, mask, config_of(**changes))
+        assert torch.allclose(weights, torch.tensor(expected), atol=1e-6), changes
 
 
 def test_a_sampler_without_logprobs_cannot_stand_for_the_training_forward(actors, runtime):
