@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.generate import make_sampler
 from align.learn import build_learner, build_rollout_models, next_kl_coef, set_learning_rates
 from align.models import EMA, Policy, load_scalar_model, save_scalar_model
+from align.optimise import make_optimizer
 from align.reward_models import ValueStart, value_start
 from align.rewards import ModelReward, RewardSum, Term
 from align.rollout import Query, RolloutModels, collect_rollout, token_weights
@@ -476,6 +477,17 @@ def test_P14_learning_rates():
     assert later == [0.0] * 3 + rates and learner.value_optimizer.param_groups[0]["lr"] == 9e-6
 
 
+def test_P14_the_rate_reaches_muons_matrices_and_its_adamw():
+    config = config_of(optim="muon", learning_rate=2e-3, value_learning_rate=3e-3, warmup_iterations=4)
+    models = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)) for _ in range(2)]
+    policy, value = (make_optimizer(model, 1.0, config) for model in models)
+    set_learning_rates(SimpleNamespace(policy_optimizer=policy, value_optimizer=value), config, 2, 12)
+    for optimizer, rate in ((policy, 1.1e-3), (value, 3e-3)):  # from a tenth to all of it over four iterations
+        assert len(optimizer.parts) == 2
+        rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
+        assert rates == pytest.approx([rate, rate], rel=1e-9)
+
+
 def digest(model: torch.nn.Module) -> str:
     blob = b"".join(value.contiguous().numpy().tobytes() for value in model.state_dict().values())
     return hashlib.sha256(blob).hexdigest()
@@ -566,6 +578,21 @@ def test_P15_average_takes_one_step_an_optimiser_step(tiny_llama, folder, runtim
     for weights in seen:
         shadow = 0.9 * shadow + 0.1 * weights
     assert float((ema.shadow[name].double() - shadow).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_P15_a_step_that_was_skipped_leaves_the_average_as_it_is(setup, runtime, skipped):
+    """Under float16 a step whose gradients overflowed is not taken."""
+    learner = recorder(setup.actors)
+    learner.policy_optimizer.step_was_skipped = skipped
+    ema = EMA(setup.actors.policy, 0.5)
+    for shadow in ema.shadow.values():
+        shadow.add_(1.0)  # else the weights, which the recorder leaves alone, would be their own average
+    before = {name: shadow.clone() for name, shadow in ema.shadow.items()}
+    optimiser_step(setup.rollout, [], dataclasses.replace(learner, ema=ema), config_of(), runtime)
+    for name, shadow in ema.shadow.items():
+        expected = before[name] if skipped else before[name] - 0.5
+        assert torch.allclose(shadow, expected, atol=1e-6), name
 
 
 @pytest.mark.parametrize("field", ["advantages", "returns", "logprobs"])
