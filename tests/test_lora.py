@@ -326,6 +326,23 @@ def test_optim_and_gradient_checkpointing_reach_both_models(folder, runtime):
     assert not build_learner(config_of(folder), start, runtime).policy.inner.is_activation_checkpointing
 
 
+class Half(Runtime):
+    """A process whose forward passes are said to run in half precision."""
+
+    half = True
+    compute_dtype = torch.bfloat16
+
+
+@pytest.mark.parametrize(("use_peft", "value_use_peft"), [(True, False), (False, True)])
+def test_only_weights_frozen_under_an_adapter_are_half_precision(folder, use_peft, value_use_peft):
+    config = config_of(folder, use_peft=use_peft, value_use_peft=value_use_peft)
+    learner = build_learner(config, value_start(config, CODEC), Half(seed=0))
+    for model, adapted in ((learner.policy, use_peft), (learner.value_model, value_use_peft)):
+        trained = {p.dtype for p in model.parameters() if p.requires_grad}
+        frozen = {p.dtype for p in model.inner.base_model.parameters() if not p.requires_grad}
+        assert (trained, frozen) == ({torch.float32}, {torch.bfloat16} if adapted else set())
+
+
 def test_int8_needs_a_model_that_only_scores(folder, runtime):
     """The reference has its own weights without LoRA; the reward has, unless the value model lies on them."""
     both = {"use_peft": True, "value_use_peft": True, "frozen_quantization": "int8"}
