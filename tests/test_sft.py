@@ -15,9 +15,11 @@ from align.data import load_demonstrations
 from align.demonstrations import demonstration_rows, every_answer
 from align.packing import PackCollator
 from align.rows import DataReport
+from align.select import choose_epoch
 from align.text import Codec
-from align.trainer import DemonstrationTrainer, OwnDropout, causal_collator
+from align.trainer import DemonstrationTrainer, OwnDropout, SaveEachEpoch, causal_collator
 from align.types import Demonstration
+from tests.folders import lines
 
 DEMONSTRATIONS = [
     Demonstration("Name three animals that live on a farm.", "a cow, a dog and a bird"),
@@ -90,6 +92,16 @@ def test_S2_the_stages_loss_is_that_of_its_tokens_one_by_one(tiny_codec, tmp_pat
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_every_epoch_stays_until_one_is_chosen(tiny_codec, tmp_path):
+    """Whatever number of checkpoints is kept to resume from."""
+    trainer = trainer_of(tiny_codec, tmp_path, None, num_train_epochs=3.0, save_total_limit=2)
+    trainer.add_callback(SaveEachEpoch())
+    trainer.train()
+    choice = choose_epoch(tmp_path, trainer.state.log_history, trainer.config, tiny_codec)
+    assert [row["checkpoint"] for row in choice["table"]] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert [row["epoch"] for row in choice["table"]] == [1.0, 2.0, 3.0]
+
+
 def test_S6_the_stages_rows_hold_their_share_of_text(tiny_codec, tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "base")
     for name, rows in {
@@ -131,6 +143,28 @@ def test_every_answer_is_a_row_behind_what_was_said_before_it(tmp_path):
     assert found == [(2, (first,)), (4, (second,)), (4, (second,)), (4, warm), (6, (second,)), (1, "c")]
     assert rows[0].prompt == (system, one)
     assert (report.rows_read, report.rows_used, report.notes) == (6, 6, {"earlier_answers": 2})
+
+
+def test_an_earlier_answer_to_a_held_out_prompt_is_not_learned(tiny_codec, tiny_llama, tmp_path):
+    """Two conversations that differ begin with the same question."""
+    tiny_llama.save_pretrained(tmp_path / "base")
+    hi, more = said("user", "hi"), said("user", "and now?")
+    train = [
+        {"messages": [hi, said("assistant", "hello"), more, said("assistant", "good night")]},
+        {"messages": [said("user", "hot"), said("assistant", "cold")]},
+    ]
+    held = [{"messages": [hi, said("assistant", "good day"), more, said("assistant", "good bye")]}]
+    config = SFTConfig(
+        output_dir=str(tmp_path / "out"), model_name_or_path=str(tmp_path / "base"), all_answers=True, max_length=100,
+        train_file=lines(tmp_path / "train.jsonl", *train), validation_file=lines(tmp_path / "held.jsonl", *held),
+    )  # fmt: skip
+    train, validation, reports = stages.sft.load_rows(config, tiny_codec)
+
+    def answers(rows: list[dict]) -> list[str]:
+        return [tiny_codec.decode(row["input_ids"][row["completion_mask"].index(1) :]) for row in rows]
+
+    assert (answers(train), answers(validation)) == (["good night", "cold"], ["good day", "good bye"])
+    assert reports["train_file"].dropped == {"in_two_splits": 1}
 
 
 @pytest.mark.parametrize(
