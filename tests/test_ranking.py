@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import align.ranking
 from align import packing
 from align.errors import UserError
 from align.models import load_scalar_model
@@ -21,6 +22,7 @@ from align.ranking import (
     by_prompt,
     encode_rankings,
     held_out_loss,
+    normalise_on,
     places,
     score_demonstrations,
     score_rankings,
@@ -363,6 +365,25 @@ def test_logged_accuracy_and_margin_are_those_of_the_batches(scalar, tmp_path):
     assert row["accuracy"] == pytest.approx(right / pairs) and row["margin"] == pytest.approx(margin / pairs, abs=1e-4)
 
 
+def test_a_row_of_the_log_is_of_the_steps_since_the_last_one(scalar, tmp_path):
+    """Without a learning rate: a prompt a step, whose own accuracy and margin the row has."""
+    elements = [element(2, 5), element(3, 6), element(4, 7)]
+    trainer = trainer_of(copy.deepcopy(scalar), elements, tmp_path, learning_rate=0.0, per_device_train_batch_size=1)
+    trainer.train()
+    logged = [(row["accuracy"], row["margin"]) for row in trainer.state.log_history if "loss" in row]
+    expected = []
+    for ranking in (e["ranking"] for e in elements):
+        with torch.no_grad():
+            scores = [float(row_score(scalar, row)) for row in rows_of(ranking)]
+        gaps = [
+            scores[i] - scores[j] for i, a in enumerate(ranking.ranks) for j, b in enumerate(ranking.ranks) if a < b
+        ]
+        expected.append((sum(gap > 0 for gap in gaps) / len(gaps), sum(gaps) / len(gaps)))
+    assert len(logged) == 3 and len({margin for _, margin in logged}) == 3
+    for ours, theirs in zip(sorted(logged), sorted(expected), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("attention", [None, "eager"])
 def test_encoding_and_scoring_rankings(tiny_codec, tmp_path, attention, batch_size):
@@ -390,6 +411,23 @@ def test_encoding_and_scoring_rankings(tiny_codec, tmp_path, attention, batch_si
             with torch.no_grad():
                 expected = float(row_score(model, row))
             assert score == pytest.approx(expected, abs=1e-5) and next(flat) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_mean_after_is_read_of_the_demonstrations_that_are_scored_again(scalar, monkeypatch):
+    """Scores 1, 2 and 6 have the mean 3; shifted by it, the first two lie 3 lower, and so does the mean."""
+    scores = [[1.0, 2.0, 6.0], [-2.0, -1.0]]
+    asked = []
+
+    def scored(model, demonstrations, *rest):
+        asked.append(len(demonstrations))
+        return scores[len(asked) - 1]
+
+    monkeypatch.setattr(align.ranking, "SCORED_AGAIN", 2)
+    monkeypatch.setattr(align.ranking, "score_demonstrations", scored)
+    scalar.head.bias.data.fill_(0.5)
+    found = normalise_on(scalar, [Demonstration("hot", "cold")] * 3, None, 8)
+    assert asked == [3, 2] and found == {"demonstration_mean_before": 3.0, "demonstration_mean": 0.0}
+    assert scalar.head.bias.item() == -2.5
 
 
 def test_batches_hold_like_lengths_in_mixed_order_and_every_row_once():
