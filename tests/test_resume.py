@@ -134,6 +134,20 @@ def test_a_trainers_step_keeps_its_rows(run, changes):
     release_output(run / "rm")
 
 
+def test_more_processes_make_a_trainers_step_larger(tmp_path, monkeypatch):
+    """Twice as many, with half the accumulation, is the step that it began with."""
+    config = {"output_dir": str(tmp_path), "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
+    start_run(RMConfig(**config), PARENTS, REPORTS)
+    own_checkpoint(tmp_path, 1)
+    monkeypatch.setattr("align.resume.num_processes", lambda: 2)
+    again = config | {"resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="its per_device_train_batch_size x .* x processes is 24, not 48"):
+        start_run(RMConfig(**again), PARENTS, REPORTS)
+    halved = RMConfig(**again | {"gradient_accumulation_steps": 2})
+    assert start_run(halved, PARENTS, REPORTS) == (tmp_path, tmp_path / "checkpoint-1")
+    release_output(tmp_path)
+
+
 OTHER_BEGINNINGS = {
     "its model_name_or_path had other weights; give what it began with": (
         [PARENTS[0] | {"weights_sha256": "bb"}],
