@@ -357,6 +357,14 @@ def test_a_long_pair_is_cut_on_the_left(bert, tiny_codec, episodes):
     assert reward.notes == {"cut": 0.5}
 
 
+@pytest.mark.parametrize(("limit", "context"), [(12, 12), (40, 32)])
+def test_a_pair_is_cut_to_what_tokenizer_and_model_can_both_read(bert, tiny_codec, limit, context):
+    tokenizer = BertTokenizerFast.from_pretrained(bert)
+    tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(bert)
+    assert load(bert, tiny_codec).context == context
+
+
 # What is refused
 
 

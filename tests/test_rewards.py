@@ -58,6 +58,14 @@ def test_a_row_that_eos_would_lengthen_over_the_context_loses_its_first_token(ti
     assert full == pytest.approx(cut, abs=1e-6)  # 9 10 11 12 EOS
 
 
+def test_a_row_of_exactly_the_context_is_not_cut(tiny_llama, tmp_path):
+    tiny_llama.config.max_position_embeddings = 4
+    tiny_llama.save_pretrained(tmp_path)
+    reward = ModelReward(load_scalar_model(str(tmp_path), None, fresh_head=True).eval(), 0, 1, 8)
+    reward(PROMPTS, [EPISODES[0], EPISODES[2], EPISODES[1]])  # 4, 4 and, with EOS, 5 tokens
+    assert reward.notes == {"cut": pytest.approx(1 / 3)}
+
+
 @pytest.mark.parametrize(
     "tokens, batches", [(None, [[5, 4, 4, 2]]), (8, [[2, 4], [4], [5]]), (3, [[2], [4], [4], [5]])]
 )
