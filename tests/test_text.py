@@ -191,6 +191,12 @@ def test_decoding_stops_at_the_first_eos(world_codec):
     assert world_codec.decode([*ids, *world_codec.response("hot")]) == "cold" and world_codec.decode([]) == ""
 
 
+def test_control_tokens_that_a_policy_samples_are_no_text(world_codec):
+    bos, pad = world_codec.tokenizer.bos_token_id, world_codec.pad_id
+    ids = world_codec.response("cold")
+    assert len({bos, pad, world_codec.eos_id}) == 3 and world_codec.decode([pad, bos, *ids[:-1], pad]) == "cold"
+
+
 def test_D3_eos_written_inside_a_text_does_not_end_it(world_codec):
     """A completion that spells the EOS token must not hold two of them."""
     assert world_codec.response("a <eos> b").count(world_codec.eos_id) == 1
@@ -210,6 +216,12 @@ def test_a_tokenizer_without_pad_or_eos(tiny_codec):
 def test_few_shot_prefix(world_codec):
     ids = world_codec.few_shot([("hot", "cold"), ("cow", "dog")], ["fox"])
     assert world_codec.tokenizer.decode(ids[0]) == "<bos>hot\ncold\n\ncow\ndog\n\nfox\n"
+
+
+def test_a_special_token_spelled_in_an_example_stays_text(world_codec):
+    (ids,) = world_codec.few_shot([("hot <eos>", "cold <eos><bos>")], ["fox"])
+    assert world_codec.eos_id not in ids and ids.count(world_codec.tokenizer.bos_token_id) == 1
+    assert world_codec.tokenizer.decode(ids) == "<bos>hot <eos>\ncold <eos><bos>\n\nfox\n"
 
 
 def test_every_sequence_opens_with_one_bos(world_codec, tmp_path):
