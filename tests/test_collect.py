@@ -1,5 +1,7 @@
 """align/collect.py: how many samples, which are shown, what the labelers' ranks become."""
 
+import sys
+import types
 from collections import Counter
 
 import pytest
@@ -8,8 +10,9 @@ from align.collect import Candidates, draw_k, group, load_labelers, rank_all, ra
 from align.config import CollectConfig
 from align.data import parse_ranking
 from align.errors import UserError
+from align.runtime import Runtime
 from align.types import Episode, Prompt
-from stages.collect import rank, to_label
+from stages.collect import rank, sample, to_label
 
 
 class ByLength:
@@ -111,9 +114,6 @@ def test_a_labeler_that_miscounts_is_named():
 
 
 def test_labelers_by_import_path(monkeypatch):
-    import sys
-    import types
-
     module = types.ModuleType("some_labelers")
     module.team = lambda seed: [ByLength(f"ann-{seed}")]
     module.none, module.wrong = no_labelers, wrong_labelers
@@ -122,6 +122,39 @@ def test_labelers_by_import_path(monkeypatch):
     for path in ("some_labelers:none", "some_labelers:wrong", "some_labelers:gone"):
         with pytest.raises(UserError, match="labelers: "):
             load_labelers(path, "labelers", 7)
+
+
+def test_training_and_validation_prompts_draw_their_own_k(tiny_codec):
+    """Every sample is another text, so that a prompt has as many completions as samples."""
+
+    def sampler(queries, uniforms, temperature):
+        return [Episode((5,), tuple(tiny_codec.response(f"cow {i}")), True) for i in range(len(queries))]
+
+    config, prompts = CollectConfig(output_dir="out", max_new_tokens=2), [Prompt("hot")] * 40
+
+    def sizes(stream: int) -> list[int]:
+        found = sample(prompts, sampler, tiny_codec, config, Runtime(seed=0), stream)
+        return [len(candidate.completions) for candidate in found]
+
+    assert sizes(0) == sizes(0) and set(sizes(0)) == set(sizes(1)) == {4, 5, 6, 7, 8, 9}
+    assert sum(one == other for one, other in zip(sizes(0), sizes(1), strict=True)) < 20
+
+
+def test_every_held_out_labeler_ranks_every_validation_prompt(monkeypatch):
+    module = types.ModuleType("some_labelers")
+    module.team = lambda seed: [ByLength("ann"), ByLength("ben")]
+    module.others = lambda seed: [ByLength(name) for name in ("cat", "dan", "eve")]
+    monkeypatch.setitem(sys.modules, "some_labelers", module)
+    config = CollectConfig(
+        output_dir="out", labelers="some_labelers:team", held_out_labelers="some_labelers:others",
+        labelers_per_prompt=1, validation_labelers_per_prompt=2,
+    )  # fmt: skip
+    found = {"train": [candidates("a", "bb", id=1)], "validation": [candidates("a", "bb", id=i) for i in (2, 3)]}
+    tables, metrics = rank(found, config)
+    names = {name: [(row["id"], row["labeler"]) for row in rows] for name, rows in tables.items()}
+    assert sorted(names["held_out"]) == [(i, name) for i in (2, 3) for name in ("cat", "dan", "eve")]
+    assert sorted(names["validation"]) == [(i, name) for i in (2, 3) for name in ("ann", "ben")]
+    assert len(names["train"]) == 1 and metrics["held_out"] == {"prompts": 2, "rankings": 6, "skipped": {}}
 
 
 def test_without_labelers_what_can_be_ranked_is_written(tmp_path):
