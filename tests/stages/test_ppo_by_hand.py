@@ -202,6 +202,11 @@ def test_the_log_is_that_of_plain_loops(run, by_hand):
             assert ours[name] == pytest.approx(expected, rel=2e-4, abs=2e-5), name
 
 
+def test_a_row_of_the_log_counts_the_episodes_that_were_learned_from(run):
+    log = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in log if "objective/scores" in row] == [8, 16, 24]
+
+
 def test_P6_answers_are_drawn_at_the_temperature_of_their_log_probabilities(run):
     log = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in log) and C.temperature != 1
@@ -231,3 +236,23 @@ def test_prompts_and_documents_are_new_each_time_until_all_were_seen(run):
     assert len(prompts) == 24 and len(set(prompts)) > 20, "two prompts of the file may be alike"
     assert len(documents) == 24 and len(set(documents)) > 18
     assert run.iterations == [0, 1, 2]
+
+
+def test_the_first_update_learns_from_the_values_of_the_fitted_head(mini, tmp_path, monkeypatch):
+    fit, update, fitted, learned = stages.ppo.fit_value_head, stages.ppo.update, [], []
+
+    def fits(*args):
+        fitted.append(fit(*args))
+        return fitted[-1]
+
+    def updated(rollout, *args):
+        learned.append(rollout)
+        return update(rollout, *args)
+
+    monkeypatch.setattr(stages.ppo, "fit_value_head", fits)
+    monkeypatch.setattr(stages.ppo, "update", updated)
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "ppo", value_head_init="fitted")
+    ((rollout, numbers),) = fitted
+    assert [given is rollout for given in learned] == [True, False]
+    manifest = json.loads((tmp_path / "ppo" / "manifest.json").read_text(encoding="utf-8"))
+    assert numbers.keys() and numbers.items() <= manifest["metrics"]["step_zero"].items()
