@@ -23,6 +23,7 @@ BASE = {
 PPO = {
     "total_episodes": 32, "rollout_batch_size": 16, "num_mini_batches": 4, "per_device_train_batch_size": 4,
     "max_new_tokens": 6, "warmup_iterations": 2, "transcript_iterations": 1,
+    "validation_file": "null",  # tests/stages/test_held_out.py has its own
 }  # fmt: skip
 SHORT = {"max_new_tokens": 6}
 
