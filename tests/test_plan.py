@@ -1,5 +1,9 @@
 """align/plan.py: what it counts without data is what the stage holds."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -41,7 +45,17 @@ def total(parts, *names: str) -> float:
 )
 def test_weights_gradients_optimisers_and_average_are_those_of_a_run(models, settings):
     """Of an iteration that is run, tensor by tensor; an optimiser's counts of its steps, a float a tensor, aside."""
-    parts, held = planned(models, *settings), measure(*models, *settings)
+    check(planned(models, FLOAT32, *settings), measure(*models, FLOAT32, *settings))
+
+
+def test_in_half_precision_too(models):
+    """In a process of its own: another has its precision from its first test on."""
+    command = [sys.executable, "-m", "benchmarks.memory", *models, "use_peft=true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    check(planned(models, "use_peft=true"), json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def check(parts, held: dict[str, int]) -> None:
     assert total(parts, "policy", "value model", "reference", "reward model") == held["weights"]
     assert max(part.size for part in parts if part.name.startswith("gradients")) == held["gradients"]
     assert total(parts, "average") == held["average"]
