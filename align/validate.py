@@ -142,6 +142,8 @@ def training_leaks(folders: Iterable[str | None], prompts: Iterable[Text]) -> li
     Training files are those that the manifests name; one that is no longer there cannot be looked at and is left out.
     """
     keys = {prompt_key(prompt) for prompt in prompts}
+    if not keys:  # PPO without held-out prompts: no file need be read
+        return []
     reports = [manifest.data.get("train_file") or {} for manifest in ancestry(folders)]
     lines = []
     for path in dict.fromkeys(path for report in reports for path in report.get("paths", [])):

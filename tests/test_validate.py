@@ -167,6 +167,14 @@ def test_training_leaks_are_found_by_the_manifests(tmp_path):
     ]
 
 
+def test_without_prompts_no_training_file_is_read(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a manifest was asked for its files")
+
+    monkeypatch.setattr("align.validate.ancestry", never)
+    assert training_leaks([str(tmp_path)], []) == []
+
+
 def test_training_leaks_of_parents_are_found_too(tmp_path):
     """A PPO policy alone, whose SFT model learned from the prompt."""
     train = lines(tmp_path / "train.jsonl", {"prompt": "a", "completion": "x"})
