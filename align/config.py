@@ -323,6 +323,9 @@ class PPOConfig(TrainingConfig):
     per_device_train_batch_size: int = 16  # microbatch: rows of one forward and backward
     per_device_rollout_batch_size: int = 64  # rows of one forward without gradients, and of one sampling batch
     microbatch_tokens: int | None = None  # a forward holds at most so many tokens, if it has more than one row
+    use_vllm: bool = False  # the engine that samples rollouts; vLLM, which you install, draws what our own would
+    vllm_gpu_memory_utilization: float = 0.3  # share of a GPU that its weights, keys and values may take
+    vllm_enable_sleep_mode: bool = False  # it gives that memory back while the models learn
     old_logprobs: str = "recompute"  # by the training forward, or "sampler": as the sampler's engine computed them
     importance_weight_cap: float | None = None  # given: a token's loss times trainer's / sampler's probability, capped
     importance_weight_band: float | None = None  # given: that weight, and 0 outside [1 / band, band]
@@ -386,6 +389,7 @@ class PPOConfig(TrainingConfig):
         if self.value_head_init == "fitted" and self.rollout_batch_size < VALUE_FOLDS:
             least = f"rollout_batch_size {VALUE_FOLDS} or more"
             raise UserError(f"value_head_init: fitted takes folds of episodes; give {least}")
+        between("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization, 0.01, 1)
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))

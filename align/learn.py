@@ -10,9 +10,9 @@ from torch import nn
 from align.checkpoint import load_training_state, mark_complete, rotate, save_training_state
 from align.config import PPOConfig
 from align.data import drop_long, load_prompts, load_texts
-from align.errors import UserError
+from align.errors import UserError, first_line
 from align.files import atomic_contents, atomic_folder
-from align.generate import make_sampler
+from align.generate import Sampler, make_sampler
 from align.interrupt import deferred
 from align.lora import (
     WithoutAdapter,
@@ -28,6 +28,7 @@ from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
     EMA,
     PackedModel,
+    Policy,
     ScalarModel,
     disable_dropout,
     load_packed_policy,
@@ -219,10 +220,21 @@ def build_rollout_models(
     reward = build_reward(config, codec, load_scalar, runtime)
     if config.frozen_quantization and not loaded:
         raise UserError("frozen_quantization: with LoRA no model is left that only scores; set it to null")
-    sampler = make_sampler(
-        runtime.whole(learner.policy), codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size
-    )
+    sampler = rollout_sampler(runtime.whole(learner.policy), codec, config, runtime)
     return RolloutModels(learner.policy, ref_policy, learner.value_model, reward, sampler, codec.pad_id)
+
+
+def rollout_sampler(policy: Policy, codec: Codec, config: PPOConfig, runtime: Runtime) -> Sampler:
+    """Our own engine, or vLLM, which is imported where it is asked for alone."""
+    if not config.use_vllm:
+        return make_sampler(policy, codec.eos_id, codec.pad_id, config.per_device_rollout_batch_size)
+    try:
+        from align.vllm_engine import make_vllm_sampler
+    except ImportError as error:
+        raise UserError(
+            f"use_vllm: {first_line(error)}; install vllm beside this package, or set it to false"
+        ) from None
+    return make_vllm_sampler(policy, codec.eos_id, codec.pad_id, config, runtime)
 
 
 def frozen(model: PackedModel, config: PPOConfig, runtime: Runtime) -> PackedModel:

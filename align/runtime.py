@@ -402,7 +402,13 @@ def end_processes() -> None:
     """
     if torch.distributed.is_initialized():
         state().wait_for_everyone()
-        state().destroy_process_group()
+        while ends:
+            ends.pop()()
+        if torch.distributed.is_initialized():
+            state().destroy_process_group()
+
+
+ends: list[Callable[[], None]] = []  # of what uses the process group and would find it gone at the interpreter's end
 
 
 def leave_processes(status: int, last_words: str = "") -> None:
