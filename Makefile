@@ -40,11 +40,11 @@ SUMMARY := $(RUN)/summary.json
 # ARGS goes to the stages named on the command line, and makes them run again.
 ifneq ($(strip $(ARGS)),)
 ifeq ($(filter data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate test test-slow \
-	chaos bench bench-growth bench-reward bench-overfit,$(MAKECMDGOALS)),)
+	chaos bench bench-growth bench-reward bench-overfit bench-profile,$(MAKECMDGOALS)),)
 $(error ARGS goes to one stage, so name it: make ppo ARGS="$(ARGS)")
 endif
 endif
-ifneq ($(filter bench bench-reward bench-overfit,$(MAKECMDGOALS)),)
+ifneq ($(filter bench bench-reward bench-overfit bench-profile,$(MAKECMDGOALS)),)
 ifeq ($(strip $(DATA)),)
 $(error $(MAKECMDGOALS) needs DATA=folder, laid out as docs/formats.md says)
 endif
@@ -66,7 +66,7 @@ unfinished = $(if $(call args,$(1))$(wildcard $(RUN)/$(1)/manifest.json),,$(if \
 	$(wildcard $(RUN)/$(1)/checkpoint-*),--resume_from_checkpoint latest))
 
 .PHONY: help align data base sft collect rm rm-folds rm-report ppo ppo-plain overoptimise evaluate \
-	test test-slow chaos bench bench-growth bench-reward bench-overfit lint format install clean FORCE
+	test test-slow chaos bench bench-growth bench-reward bench-overfit bench-profile lint format install clean FORCE
 
 help: ## list the targets
 	@echo "make TARGET [PRESET=$(PRESET)] [SEED=$(SEED)] [DATA=FOLDER] [ARGS=\"--learning_rate 1e-5\"] [LAUNCH=\"...\"]   output: $(RUN)/"
@@ -175,6 +175,9 @@ bench-reward: $(READY) $(MODEL)/config.json ## reward models on real rankings, o
 
 bench-overfit: $(READY) $(MODEL)/config.json ## whole rankings against shuffled pairs, three epochs; DATA=folder
 	$(PY) -m benchmarks.overfitting --data "$(DATA)" --model $(MODEL) $(ARGS)
+
+bench-profile: $(READY) $(MODEL)/config.json ## where an iteration of PPO spends its time, padded and packed; DATA=folder
+	$(PY) -m benchmarks.profiling $(MODEL) "$(DATA)" $(ARGS)
 
 $(PEER): pyproject.toml | $(READY)
 	@echo "==> bench: $(BENCH) with TRL 1.12"

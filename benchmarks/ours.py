@@ -8,6 +8,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +23,13 @@ from align.learn import build_learner, build_rollout_models
 from align.models import disable_dropout, load_packed_policy, load_policy, load_scalar_model
 from align.ranking import RankingCollator, encode_rankings, split_pairs
 from align.reward_models import value_start
-from align.rollout import Query, collect_rollout
+from align.rollout import Query, RolloutModels, collect_rollout
 from align.runtime import Runtime, tune_cpu
 from align.text import Codec
 from align.track import read_jsonl
 from align.trainer import RankingTrainer
-from align.types import Prompt, Ranking
-from align.update import update
+from align.types import Prompt, Ranking, Rollout
+from align.update import Learner, update
 from benchmarks import workloads
 from benchmarks.models import reward_folder
 from benchmarks.workloads import measured
@@ -58,7 +60,28 @@ def multiplied_weights(kind: str, model: torch.nn.Module) -> int:
     return weights - model.inner.get_input_embeddings().weight.numel() if kind == "rm" else weights
 
 
-def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
+@dataclass(frozen=True)
+class Stage3:
+    """What an iteration of PPO needs."""
+
+    config: PPOConfig
+    queries: list[Query]
+    runtime: Runtime
+    learner: Learner
+    models: RolloutModels
+
+    def iterate(self, iteration: int) -> tuple[Rollout, float]:
+        """One rollout and its update, and its optimiser steps."""
+        batch = self.config.rollout_batch_size
+        part = self.queries[iteration * batch : (iteration + 1) * batch]
+        rollout = collect_rollout(part, self.models, self.config, self.runtime, self.config.kl_coef, iteration)
+        stats = update(rollout, self.learner, lambda _: [], self.config, self.runtime, iteration)
+        return rollout, stats.sums["steps"]
+
+
+def stage_3(
+    spec: dict, model: Path, data: Path, output: str, changes: dict, make_runtime: Callable[..., Runtime] = Runtime
+) -> Stage3:
     codec = Codec.load(str(model))
     count, batch = spec["episodes"], spec["batch"]
     queries = [Query(Prompt(""), tuple(ids)) for ids in workloads.queries(data, codec.tokenizer, spec)]
@@ -71,22 +94,26 @@ def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict
         "ptx_coef": 0.0, "ema_decay": None, "bf16": True, "old_logprobs": "sampler", "warmup_iterations": 0,
     }  # fmt: skip
     config = PPOConfig(**(settings | changes))
-    runtime = Runtime(config.seed, config.bf16)
-    learner = build_learner(config, value_start(config, codec), runtime)
-    models = build_rollout_models(config, codec, value_start(config, codec), learner, runtime)
+    runtime = make_runtime(config.seed, config.bf16)
+    start = value_start(config, codec)
+    learner = build_learner(config, start, runtime)
+    return Stage3(config, queries, runtime, learner, build_rollout_models(config, codec, start, learner, runtime))
+
+
+def ppo(spec: dict, model: Path, data: Path, output: str, changes: dict) -> dict:
+    stage = stage_3(spec, model, data, output, changes)
     start, drawn, episodes, steps = time.perf_counter(), 0, 0, 0
-    for iteration in range(count // batch):
-        part = queries[iteration * batch : (iteration + 1) * batch]
-        rollout = collect_rollout(part, models, config, runtime, config.kl_coef, iteration)
-        steps += int(update(rollout, learner, lambda _: [], config, runtime, iteration).sums["steps"])
+    for iteration in range(spec["episodes"] // spec["batch"]):
+        rollout, taken = stage.iterate(iteration)
+        steps += int(taken)
         drawn += int(rollout.response_mask.sum())
         episodes += len(rollout)
     finish()
-    seconds = time.perf_counter() - start
-    phases = runtime.seconds | {"other": seconds - sum(runtime.seconds.values())}
-    needs = operations(spec, learner.policy, drawn + sum(len(query.tokens) for query in queries))
+    seconds, phases = time.perf_counter() - start, stage.runtime.seconds
+    phases = phases | {"other": seconds - sum(phases.values())}
+    needs = operations(spec, stage.learner.policy, drawn + sum(len(query.tokens) for query in stage.queries))
     work = {"episodes": episodes, "steps": steps}
-    return measured(count, "episodes/s", seconds, work, phases=phases, response_tokens=drawn, **needs)
+    return measured(spec["episodes"], "episodes/s", seconds, work, phases=phases, response_tokens=drawn, **needs)
 
 
 def finish() -> None:

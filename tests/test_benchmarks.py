@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -21,7 +22,7 @@ from align.rows import DataReport
 from align.text import Codec
 from align.types import Demonstration, Ranking
 from benchmarks import __main__ as command_line
-from benchmarks import compare, growth, memory, ours, workloads
+from benchmarks import compare, growth, memory, ours, profiling, workloads
 from stages.base import llama_config, train_tokenizer
 
 FOLDER = Path(compare.__file__).parent
@@ -142,15 +143,19 @@ def test_operations_by_hand():
     assert ours.operations({"kind": "rm"}, scalar, 3)["flops"] == 3 * 6 * (trunk + head)
 
 
+def least_model(tmp_path, codec) -> Path:
+    sizes = {"vocab_size": len(codec.tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = llama_config(BaseConfig(output_dir="x", num_attention_heads=2, **sizes), codec)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    codec.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
 def test_our_side_counts_the_work_it_did(tmp_path, codec, monkeypatch):
     """2 rollouts x 2 minibatches: 4 optimiser steps. 2 prompts with 3 answers: 6 pairs."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    sizes = {"vocab_size": len(codec.tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    monkeypatch.setitem(workloads.MODELS, "least", sizes)
-    config = llama_config(BaseConfig(output_dir="x", num_attention_heads=2, **sizes), codec)
-    folder = tmp_path / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    codec.save(folder)
+    monkeypatch.setitem(workloads.MODELS, "least", {"vocab_size": len(codec.tokenizer)})
+    folder = least_model(tmp_path, codec)
     spec = workloads.FIXED | {"model": "least", "episodes": 8, "batch": 4, "new_tokens": 3}
     taken = ours.ppo(spec, folder, tmp_path, str(tmp_path / "ppo"), {"bf16": False})
     assert taken["work"] == {"episodes": 8, "steps": 4} and 8 <= taken["response_tokens"] <= 8 * 3
@@ -158,6 +163,28 @@ def test_our_side_counts_the_work_it_did(tmp_path, codec, monkeypatch):
     spec = workloads.ranked(3) | {"model": "least", "count": 2}
     taken = ours.reward(spec, folder, tmp_path, str(tmp_path / "rm"), {"bf16": False})
     assert taken["work"] == {"pairs": 6} and taken["unit"] == "pairs/s"
+
+
+def test_a_profile_has_each_phase_before_and_after(tmp_path, codec, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("benchmarks.profiling.has_bf16", lambda: False)
+    spec = workloads.FIXED | {"model": "least", "episodes": 4, "batch": 4, "new_tokens": 3}
+    monkeypatch.setattr(profiling, "SPEC", spec)
+    monkeypatch.setitem(workloads.MODELS, "least", {"vocab_size": len(codec.tokenizer)})
+    profiling.main(str(least_model(tmp_path, codec)), str(tmp_path), str(tmp_path / "profile.md"))
+    text = (tmp_path / "profile.md").read_text(encoding="utf-8")
+    phases, *operations = [re.findall(r"^\| (.+) \|$", part, re.MULTILINE)[2:] for part in text.split("## ")]
+    rows = {cells[0]: [float(cell) for cell in cells[1:]] for cells in (line.split(" | ") for line in phases)}
+    assert {"sample", "reference", "reward", "value", "update policy", "update value", "all"} <= set(rows)
+    for column in (0, 1):
+        total = sum(row[column] for name, row in rows.items() if name != "all")
+        assert rows["all"][column] == pytest.approx(total, abs=0.05)
+    slowest = max((name for name in rows if name != "all"), key=lambda name: rows[name][0])
+    assert f"## {slowest}, padded rows" in text and f"## {slowest}, packs" in text
+    for lines in operations:
+        cells = [line.split(" | ") for line in lines]
+        assert len(cells) == 12 and all(int(calls.replace(",", "")) > 0 for _, calls, _, _ in cells)
+        assert sum(int(share.rstrip("%")) for *_, share in cells) <= 106  # each rounded
 
 
 def test_peers_optimiser_steps_are_those_it_took(monkeypatch):

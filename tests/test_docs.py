@@ -10,6 +10,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torch_parser
+
 ROOT = Path(__file__).resolve().parents[1]
 DETAILS = ROOT / "docs" / "details.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -146,6 +149,28 @@ def test_every_make_target_exists():
     for path in READMES:
         named = {t for line in code_lines(read(path)) for t in re.findall(r"\bmake ([a-z][a-z-]*)", line)}
         assert named and named <= targets, f"{path.name}: no such make target: {sorted(named - targets)}"
+
+
+LAUNCHED = re.compile(r"\b(torchrun|accelerate launch) +(-.*)")
+
+
+def launches() -> list[tuple[str, list[str]]]:
+    """(launcher, its words) of every command of the documents and stages that starts several processes."""
+    texts = [read(path) for path in (*READMES, *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "stages").glob("*.py"))]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if " -m " in line]
+    found = [LAUNCHED.search(without_comments(line)) for line in lines]
+    return [(match[1], match[2].split()) for match in found if match]
+
+
+def test_launchers_hand_a_stage_its_own_flags():
+    """torchrun has flags that `--run` begins, and stops at what could be either."""
+    parsers = {"torchrun": torch_parser(), "accelerate launch": launch_command_parser()}
+    assert {launcher for launcher, _ in launches()} == set(parsers)
+    for launcher, words in launches():
+        args = parsers[launcher].parse_args(words)
+        given = words[words.index(args.training_script) + 1 :]
+        assert args.training_script.startswith("stages.") and args.module, words
+        assert args.training_script_args == given and "--config" in given, words
 
 
 def test_every_flag_exists():
