@@ -132,7 +132,10 @@ def only_scores(model: nn.Module, config: PPOConfig) -> float:
 
 
 def sampling(model: Policy, config: PPOConfig, half: torch.dtype) -> list[Part]:
-    """Keys and values of all rows at their longest, and weights that are gathered, merged, cast or laid out for it."""
+    """Keys and values of all rows at their longest, and weights that are gathered, merged, cast or laid out for it.
+
+    vLLM keeps both from rollout to rollout unless it sleeps, and may hold more: all of its share of a GPU.
+    """
     text, bytes_each = model.inner.config.get_text_config(), half.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -140,9 +143,10 @@ def sampling(model: Policy, config: PPOConfig, half: torch.dtype) -> list[Part]:
     tokens = rows * (config.max_prompt_length + config.max_new_tokens)
     cache = 2 * text.num_hidden_layers * heads * head * bytes_each * tokens
     copy = bytes_each * sum(p.numel() for p in model.inner.parameters())
+    phase = "always" if config.use_vllm and not config.vllm_enable_sleep_mode else "sampling"
     return [
-        Part(f"keys and values of {rows} rows", cache, "sampling"),
-        Part("weights as the sampler reads them", copy, "sampling"),
+        Part(f"keys and values of {rows} rows", cache, phase),
+        Part("weights as the sampler reads them", copy, phase),
     ]
 
 

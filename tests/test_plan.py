@@ -105,6 +105,14 @@ def test_keys_and_values_by_hand(models):
     assert total(planned(models), "keys and values") == 2 * 2 * 64 * 2 * 16 * 160
 
 
+def test_vllm_keeps_its_weights_unless_it_sleeps(models):
+    for settings, phase in (((), "sampling"), (("use_vllm=true",), "always"),
+                            (("use_vllm=true", "vllm_enable_sleep_mode=true"), "sampling")):  # fmt: skip
+        parts = planned(models, *settings)
+        found = {part.phase for part in parts if part.name.startswith(("keys and values", "weights as"))}
+        assert found == {phase}, settings
+
+
 def test_a_plan_is_printed_before_any_stage_has_run(models, tmp_path, capsys):
     flags = ["--config", "configs/smollm2/ppo.yaml", "--run", str(tmp_path), "--bf16", "false"]
     with pytest.raises(UserError, match="--model: .*sft: no config.json"):
