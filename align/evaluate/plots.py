@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from align.evaluate.best_of_n import Law
+from align.evaluate.best_of_n import Law, fit_law
 from align.evaluate.schema import POLICIES
 from align.evaluate.win_rate import mean_interval
 from align.files import plain
@@ -29,6 +29,7 @@ ACCURACY_GROUPS = {
     "by_length": "better completion's length / worse's", "by_source": "source", "by_language": "language",
     "by_labeler": "labeler",
 }  # fmt: skip
+NEAR_SFT = 0.01  # sqrt(KL) of a policy that is SFT but for rounding
 MOST_GROUPS = 12  # of a breakdown, those with the most pairs
 
 Row = Mapping[str, Any]
@@ -133,7 +134,7 @@ def plot_training(rows: Sequence[Row], path: Path, policy: str = "ppo_ptx") -> P
 
 
 def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
-    """Proxy and gold against sqrt(KL) for one run at several checkpoints (Gao et al. 2022, Fig. 1).
+    """Proxy and gold against sqrt(KL) for one run at several checkpoints, and RL's law (Gao et al. 2022, Fig. 1).
 
     A row has kl (nats per episode, to the SFT policy), proxy and gold, each a number or an interval, and may have
     episode, which is written beside its point.
@@ -150,6 +151,7 @@ def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
         x, intervals = [_distance(r) for r in rows], [_as_interval(r[name]) for r in rows]
         means = [i["mean"] for i in intervals]
         panel.errorbar(x, means, yerr=_bars(intervals), color=colour, marker="o", capsize=3, linewidth=1.8)
+        _rl_law(panel, x, means)
         best = int(np.argmax(means))
         panel.axvline(x[best], color=FAINT, linestyle=":", linewidth=1.2)
         left = x[best] > (x[0] + x[-1]) / 2
@@ -169,6 +171,19 @@ def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
             at = (_distance(row), 0.02)
             axes[1].text(*at, f"{row['episode']:g}", transform=axes[1].get_xaxis_transform(), ha="center", fontsize=8)
     return _save(figure, path)
+
+
+def _rl_law(panel: Axes, x: Sequence[float], means: Sequence[float]) -> None:
+    """RL's law, fitted to the gain over the points at SFT, where there are any: PPO's first rollout is one."""
+    start = [mean for at, mean in zip(x, means, strict=True) if at < NEAR_SFT]
+    law = fit_law("rl", np.square(x), np.subtract(means, np.mean(start))) if start else None
+    if law is None:
+        return
+    d = np.linspace(0, x[-1], 200)
+    label = f"$R = d(\\alpha - \\beta \\ln d)$ with $\\alpha$ {law.alpha:.2f}, $\\beta$ {law.beta:.2f}"
+    panel.plot(d, np.mean(start) + law.gain(d**2), "--", color=INK, linewidth=1.2, label=label)
+    # beside the title, where no point can lie under it
+    panel.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.98))
 
 
 def plot_best_of_n(found: Mapping[str, Any], path: Path) -> Path:

@@ -245,6 +245,19 @@ def test_prompts_that_all_gain_alike_prove_nothing(make_evaluation):
     assert "does not differ measurably from SFT" in report.verdicts(summary)[0]
 
 
+def test_the_over_optimisation_plot_has_the_law_of_rl(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, empty=None: figures.append(figure))
+    d = np.array([0.5, 0.0, 1.0, 2.0, 3.0])
+    gains = [0.5 * (1.2 - 0.4 * np.log(0.5)), 0.0, *(at * (1.2 - 0.4 * np.log(at)) for at in d[2:])]
+    rows = [{"kl": at**2, "proxy": at, "gold": 4 + gain} for at, gain in zip(d, gains, strict=True)]
+    plots.plot_overoptimisation(rows, tmp_path)
+    (law,) = figures[0].axes[1].get_legend().get_texts()
+    assert "1.20" in law.get_text() and "0.40" in law.get_text()
+    plots.plot_overoptimisation(rows[2:], tmp_path)  # without SFT's score there is no gain
+    assert figures[1].axes[1].get_legend() is None
+
+
 # Best-of-n
 
 
