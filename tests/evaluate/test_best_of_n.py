@@ -151,6 +151,17 @@ def test_a_policy_is_beside_the_n_that_is_as_far():
     assert found["laws"]["gold"]["peak_kl"] in (0.0, None)
 
 
+def test_the_laws_are_of_the_gain_over_best_of_1():
+    """Of normal proxies the fitted law gives the curve back, and a constant added to all scores changes none."""
+    proxy = np.random.default_rng(5).normal(size=(500, 32))
+    found, moved = (best_of_report([{"proxy": row} for row in proxy + added], {}) for added in (0.0, 100.0))
+    law = found["laws"]["proxy"]
+    assert (law["alpha"], law["beta"]) == pytest.approx([moved["laws"]["proxy"][key] for key in ("alpha", "beta")])
+    fitted = Law("best_of_n", law["alpha"], law["beta"])
+    for row in found["curve"]:
+        assert fitted.gain(row["kl"]) == pytest.approx(row["proxy"].mean - found["curve"][0]["proxy"].mean, abs=0.03)
+
+
 def test_without_a_judge_there_is_no_gold_and_what_no_n_reaches_says_so():
     records = [{"proxy": 5.0, "likert": None, "kl": kl} for kl in (8.0, 9.0)]
     found = best_of_report([{"proxy": [0.0, 1.0]}] * 2, {"ppo": {"sampled": records}})
