@@ -454,9 +454,14 @@ class EvaluateConfig(StageConfig):
     temperature: float = 1.0  # of the sampled answers; PPO's own, else another policy than the trained one is measured
     per_device_batch_size: int = 256
     num_transcripts: int = 40
+    best_of: int = 0  # SFT answers each prompt so many times more: its best of 2, 4, ... beside PPO; 0: off
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.best_of == 1 or self.best_of < 0:
+            raise UserError(f"best_of: {self.best_of} leaves nothing to choose from; give 2 or more, or 0 for none")
+        if self.best_of and self.temperature == 0:
+            raise UserError("best_of: answers drawn at temperature 0 are all alike; set temperature: 1, or best_of: 0")
         between("temperature", self.temperature, *TEMPERATURES)
         if self.reward_function and self.reward_model_path:
             raise UserError("reward_function: given beside reward_model_path; one scores all answers, drop one of them")

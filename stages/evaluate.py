@@ -2,6 +2,7 @@
 
     every policy answers the same held-out prompts, sampled and greedy; a judge scores each answer;
     win rate and paired gain against SFT with 95% intervals; KL to SFT, perplexity on plain text, length, share finished
+    with `best_of` SFT answers n times: what its best by the reward model scores, and at which KL (Gao et al. 2022)
 
 Without a judge the reward model compares: what PPO climbed, so a gain there shows that it climbed, not that answers are
 better. Read the transcripts.
@@ -28,7 +29,8 @@ from align.data import (
     ranking_length,
 )
 from align.errors import UserError
-from align.evaluate.policies import Setting, answer, few_shot_examples, judged, load_proxy, perplexity, scored
+from align.evaluate.best_of_n import best_of_report
+from align.evaluate.policies import Setting, answer, answer_n, few_shot_examples, judged, load_proxy, perplexity, scored
 from align.evaluate.report import pick_transcripts, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model, summarise
@@ -92,11 +94,16 @@ def main(argv: list[str]) -> None:
             "perplexity": perplexity(policy, documents, config.per_device_batch_size, runtime.device),
         }
 
-    # 3. The reward model against labelers and judge, and the labelers against each other.
+    # 3. SFT's best of n beside PPO; the reward model against labelers and judge, and the labelers against each other.
     about = {"preset": config.preset, "temperature": config.temperature}
     evaluation = {**about, "policies": measured, **judges_report(config, setting, rankings)}
     evaluation["by_reward_model"] = by_reward_model(measured, config.seed)
     evaluation["step_zero"] = step_zero(config)
+    evaluation["best_of_n"] = None
+    if config.best_of:
+        announce(f"evaluating sft's best of {config.best_of}")
+        drawn = answer_n(sft, setting, config.best_of, config.temperature, runtime)
+        evaluation["best_of_n"] = best_of_report(drawn, measured)
     evaluation["seconds"] = seconds_so_far(config.run_dir, "evaluate")
     evaluation["transcripts"] = pick_transcripts(evaluation, config.num_transcripts, config.seed)
 

@@ -83,7 +83,7 @@ FIELDS = {
     "EvaluateConfig": """
         preset run_dir base_path sft_path ppo_path ppo_ptx_path reward_model_path reward_function judge prompts_file
         few_shot_file text_file rankings_file num_prompts max_new_tokens temperature
-        per_device_batch_size num_transcripts
+        per_device_batch_size num_transcripts best_of
     """,
     "EvaluateRMConfig": """
         reward_model_path rankings_file held_out_file train_file peer_model_path peer_scores_file labeler_folds_file
@@ -462,6 +462,9 @@ def test_a_number_is_finite(value):
         (configs.CollectConfig, ["--temperature", "-1"], ["temperature", "outside"]),
         (EvaluateConfig, ["--temperature", "0"], ["temperature", "outside"]),
         (EvaluateConfig, ["--num_prompts", "1"], ["num_prompts: 1", "2 or more"]),
+        (EvaluateConfig, ["--best_of", "1"], ["best_of: 1", "2 or more, or 0"]),
+        (EvaluateConfig, ["--best_of", "-4"], ["best_of: -4", "2 or more, or 0"]),
+        (EvaluateConfig, ["--best_of", "4", "--temperature", "0"], ["best_of", "all alike", "temperature: 1"]),
         (EvaluateConfig, ["--judg", "x"], ["--judg", "'judge'"]),
         (EvaluateConfig, ["--resume_from_checkpoint", "latest"], ["resume_from_checkpoint", "unknown key"]),
         (configs.CollectConfig, ["--report_to", "wandb"], ["report_to", "unknown key"]),

@@ -404,7 +404,7 @@ def test_evaluate_in_several_processes(world, tmp_path):
     flags = {
         "sft_path": world / "policy", "reward_model_path": world / "reward", "judge": "tests.launched:judge",
         "prompts_file": world / "prompts.jsonl", "text_file": world / "text.jsonl", "max_new_tokens": 8,
-        "rankings_file": world / "rankings_held_out.jsonl", "per_device_batch_size": 4,
+        "rankings_file": world / "rankings_held_out.jsonl", "per_device_batch_size": 4, "best_of": 3,
     }  # fmt: skip
     found = []
     for processes in (1, 2):

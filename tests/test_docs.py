@@ -19,7 +19,7 @@ READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
 SLACK = 3  # lines a function may have moved
 COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2}
-IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O3"}
+IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O1", "O2", "O3"}
 NOT_KEYS = {"num_labels", "mixed_precision", "ppo_ptx", "by_column"}  # code in the READMEs that looks like a config key
 
 

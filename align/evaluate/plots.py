@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from align.evaluate.best_of_n import Law, fit_law
 from align.evaluate.schema import POLICIES
 from align.evaluate.win_rate import mean_interval
 from align.files import plain
@@ -28,6 +29,7 @@ ACCURACY_GROUPS = {
     "by_length": "better completion's length / worse's", "by_source": "source", "by_language": "language",
     "by_labeler": "labeler",
 }  # fmt: skip
+NEAR_SFT = 0.01  # sqrt(KL) of a policy that is SFT but for rounding
 MOST_GROUPS = 12  # of a breakdown, those with the most pairs
 
 Row = Mapping[str, Any]
@@ -132,7 +134,7 @@ def plot_training(rows: Sequence[Row], path: Path, policy: str = "ppo_ptx") -> P
 
 
 def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
-    """Proxy and gold against sqrt(KL) for one run at several checkpoints (Gao et al. 2022, Fig. 1).
+    """Proxy and gold against sqrt(KL) for one run at several checkpoints, and RL's law (Gao et al. 2022, Fig. 1).
 
     A row has kl (nats per episode, to the SFT policy), proxy and gold, each a number or an interval, and may have
     episode, which is written beside its point.
@@ -149,6 +151,7 @@ def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
         x, intervals = [_distance(r) for r in rows], [_as_interval(r[name]) for r in rows]
         means = [i["mean"] for i in intervals]
         panel.errorbar(x, means, yerr=_bars(intervals), color=colour, marker="o", capsize=3, linewidth=1.8)
+        _rl_law(panel, x, means)
         best = int(np.argmax(means))
         panel.axvline(x[best], color=FAINT, linestyle=":", linewidth=1.2)
         left = x[best] > (x[0] + x[-1]) / 2
@@ -168,6 +171,64 @@ def plot_overoptimisation(rows: Sequence[Row], path: Path) -> Path:
             at = (_distance(row), 0.02)
             axes[1].text(*at, f"{row['episode']:g}", transform=axes[1].get_xaxis_transform(), ha="center", fontsize=8)
     return _save(figure, path)
+
+
+def _rl_law(panel: Axes, x: Sequence[float], means: Sequence[float]) -> None:
+    """RL's law, fitted to the gain over the points at SFT, where there are any: PPO's first rollout is one."""
+    start = [mean for at, mean in zip(x, means, strict=True) if at < NEAR_SFT]
+    law = fit_law("rl", np.square(x), np.subtract(means, np.mean(start))) if start else None
+    if law is None:
+        return
+    d = np.linspace(0, x[-1], 200)
+    label = f"$R = d(\\alpha - \\beta \\ln d)$ with $\\alpha$ {law.alpha:.2f}, $\\beta$ {law.beta:.2f}"
+    panel.plot(d, np.mean(start) + law.gain(d**2), "--", color=INK, linewidth=1.2, label=label)
+    # beside the title, where no point can lie under it
+    panel.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.01, 0.98))
+
+
+def plot_best_of_n(found: Mapping[str, Any], path: Path) -> Path:
+    """Proxy (and gold, where judged) of SFT's best of n and of each PPO policy against sqrt(KL), with 95% intervals.
+
+    `found` is what `best_of_report` gives.
+    """
+    scores = [key for key in ("proxy", "gold") if found["scores"].get(key)]
+    figure, axes = _figure(len(scores), 1, (7.5, 1 + 3.3 * len(scores)), "Is PPO worth it over SFT's best of n?")
+    units = {"proxy": "reward model's score", "gold": "gold score (Likert)"}
+    for panel, key in zip(axes, scores, strict=True):
+        panel.set_title("By the reward model" if key == "proxy" else "By the judge", fontsize=11, loc="left")
+        panel.set_ylabel(units[key])
+        _best_of_curve(panel, found, key)
+        for name, beside in found["policies"].items():
+            kl, score = plain(beside["kl"]), plain(beside[key]["score"])
+            x = _distance(beside)
+            wide = [[x - _distance({"kl": kl["low"]})], [_distance({"kl": kl["high"]}) - x]]
+            style = {"fmt": "D", "color": COLOURS[name], "capsize": 3, "zorder": 4, "label": LABELS[name]}
+            panel.errorbar([x], [score["mean"]], yerr=_bars([score]), xerr=wide, **style)
+        panel.margins(y=0.15)
+    # beside the title, where no point can lie under it
+    place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98), "ncols": 4, "columnspacing": 1.2}
+    axes[0].legend(frameon=False, fontsize=8, handlelength=1.6, **place)
+    unit = "nats$^{1/2}$, of best-of-n at most"
+    axes[-1].set_xlabel(f"distance from SFT: square root of the KL ({unit}); small numbers: n")
+    return _save(figure, path)
+
+
+def _best_of_curve(panel: Axes, found: Mapping[str, Any], key: str) -> None:
+    """Best-of-n's points, each with its n, and the law fitted to them; dotted past the largest n."""
+    curve, law, colour = found["curve"], found["laws"][key], COLOURS["sft"]
+    intervals, x = [plain(row[key]) for row in curve], [_distance(row) for row in curve]
+    style = {"fmt": "o", "color": colour, "capsize": 3, "label": "SFT, best of n"}
+    panel.errorbar(x, [i["mean"] for i in intervals], yerr=_bars(intervals), **style)
+    for row, at in zip(curve, x, strict=True):
+        panel.text(at, 0.02, f"{row['n']}", transform=panel.get_xaxis_transform(), ha="center", fontsize=8)
+    if law is None:
+        return
+    fitted = Law("best_of_n", law["alpha"], law["beta"])
+    furthest = max(x[-1], *map(_distance, found["policies"].values()), 0.0)
+    for start, end, line in ((0.0, x[-1], "--"), (x[-1], furthest, ":")):
+        d = np.linspace(start, end, 100)
+        label = "$R = d(\\alpha - \\beta d)$, fitted" if line == "--" else None
+        panel.plot(d, intervals[0]["mean"] + fitted.gain(d**2), line, color=colour, linewidth=1.4, label=label)
 
 
 def plot_calibration(report: Mapping[str, Any], path: Path) -> Path:

@@ -69,12 +69,10 @@ def answer(
     if few_shot:
         require_room(queries, setting)
     uniforms = uniform_numbers(len(queries), setting.max_new_tokens, setting.seed, 0)
-    sampler = make_sampler(policy, codec.eos_id, codec.pad_id, setting.batch_size)
     mine, picked = runtime.mine(queries), runtime.mine(list(range(len(queries))))
     if not mine:  # more processes than prompts
         return gather_list([])
-    with runtime.autocast():
-        episodes = sampler(mine, uniforms[picked], temperature)
+    episodes = sample(policy, mine, uniforms[picked], temperature, setting, runtime)
     drawn = [len(episode.response) for episode in episodes]  # without the EOS that closes an answer that is cut
     if few_shot:
         answers = [cut_at_newline(episode, codec) for episode in episodes]
@@ -85,12 +83,52 @@ def answer(
     with torch.no_grad(), runtime.autocast():
         here = sequence_logprobs(policy, episodes, drawn, setting, runtime.device, temperature or 1.0)
         there = sequence_logprobs(setting.sft, own, drawn, setting, runtime.device, temperature or 1.0)
-    with torch.no_grad():  # in float32: rounded scores would tie
-        proxies = setting.reward([prompts[i] for i in picked], own)
-    require_scores([proxies], "reward_model_path")
+    proxies = proxy_scores([prompts[i] for i in picked], own, setting)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
     return gather_list(rows)
+
+
+def answer_n(
+    policy: torch.nn.Module, setting: Setting, n: int, temperature: float, runtime: Runtime
+) -> list[dict[str, list[float]]]:
+    """n answers to each prompt, drawn with random numbers of their own: {"proxy": n scores} a prompt, and where there
+    is a judge "gold": its n. Equal answers to a prompt are scored once, so they tie.
+    """
+    picked, limit = runtime.mine(list(range(len(setting.prompts)))), setting.max_new_tokens
+    if not picked:
+        return gather_list([])
+    prompts = [setting.prompts[i] for i in picked]
+    queries = [query for query in setting.codec.prompts([p.prompt for p in prompts]) for _ in range(n)]
+    streams = [uniform_numbers(len(setting.prompts), limit, setting.seed, 1, k)[picked] for k in range(n)]
+    uniforms = torch.stack(streams, 1).flatten(0, 1)  # (P x n, R)
+    episodes = sample(policy, queries, uniforms, temperature, setting, runtime)
+    keys = [(i // n, e.response, e.finished) for i, e in enumerate(episodes)]
+    distinct = dict(zip(keys, episodes, strict=True))
+    asked, answers = [prompts[i] for i, _, _ in distinct], list(distinct.values())
+    scores = {"proxy": proxy_scores(asked, answers, setting)}
+    if setting.judge:
+        scores["gold"] = [float(verdict_on(p, e, setting).likert) for p, e in zip(asked, answers, strict=True)]
+    place = {key: i for i, key in enumerate(distinct)}
+    rows = [[place[key] for key in keys[i : i + n]] for i in range(0, len(keys), n)]
+    return gather_list([{name: [values[i] for i in row] for name, values in scores.items()} for row in rows])
+
+
+def sample(
+    policy: torch.nn.Module, queries: list[list[int]], uniforms: Tensor, temperature: float,
+    setting: Setting, runtime: Runtime,
+) -> list[Episode]:  # fmt: skip
+    """One episode a query of this process; uniforms (N, max_new_tokens)."""
+    sampler = make_sampler(policy, setting.codec.eos_id, setting.codec.pad_id, setting.batch_size)
+    with runtime.autocast():
+        return sampler(queries, uniforms, temperature)
+
+
+def proxy_scores(prompts: list[Prompt], episodes: list[Episode], setting: Setting) -> list[float]:
+    with torch.no_grad():  # in float32: rounded scores would tie
+        scores = setting.reward(prompts, episodes)
+    require_scores([scores], "reward_model_path")
+    return scores
 
 
 def few_shot_examples(demonstrations: list[Demonstration]) -> list[tuple[str, str]]:
@@ -133,20 +171,24 @@ def judged(rankings: list[Ranking], setting: Setting) -> list[list[float]]:
 
 
 def record(prompt: Prompt, episode: Episode, setting: Setting) -> dict[str, Any]:
-    response = setting.codec.decode(episode.response)
     row = {"prompt": prompt.prompt, **prompt.columns}
-    judged = setting.judge(row, response, episode.finished) if setting.judge else None
+    judged = verdict_on(prompt, episode, setting) if setting.judge else None
     fields = {name: value for name, value in judged.as_dict().items() if name != "likert"} if judged else {}
     shown = {key: row.get(key) for key in ("id", "prompt", "use_case", "source", "language", "constraint")}
     tokens = torch.tensor([episode.response])
     return shown | {
-        "response": response.strip(),
+        "response": setting.codec.decode(episode.response).strip(),
         "likert": judged.likert if judged else None,
         "fields": fields,
         "finished": episode.finished,
         "response_tokens": len(episode.response),
         "repetition": float(repeated_ngrams(tokens, torch.tensor([len(episode.response)]))),
     }
+
+
+def verdict_on(prompt: Prompt, episode: Episode, setting: Setting) -> Any:
+    row = {"prompt": prompt.prompt, **prompt.columns}
+    return setting.judge(row, setting.codec.decode(episode.response), episode.finished)
 
 
 def cut_at_newline(episode: Episode, codec: Codec) -> Episode:

@@ -1,8 +1,9 @@
 """Everything a run shows, from plain dicts: Markdown tables, transcripts side by side, and one static HTML page.
 
 An evaluation is {"preset", "temperature", "policies": {name: {"sampled": [record], "greedy": [record], "perplexity"}
-or null}, "rm", "labelers", "seconds", "step_zero", "transcripts"}; a record is one answer: {"id", "prompt", "response",
-"use_case", "language", "constraint", "likert", "fields": {name: bool}, "finished", "response_tokens", "proxy", "kl"}.
+or null}, "rm", "labelers", "seconds", "step_zero", "transcripts", "best_of_n"}; a record is one answer: {"id",
+"prompt", "response", "use_case", "language", "constraint", "likert", "fields": {name: bool}, "finished",
+"response_tokens", "proxy", "kl"}.
 A transcript is {"id", "prompt", "use_case", "language", "constraint", "responses": {policy: record}}.
 """
 
@@ -17,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align.evaluate.plots import (
     LABELS,
+    plot_best_of_n,
     plot_calibration,
     plot_overoptimisation,
     plot_policies,
@@ -54,8 +56,9 @@ def tables(evaluation: Mapping[str, Any], summary: Mapping[str, Any] | None = No
 
     Without a judge the reward model's view of the policies, and its score by source and by language.
     """
-    summary = summary or summarise(evaluation)
-    rewards = [_reward_table(summary)] if summary["rm"] else []
+    summary, found = summary or summarise(evaluation), evaluation.get("best_of_n")
+    rewards = [_best_of_table(found)] if found else []
+    rewards += [_reward_table(summary)] if summary["rm"] else []
     drawn = f"Sampled answers are drawn at temperature {evaluation.get('temperature', 1.0):g}, greedy ones at 0."
     if "by_reward_model" in summary:
         return [
@@ -97,6 +100,23 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             who = " by the reward model that it climbed" if unjudged else ""
             size = f" ({Interval(**numbers['gain_in_deviations'])} standard deviations)" if unjudged else ""
             lines.append(f"{LABELS[name]}, {mode}, {verdict}{who}: paired gain {gain}{size}, win rate {rate}.")
+    return lines
+
+
+def best_of_verdicts(found: Mapping[str, Any]) -> list[str]:
+    """Each PPO policy beside SFT's best of n at the nearest KL: a sentence by the reward model, one by the judge."""
+    lines = []
+    for name, beside in found["policies"].items():
+        for key, who in (("proxy", "the reward model"), ("gold", "the judge")):
+            numbers = beside[key]
+            if numbers is None:
+                continue
+            ours, best, gain, n = (numbers[part] for part in ("score", "best_of", "gain", "matched_by"))
+            reach = f"best of {n} scores as much" if n else f"no n up to {found['samples']} scores as much"
+            lines.append(
+                f"{LABELS[name]} at {beside['kl'].mean:.2f} nats scores {ours.mean:.2f} by {who}, SFT's best of "
+                f"{beside['n']} (at most {beside['kl_of_n']:.2f} nats) {best.mean:.2f}: paired gain {gain}; {reach}."
+            )
     return lines
 
 
@@ -158,6 +178,8 @@ def write_plots(
             plots[caption] = plot_use_cases(evaluation, folder / f"use_cases_{name}.png", name)
         if (training or {}).get(name):
             plots[f"Training of {LABELS[name]}"] = plot_training(training[name], folder / f"training_{name}.png", name)
+    if evaluation.get("best_of_n"):
+        plots["SFT's best of n beside PPO"] = plot_best_of_n(evaluation["best_of_n"], folder / "best_of_n.png")
     if evaluation["rm"] and evaluation["rm"].get("calibration"):
         plots["Calibration of the reward model"] = plot_calibration(evaluation["rm"], folder / "calibration.png")
     if sft:
@@ -184,6 +206,7 @@ def write_report(
     rows = shown(evaluation.get("transcripts") or pick_transcripts(evaluation, NUM_TRANSCRIPTS))
     images = {caption: Path(os.path.relpath(path, folder)).as_posix() for caption, path in plots.items()}
     found, lines = tables(evaluation, summary), verdicts(summary)
+    lines += best_of_verdicts(evaluation["best_of_n"]) if evaluation.get("best_of_n") else []
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -289,6 +312,30 @@ def _fields_table(evaluation: Mapping[str, Any]) -> Table:
         rows.append([field.replace("_", " "), *cells])
     note = "Share of sampled answers for which the judge says yes, of those where the question applies."
     return Table("The judge's yes/no fields", note, ["field", *(LABELS[name] for name in policies)], rows)
+
+
+def _best_of_table(found: Mapping[str, Any]) -> Table:
+    columns = [key for key in ("proxy", "gold") if key in found["scores"]]
+    rows = [
+        [f"SFT, best of {row['n']}", f"{row['kl']:.2f}", *(str(row[key]) for key in columns)] for row in found["curve"]
+    ]
+    for name, beside in found["policies"].items():
+        rows.append([LABELS[name], str(beside["kl"]), *(str(beside[key]["score"]) for key in columns)])
+    laws = [f"{key} {_law(found['laws'][key])}" for key in columns if found["laws"][key]]
+    fitted = (
+        f" Fitted to the gain over best of 1, R = d (alpha - beta d), d = sqrt(KL): {'; '.join(laws)}." if laws else ""
+    )
+    note = (
+        f"SFT answered {found['prompts']} prompts {found['samples']} times; best of n is the one of n answers that the "
+        "reward model likes best. Its KL: ln n - (n - 1) / n nats, less where answers are equal or tie. Brackets: 95% "
+        f"intervals over prompts.{fitted}"
+    )
+    return Table("SFT's best of n beside PPO", note, ["policy", "KL", *columns], rows)
+
+
+def _law(law: Mapping[str, float | None]) -> str:
+    peak = "never peaks" if law["peak_kl"] is None else f"peaks at {law['peak_kl']:.2f} nats"
+    return f"alpha {law['alpha']:.2f}, beta {law['beta']:.2f}, {peak}"
 
 
 def _reward_table(summary: Mapping[str, Any]) -> Table:

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from align.evaluate import plots, report
+from align.evaluate.best_of_n import best_of_report
 from align.evaluate.schema import POLICIES
-from align.evaluate.summary import summarise
+from align.evaluate.summary import by_reward_model, summarise
 
 SCRIPT = '<script>alert("x")</script> | a\nb & <img src=x onerror=y>'
 
@@ -242,3 +243,64 @@ def test_prompts_that_all_gain_alike_prove_nothing(make_evaluation):
     summary = summarise(make_evaluation())
     summary["policies"]["ppo"]["sampled"]["gain_vs_sft"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert "does not differ measurably from SFT" in report.verdicts(summary)[0]
+
+
+def test_the_over_optimisation_plot_has_the_law_of_rl(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, empty=None: figures.append(figure))
+    d = np.array([0.5, 0.0, 1.0, 2.0, 3.0])
+    gains = [0.5 * (1.2 - 0.4 * np.log(0.5)), 0.0, *(at * (1.2 - 0.4 * np.log(at)) for at in d[2:])]
+    rows = [{"kl": at**2, "proxy": at, "gold": 4 + gain} for at, gain in zip(d, gains, strict=True)]
+    plots.plot_overoptimisation(rows, tmp_path)
+    (law,) = figures[0].axes[1].get_legend().get_texts()
+    assert "1.20" in law.get_text() and "0.40" in law.get_text()
+    plots.plot_overoptimisation(rows[2:], tmp_path)  # without SFT's score there is no gain
+    assert figures[1].axes[1].get_legend() is None
+
+
+# Best-of-n
+
+
+def with_best_of_n(evaluation: dict, gold: bool = True) -> dict:
+    """4 answers a prompt: proxies 0, 1, 2, 3; the judge likes the third best."""
+    prompts = len(evaluation["policies"]["sft"]["sampled"])
+    scores = {"proxy": [0.0, 1.0, 2.0, 3.0]} | ({"gold": [1.0, 6.0, 1.0, 1.0]} if gold else {})
+    for name, proxy, kl in (("ppo", 9.0, 5.0), ("ppo_ptx", 2.0, 0.2)):
+        for record in evaluation["policies"][name]["sampled"]:
+            record |= {"proxy": proxy, "kl": kl, "likert": 2.0 if gold else None}
+    return evaluation | {"best_of_n": best_of_report([scores] * prompts, evaluation["policies"])}
+
+
+def test_best_of_n_is_told_beside_ppo(tmp_path, make_evaluation):
+    """Best of 2 draws the answers of proxy 1, 2 and 3 in 1, 2 and 3 of the 6 pairs: proxy 14/6, gold 11/6."""
+    evaluation = with_best_of_n(make_evaluation(n=20))
+    lines = report.best_of_verdicts(evaluation["best_of_n"])
+    assert len(lines) == 4
+    assert "PPO at 5.00 nats scores 9.00 by the reward model, SFT's best of 4 (at most 0.64 nats) 3.00" in lines[0]
+    assert "gain 6.00 [6.00, 6.00]; no n up to 4 scores as much." in lines[0]
+    assert "PPO-ptx at 0.20 nats scores 2.00 by the reward model, SFT's best of 2 (at most 0.19 nats) 2.33" in lines[2]
+    assert lines[2].endswith("gain -0.33 [-0.33, -0.33]; best of 2 scores as much.")
+    assert "2.00 by the judge" in lines[3] and "1.83: paired gain 0.17" in lines[3]
+    plots_by_caption = report.write_plots(tmp_path / "plots", evaluation, summarise(evaluation))
+    assert_picture(plots_by_caption["SFT's best of n beside PPO"])
+    text = report.write_report(tmp_path, evaluation, plots_by_caption).with_name("report.md").read_text("utf-8")
+    assert all(line in text for line in lines)
+    table = next(t for t in report.tables(evaluation) if "best of n" in t.title)
+    assert table.header == ["policy", "KL", "proxy", "gold"]
+    assert table.rows[1] == ["SFT, best of 2", "0.19", "2.33 [2.33, 2.33]", "1.83 [1.83, 1.83]"]
+    assert [row[0] for row in table.rows] == ["SFT, best of 1", "SFT, best of 2", "SFT, best of 4", "PPO", "PPO-ptx"]
+    law = evaluation["best_of_n"]["laws"]["gold"]
+    assert f"gold alpha {law['alpha']:.2f}, beta {law['beta']:.2f}, peaks at {law['peak_kl']:.2f} nats" in table.note
+
+
+def test_best_of_n_without_a_judge_has_no_gold(tmp_path, make_evaluation):
+    evaluation = make_evaluation(n=20)
+    for policy in evaluation["policies"].values():
+        for record in (*policy["sampled"], *policy["greedy"]):
+            record |= {"likert": None, "fields": {}, "repetition": 0.0}
+    evaluation["by_reward_model"] = by_reward_model(evaluation["policies"], 0)
+    evaluation = with_best_of_n(evaluation, gold=False)
+    assert [line.count("judge") for line in report.best_of_verdicts(evaluation["best_of_n"])] == [0, 0]
+    table = next(t for t in report.tables(evaluation) if "best of n" in t.title)
+    assert table.header == ["policy", "KL", "proxy"] and "gold" not in table.note
+    assert_picture(plots.plot_best_of_n(evaluation["best_of_n"], tmp_path / "best_of_n.png"))
