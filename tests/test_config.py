@@ -75,7 +75,7 @@ FIELDS = {
         learning_rate value_learning_rate warmup_iterations value_warmup_iterations lr_decay
         adam_beta1 adam_beta2 adam_epsilon
         optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
-        frozen_quantization
+        frozen_quantization use_vllm vllm_gpu_memory_utilization vllm_enable_sleep_mode
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange dual_clip cliprange_value
         whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
         save_iterations transcript_iterations judge
