@@ -57,7 +57,8 @@ define timed
 @echo "==> $(1): $(strip $(2))"; start=$$SECONDS; $(strip $(2)); echo "==> $(1): done in $$((SECONDS - start)) s"
 endef
 
-# $(call stage,TARGET,STAGE,CONFIG,FLAGS). LAUNCH starts it: Python, or e.g. `.venv/bin/accelerate launch --num_processes 8`.
+# $(call stage,TARGET,STAGE,CONFIG,FLAGS). LAUNCH starts it: Python, or e.g. `.venv/bin/accelerate launch --num_processes 8`;
+# not torchrun, which takes --run for its own.
 LAUNCH ?= $(PY)
 stage = $(call timed,$(1),$(LAUNCH) -m stages $(2) --config $(CONFIGS)/$(3).yaml --run $(RUN) --seed $(SEED) \
 	--overwrite_output_dir true $(call unfinished,$(1)) $(4) $(call args,$(1)))

@@ -390,6 +390,8 @@ class PPOConfig(TrainingConfig):
             least = f"rollout_batch_size {VALUE_FOLDS} or more"
             raise UserError(f"value_head_init: fitted takes folds of episodes; give {least}")
         between("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization, 0.01, 1)
+        if self.vllm_enable_sleep_mode and not self.use_vllm:
+            raise UserError("vllm_enable_sleep_mode: nothing sleeps without vLLM; set use_vllm: true, or this to false")
         choose("old_logprobs", self.old_logprobs, ("recompute", "sampler"))
         self._check_weights()
         choose("lr_decay", self.lr_decay, ("constant", "linear"))

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     policy = args.model or config.model_name_or_path
     parts = plan(config, policy, args.reward_model or policy, args.processes, args.shard)
     print(table(parts, BatchAlgebra.of(config, args.processes)))
+    if config.use_vllm:
+        print(f"vLLM takes {config.vllm_gpu_memory_utilization:.0%} of a GPU, where its parts here need less")
     return 0
 
 
@@ -65,7 +67,7 @@ def plan(config: PPOConfig, policy: str, reward: str, processes: int = 1, shard:
         parts.append(Part("reward model", only_scores(scalar(reward, half), config)))
     if shard:  # gradients too are reduced to each process's own part
         parts = [replace(part, size=part.size / processes) for part in parts]
-    parts += sampling(one, config, half)
+    parts += sampling(one, config, half, shard)
     own = replace(config, per_device_train_batch_size=BatchAlgebra.of(config, processes).microbatch)
     for name, model in (("policy", one), ("value", two)):
         parts += [replace(part, phase=f"update {name}") for part in backward_needs(model, own, shard)]
@@ -131,7 +133,7 @@ def only_scores(model: nn.Module, config: PPOConfig) -> float:
     return total
 
 
-def sampling(model: Policy, config: PPOConfig, half: torch.dtype) -> list[Part]:
+def sampling(model: Policy, config: PPOConfig, half: torch.dtype, shard: bool) -> list[Part]:
     """Keys and values of all rows at their longest, and weights that are gathered, merged, cast or laid out for it.
 
     vLLM keeps both from rollout to rollout unless it sleeps, and may hold more: all of its share of a GPU.
@@ -144,10 +146,13 @@ def sampling(model: Policy, config: PPOConfig, half: torch.dtype) -> list[Part]:
     cache = 2 * text.num_hidden_layers * heads * head * bytes_each * tokens
     copy = bytes_each * sum(p.numel() for p in model.inner.parameters())
     phase = "always" if config.use_vllm and not config.vllm_enable_sleep_mode else "sampling"
-    return [
+    parts = [
         Part(f"keys and values of {rows} rows", cache, phase),
         Part("weights as the sampler reads them", copy, phase),
     ]
+    if config.use_vllm and (config.use_peft or shard):
+        parts.append(Part("weights gathered or merged for vLLM", copy, "sampling"))
+    return parts
 
 
 def rows_of(config: PPOConfig) -> int:

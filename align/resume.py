@@ -37,6 +37,7 @@ HOW = (  # where a run lies, what it says and keeps on its way, when it stops
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
     "save_iterations", "save_total_limit", "transcript_iterations", "reward_timeout", "reward_retries", "kl_stop",
     "gradient_checkpointing", "microbatch_tokens", "per_device_rollout_batch_size", "per_device_eval_batch_size",
+    "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
 )  # fmt: skip
 PPO_HOW = ("per_device_train_batch_size",)  # a Trainer's is part of its step
 

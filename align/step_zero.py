@@ -14,6 +14,7 @@ from align.track import announce
 from align.types import Rollout
 
 TOKEN_LIMIT = {False: 1e-3, True: 0.05}  # nats between two log-probabilities of a token; half precision: True
+OTHER_WEIGHTS = 1.0  # nats a token, on average: rounding never is so much
 EIGHT_BIT_LIMIT = 1.0  # of an episode's KL and a value, compared with a model rounded to 8 bits
 
 CAUSES = {
@@ -99,11 +100,17 @@ def closed(rollout: Rollout, eos_id: int) -> tuple[Tensor, Tensor]:
 
 
 def warn_of_engine(rollout: Rollout, config: PPOConfig, half: bool) -> None:
-    """Where the sampler's log-probabilities are far from the trainer's, but nothing makes up for it."""
-    if config.old_logprobs == "sampler" or rollout.sampler_logprobs is None or config.weighs_tokens:
+    """Where the sampler's log-probabilities are far from the trainer's, but nothing makes up for it. Raises UserError
+    where they are so far that vLLM cannot hold the policy's weights."""
+    if config.old_logprobs == "sampler" or rollout.sampler_logprobs is None:
         return
     mean = float(masked_mean((rollout.logprobs - rollout.sampler_logprobs).abs(), rollout.response_mask))
-    if not mean <= TOKEN_LIMIT[half]:
+    if config.use_vllm and not mean <= OTHER_WEIGHTS:
+        raise UserError(
+            f"step-zero check: vLLM's log-probabilities are {mean:.4g} nats a token from the trainer's: it does not "
+            "hold this policy's weights; set use_vllm: false"
+        )
+    if not mean <= TOKEN_LIMIT[half] and not config.weighs_tokens:
         announce(
             f"warning: the sampler's log-probabilities are {mean:.4g} nats a token from the trainer's, over "
             f"{TOKEN_LIMIT[half]:g}: other numerics or temperature; mend it, or set importance_weight_cap: 2"

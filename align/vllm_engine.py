@@ -6,6 +6,7 @@ processor inverts the CDF at the episode's own uniform numbers and leaves the sa
 """
 
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from align.config import PPOConfig
 from align.errors import UserError, first_line
 from align.generate import Engine
 from align.maths.logprobs import draw
-from align.models import Policy
+from align.models import Policy, refuse_adapter
 from align.runtime import Runtime, ends, random_state, set_random_state
 from align.types import Episode
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process's memory: weights and uniform numbers
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the older runner, whose logits processors `InvertedCdf` is one of
+    "VLLM_NO_USAGE_STATS": "1",  # it would tell its makers what runs here
 }
+FAILURES = (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,21 @@ class VllmSampler(Engine):
         ]
 
     def parameters(self, row: int, max_new_tokens: int) -> SamplingParams:
-        """Of one query. The softmax alone is sampled: no penalty, no cut, no other end than EOS."""
+        """Of one query: no penalty, no cut, no other end than EOS. vLLM takes the likeliest token, the one left to it:
+        to draw it would cost it random numbers, which are the run's."""
         return SamplingParams(
-            max_tokens=max_new_tokens, stop_token_ids=[self.eos_id], ignore_eos=True, detokenize=False,
-            extra_args={"row": row},
+            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[self.eos_id], ignore_eos=True,
+            detokenize=False, extra_args={"row": row},
         )  # fmt: skip
 
     def load_weights(self) -> None:
         """The policy's, by way of the types and layouts that the engine has made of a checkpoint's."""
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(self.policy)})
-        except (KeyError, ValueError) as error:
-            reason = f"vLLM cannot take this policy's weights ({first_line(error)}); set it to false"
-            raise UserError(f"use_vllm: {reason}") from None
+        except FAILURES as error:
+            raise UserError(
+                f"use_vllm: vLLM cannot take this policy's weights ({reason(error)}); set it to false"
+            ) from None
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -86,10 +91,18 @@ class VllmSampler(Engine):
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """By the names of the model's own files, tied ones by each of theirs. LoRA is in them (`PackedModel.merged`)."""
-    for name, weight in policy.inner.named_parameters(remove_duplicate=False):
+    """By their names in the model, tied ones by each of theirs, with the buffers that a model's files hold too. LoRA is
+    in them (`PackedModel.merged`)."""
+    for name, weight in policy.inner.state_dict().items():
         if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), weight.detach()
+            yield name.replace(".base_layer.", "."), weight
+
+
+def reason(error: Exception) -> str:
+    """What is wrong, in a line: vLLM checks its settings by pydantic, whose first line says only how many are."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("Value error, ")), first_line(error))
+    return textwrap.shorten(told.removeprefix("Value error, ").split(" [type=")[0], 240)
 
 
 @dataclass(frozen=True)
@@ -136,9 +149,12 @@ class InvertedCdf(LogitsProcessor):
 
 
 def start_vllm(config: PPOConfig, runtime: Runtime) -> LLM:
-    """An engine of this process, without weights yet. It moves none of the run's random numbers."""
+    """An engine of this process, without weights yet. The run's random numbers, of the CPU, stay where they are."""
+    if config.vllm_enable_sleep_mode and runtime.device.type == "cpu":
+        raise UserError("vllm_enable_sleep_mode: vLLM does not sleep on a CPU; set it to false")
+    refuse_adapter(config.model_name_or_path, "merge it into its base first, or set use_vllm: false")
     os.environ.update(IN_PROCESS)
-    before = random_state()
+    before, threads = random_state(), torch.get_num_threads()
     try:
         llm = LLM(
             model=config.model_name_or_path,
@@ -159,11 +175,16 @@ def start_vllm(config: PPOConfig, runtime: Runtime) -> LLM:
             distributed_executor_backend="external_launcher" if runtime.world > 1 else None,
             disable_log_stats=True,
         )
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"use_vllm: vLLM did not start: {first_line(error)}; set it to false") from None
+    except FAILURES as error:
+        remedy = "set it to false, or lower vllm_gpu_memory_utilization where memory is what is short"
+        raise UserError(f"use_vllm: vLLM did not start ({reason(error)}; 0.32 was tried); {remedy}") from None
     finally:
         set_random_state(before)
-    ends.append(llm.llm_engine.engine_core.shutdown)
+        if torch.get_num_threads() != threads:  # on a GPU vLLM leaves one
+            torch.set_num_threads(threads)
+    core = llm.llm_engine.engine_core
+    core._finalizer.atexit = False  # in a process that fails it would take the group down while others wait in it
+    ends.append(core.shutdown)
     if config.vllm_enable_sleep_mode:
         llm.sleep(level=2)
     return llm

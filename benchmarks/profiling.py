@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from align.runtime import Runtime, has_bf16, tune_cpu
+from align.errors import UserError
+from align.runtime import Runtime, has_bf16, on_cpu, tune_cpu
 from benchmarks import workloads
 from benchmarks.compare import machine
 from benchmarks.ours import stage_3
@@ -69,8 +70,11 @@ def shown(runtime: ProfiledRuntime) -> str:
 
 
 def main(model: str, data: str, file: str = "benchmarks/profile.md") -> None:
+    if not on_cpu():
+        raise UserError("bench-profile: counts what a CPU does, here a GPU would work; set ACCELERATE_USE_CPU=true")
     tune_cpu()
     seconds, profiled = {}, {}
+    iteration(Path(model), Path(data), None)  # what a process does once is not of either path
     for name, attention in PATHS.items():
         seconds[name] = iteration(Path(model), Path(data), attention).seconds
         gc.collect()

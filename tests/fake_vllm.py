@@ -22,6 +22,7 @@ class LogitsProcessor:
 
 @dataclass
 class SamplingParams:
+    temperature: float
     max_tokens: int
     stop_token_ids: list[int]
     ignore_eos: bool
@@ -30,13 +31,14 @@ class SamplingParams:
 
 
 def process_dict_updates(entries: dict, update: BatchUpdate | None, new_state) -> bool:
-    """In the order that vLLM's interface gives: removed, added, moved. A move is (from, to, whether it is a swap)."""
+    """In vLLM's own order; a place that is filled anew is not among the removed. A move is (from, to, whether it is a
+    swap)."""
     if update is None:
         return False
-    for place in update.removed:
-        entries.pop(place, None)
     for place, params, prompt, response in update.added:
         entries[place] = new_state(params, prompt, response)
+    for place in update.removed:
+        entries.pop(place, None)
     for start, end, swap in update.moved:
         first, second = entries.pop(start), entries.pop(end, None)
         entries[end] = first
@@ -60,7 +62,8 @@ class Request:
 
 
 class LLM:
-    """Recomputes every row at every step; queries longer than 4 tokens are read in two parts; rows change places."""
+    """Recomputes every row at every step; queries longer than 4 tokens are read in two parts; rows change places; one
+    row in eight steps is put back among the waiting ones, with what it has written."""
 
     def __init__(self, model: str, logits_processors: list, max_num_seqs: int, hf_overrides: dict, **options):
         torch.manual_seed(options["seed"])
@@ -70,8 +73,8 @@ class LLM:
         self.model = AutoModelForCausalLM.from_config(config).eval()
         self.processors = [make(None, torch.device("cpu"), False) for make in logits_processors]
         self.events: list[str] = []
-        shutdown = SimpleNamespace(shutdown=lambda: self.events.append("shutdown"))
-        self.llm_engine = SimpleNamespace(engine_core=shutdown)
+        core = SimpleNamespace(shutdown=lambda: self.events.append("shutdown"), _finalizer=SimpleNamespace(atexit=True))
+        self.llm_engine = SimpleNamespace(engine_core=core)
 
     def collective_rpc(self, method: str, kwargs: dict) -> None:
         self.events.append(method)
@@ -97,10 +100,16 @@ class LLM:
     def fill(self, waiting: list[Request], batch: list[Request], rng: random.Random) -> BatchUpdate:
         """Finished requests leave, new ones come, the last ones move into what is still free, two change places."""
         free = [place for place, request in enumerate(batch) if request.done]
+        if batch and waiting and rng.random() < 1 / 8:  # preempted: read again, its response too, in parts
+            place = rng.randrange(len(batch))
+            if not batch[place].done:
+                batch[place].read = False
+                waiting.append(batch[place])
+                free.append(place)
         added, moved, removed = [], [], []
         while waiting and (free or len(batch) < self.options["max_num_seqs"]):
-            request = waiting.pop(0)
             place = free.pop(0) if free else len(batch)
+            request = waiting.pop(0)
             batch[place : place + 1] = [request]
             added.append((place, request.params, request.prompt, request.response))
         for place in reversed(free):
@@ -123,15 +132,15 @@ class LLM:
         for processor in self.processors:
             logits = processor.apply(logits)
         assert (logits > float("-inf")).sum(1).eq(1).all(), "more than one token is left to a row"
+        assert all(request.params.temperature == 0 for request in batch)
         for request, token in zip(batch, logits.argmax(1).tolist(), strict=True):
-            if request.read:
+            if request.read or len(request.prompt) + len(request.response) <= 4:
                 request.response.append(token)
             request.read = True
 
     def logits(self, request: Request) -> torch.Tensor:
         ids = [*request.prompt, *request.response]
-        request.read = request.read or len(request.prompt) <= 4
-        seen = ids if request.read else ids[:2]
+        seen = ids if request.read or len(ids) <= 4 else ids[:2]
         return self.model(torch.tensor([seen])).logits[0, -1].float()
 
 

@@ -71,7 +71,8 @@ FIELDS = {
         pretraining_file ptx_coef ptx_examples_per_episode ptx_max_length total_episodes
         rollout_batch_size num_mini_batches num_ppo_epochs per_device_train_batch_size
         per_device_rollout_batch_size microbatch_tokens
-        use_vllm vllm_gpu_memory_utilization vllm_enable_sleep_mode old_logprobs importance_weight_cap importance_weight_band
+        use_vllm vllm_gpu_memory_utilization vllm_enable_sleep_mode
+        old_logprobs importance_weight_cap importance_weight_band
         importance_weight_level max_prompt_length max_new_tokens temperature
         learning_rate value_learning_rate warmup_iterations value_warmup_iterations lr_decay
         adam_beta1 adam_beta2 adam_epsilon

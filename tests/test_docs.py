@@ -151,14 +151,18 @@ def test_every_make_target_exists():
         assert named and named <= targets, f"{path.name}: no such make target: {sorted(named - targets)}"
 
 
+CONTINUED = re.compile(r"\\\n#?")
 LAUNCHED = re.compile(r"\b(torchrun|accelerate launch) +(-.*)")
 
 
 def launches() -> list[tuple[str, list[str]]]:
-    """(launcher, its words) of every command of the documents and stages that starts several processes."""
-    texts = [read(path) for path in (*READMES, *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "stages").glob("*.py"))]
-    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if " -m " in line]
-    found = [LAUNCHED.search(without_comments(line)) for line in lines]
+    """(launcher, its words) of every command of documents, stages and configs that starts several processes."""
+    folders = (("docs", "*.md"), ("stages", "*.py"), ("configs/accelerate", "*.yaml"))
+    texts = [
+        read(path) for path in (*READMES, *(f for name, kind in folders for f in sorted((ROOT / name).glob(kind))))
+    ]
+    lines = [line for text in texts for line in CONTINUED.sub(" ", text).splitlines() if " -m " in line]
+    found = [LAUNCHED.search(without_comments(line.removeprefix("#"))) for line in lines]
     return [(match[1], match[2].split()) for match in found if match]
 
 

@@ -111,6 +111,9 @@ def test_vllm_keeps_its_weights_unless_it_sleeps(models):
         parts = planned(models, *settings)
         found = {part.phase for part in parts if part.name.startswith(("keys and values", "weights as"))}
         assert found == {phase}, settings
+        assert total(parts, "weights gathered or merged") == 0
+    parts = planned(models, "use_vllm=true", "use_peft=true")  # merged for it, and its own
+    assert total(parts, "weights gathered or merged") == total(parts, "weights as") > 0
 
 
 def test_a_plan_is_printed_before_any_stage_has_run(models, tmp_path, capsys):

@@ -106,7 +106,11 @@ def test_a_key_that_may_change_is_said_once(tmp_path, capsys):
     start_run(PPOConfig(output_dir=str(tmp_path), **PPO), PARENTS, REPORTS)
     own_checkpoint(tmp_path, 1)
     again = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest", **PPO}
-    for changes in ({}, {"save_total_limit": 5}):  # which is of how it runs, not of what it learns
+    for changes in (
+        {},
+        {"save_total_limit": 5},
+        {"vllm_gpu_memory_utilization": 0.2},
+    ):  # which is of how it runs, not of what it learns
         start_run(PPOConfig(**again | changes), PARENTS, REPORTS)
         assert "until here" not in capsys.readouterr().out
     for _ in range(2):

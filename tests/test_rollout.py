@@ -353,6 +353,20 @@ def test_an_engine_at_another_temperature_is_caught_or_warned_of(actors, runtime
     assert check(importance_weight_cap=2.0) == ""
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_vllm_with_other_weights_than_the_policys_stops_the_run(actors, runtime, capsys, cap):
+    for vllm, shift in ((True, 1.1), (True, 0.9), (False, 1.1)):
+        config = config_of(use_vllm=vllm, importance_weight_cap=cap)
+        changed = dataclasses.replace(actors, sampler=Engine(actors.sampler, shift=shift))
+        rollout = collect_rollout(make_queries(16), changed, config, runtime, BETA, 0)
+        if vllm and shift > 1:
+            with pytest.raises(UserError, match="vLLM's log-probabilities are 1.1 nats a token from.*use_vllm: false"):
+                check_step_zero(rollout, changed, config, runtime, EOS, value_term="model")
+        else:
+            check_step_zero(rollout, changed, config, runtime, EOS, value_term="model")
+            assert ("warning" in capsys.readouterr().out) == (cap is None)
+
+
 def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
     check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
     assert capsys.readouterr().out == ""

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pydantic
 import pytest
 import torch
 
@@ -104,12 +106,20 @@ def test_what_vllm_is_asked_for(folder, fake):
     assert options["load_format"] == "dummy" and options["generation_config"] == "vllm"
     assert options["enable_prefix_caching"] is False and options["async_scheduling"] is False
     assert options["distributed_executor_backend"] is None
-    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert not sampler.llm.llm_engine.engine_core._finalizer.atexit
+    before = torch.get_rng_state()
+    sampler(QUERIES, uniform_numbers(len(QUERIES), 12, 0), 1.0)
+    assert torch.equal(torch.get_rng_state(), before), "sampling moved the run's random numbers"
 
 
-def test_asleep_it_holds_nothing_between_rollouts(folder, fake):
+def test_asleep_it_holds_nothing_between_rollouts(folder, fake, monkeypatch):
     """Weights are laid in while there are no keys and values yet."""
-    _, sampler = make(folder, vllm_enable_sleep_mode=True)
+    with pytest.raises(UserError, match="vllm_enable_sleep_mode: vLLM does not sleep on a CPU"):
+        make(folder, vllm_enable_sleep_mode=True)
+    policy, device = load_packed_policy(str(folder)), SimpleNamespace(type="cuda")
+    runtime = SimpleNamespace(device=device, compute_dtype=torch.float32, world=1)
+    sampler = rollout_sampler(policy, Codec, config_of(folder, vllm_enable_sleep_mode=True), runtime)
     assert sampler.llm.events == ["sleep 2"]
     sampler(QUERIES[:2], uniform_numbers(2, 4, 0), 1.0)
     order = ["wake weights", "reload_weights", "wake kv_cache", "generate", "sleep 2"]
@@ -132,7 +142,36 @@ def test_it_ends_before_the_process_group_does(folder, fake, monkeypatch):
 def test_without_vllm_the_run_says_what_to_do(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "align.vllm_engine", raising=False)
-    with pytest.raises(UserError, match="use_vllm: .*vllm.*install vllm"):
+    with pytest.raises(UserError, match="use_vllm: .*vllm.*an environment of its own"):
+        make(folder)
+
+
+def test_an_adapter_is_merged_first(folder, fake):
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="is an adapter; merge it into its base first, or set use_vllm: false"):
+        rollout_sampler(None, Codec, config_of(folder), Runtime(0))
+
+
+def test_buffers_that_a_models_files_hold_are_handed_over(folder, fake):
+    policy, sampler = make(folder)
+    policy.inner.model.register_buffer("layer_scalar", torch.ones(1))
+    policy.inner.model.register_buffer("scratch", torch.ones(1), persistent=False)
+    handed = dict(sys.modules["align.vllm_engine"].named_weights(policy))
+    assert "model.layer_scalar" in handed and "model.scratch" not in handed
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(handed)
+
+
+def test_a_setting_that_vllm_refuses_is_told_by_its_reason(folder, fake, monkeypatch):
+    class Settings(pydantic.BaseModel):
+        length: int
+
+        @pydantic.field_validator("length")
+        @classmethod
+        def fits(cls, value):
+            raise ValueError(f"length {value} is over what the model reads")
+
+    monkeypatch.setattr(fake_vllm.LLM, "__init__", lambda *_, **__: Settings(length=7))
+    with pytest.raises(UserError, match="use_vllm: vLLM did not start .length 7 is over what the model reads; 0.32"):
         make(folder)
 
 
@@ -145,7 +184,7 @@ def test_a_model_that_vllm_cannot_hold_is_refused(folder, fake, monkeypatch):
     with pytest.raises(UserError, match="use_vllm: .*'Tiny'.* not supported.*set it to false"):
         sampler(QUERIES[:1], uniform_numbers(1, 4, 0), 1.0)
     monkeypatch.setattr(fake_vllm.LLM, "__init__", refuse)
-    with pytest.raises(UserError, match="use_vllm: vLLM did not start: .*'Tiny'"):
+    with pytest.raises(UserError, match="use_vllm: vLLM did not start .*'Tiny'"):
         make(folder)
 
 
@@ -200,5 +239,7 @@ def test_vllm_itself_draws_what_our_own_engine_draws(tmp_path, head):
 
 
 def test_its_share_of_the_memory_is_a_share():
+    with pytest.raises(UserError, match="vllm_enable_sleep_mode: nothing sleeps without vLLM"):
+        config_of("x", use_vllm=False, vllm_enable_sleep_mode=True)
     with pytest.raises(UserError, match="vllm_gpu_memory_utilization: 40"):
         config_of("x", vllm_gpu_memory_utilization=40)

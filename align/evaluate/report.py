@@ -113,6 +113,8 @@ def best_of_verdicts(found: Mapping[str, Any]) -> list[str]:
                 continue
             ours, best, gain, n = (numbers[part] for part in ("score", "best_of", "gain", "matched_by"))
             reach = f"best of {n} scores as much" if n else f"no n up to {found['samples']} scores as much"
+            if beside["kl"].low > found["curve"][-1]["kl"]:
+                reach += f"; it is further from SFT than best of {found['samples']} can be"
             lines.append(
                 f"{LABELS[name]} at {beside['kl'].mean:.2f} nats scores {ours.mean:.2f} by {who}, SFT's best of "
                 f"{beside['n']} (at most {beside['kl_of_n']:.2f} nats) {best.mean:.2f}: paired gain {gain}; {reach}."

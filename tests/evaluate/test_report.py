@@ -277,7 +277,8 @@ def test_best_of_n_is_told_beside_ppo(tmp_path, make_evaluation):
     lines = report.best_of_verdicts(evaluation["best_of_n"])
     assert len(lines) == 4
     assert "PPO at 5.00 nats scores 9.00 by the reward model, SFT's best of 4 (at most 0.64 nats) 3.00" in lines[0]
-    assert "gain 6.00 [6.00, 6.00]; no n up to 4 scores as much." in lines[0]
+    beyond = "no n up to 4 scores as much; it is further from SFT than best of 4 can be."
+    assert f"gain 6.00 [6.00, 6.00]; {beyond}" in lines[0]
     assert "PPO-ptx at 0.20 nats scores 2.00 by the reward model, SFT's best of 2 (at most 0.19 nats) 2.33" in lines[2]
     assert lines[2].endswith("gain -0.33 [-0.33, -0.33]; best of 2 scores as much.")
     assert "2.00 by the judge" in lines[3] and "1.83: paired gain 0.17" in lines[3]
