@@ -24,7 +24,7 @@ PROCESSES = re.compile(r"^# Processes: (\d+)\.")
 NO_TRAINING = {
     "output_dir", "on_bad_rows", "report_to", "save_total_limit", "logging_steps", "transcript_iterations",
     "gradient_accumulation_steps", "reward_retries", "reward_timeout", "num_folds", "lora_r", "lora_alpha",
-    "kl_horizon", "importance_weight_level", "validation_prompts", "eval_iterations",
+    "kl_horizon", "importance_weight_level", "validation_prompts", "eval_iterations", "vllm_gpu_memory_utilization",
 }  # fmt: skip
 SELECTION = {"selection_prompts", "max_new_tokens", "temperature"}  # SFT's, with a reward model
 CITED = re.compile(r"# .*(App\. [A-F]|[Ss]ection \d|Table \d|Eq\. \d|not in the paper)")
