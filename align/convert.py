@@ -17,6 +17,7 @@ from align.readers.formats import FORMATS
 from align.readers.reading import KINDS, Conversion, read, stem
 from align.splits import split_of
 
+RENAME = "call a column by a name that a format has, such as question=prompt; may be given again"
 SHOWN = 20  # dropped rows printed a data set; the report has all
 
 
@@ -26,6 +27,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="the JSONL to write")
     parser.add_argument("--to", choices=KINDS, help="kind of row to write; default: the format's usual one")
     parser.add_argument("--format", choices=FORMATS, metavar="NAME", help=f"default: found; {', '.join(FORMATS)}")
+    parser.add_argument("--rename", type=new_name, action="append", default=[], metavar="OLD=NEW", help=RENAME)
     parser.add_argument("--source", help="`source` of the rows that name none; default: the file's name")
     parser.add_argument("--language", help="`language` of the rows that name none, such as en or zh")
     parser.add_argument("--context_characters", type=int, help="cut passages and stories before a question; 0: none")
@@ -42,15 +44,26 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     outputs = [Path(path).resolve() for path in (args.output, args.validation_output) if path]
     if len({*outputs}) < len(outputs) or not inputs.isdisjoint(outputs):
         parser.error("each output is a file of its own, and none of the inputs")
+    if len(dict(args.rename)) < len(args.rename) or len({new for _, new in args.rename}) < len(args.rename):
+        parser.error("--rename: each column is named once, and no two get one name")
     if not 0 < args.validation_share < 1:
         parser.error("--validation_share lies between 0 and 1")
     return args
 
 
+def new_name(given: str) -> tuple[str, str]:
+    """OLD=NEW as the two. For argparse, which says what is wrong."""
+    old, _, new = given.rpartition("=")
+    if not old or not new:
+        raise argparse.ArgumentTypeError(f"{given!r} is not OLD=NEW")
+    return old, new
+
+
 def main(argv: list[str]) -> int:
     """0 when something was written, dropped rows or none. Raises UserError when nothing can be."""
     args = arguments(argv)
-    conversions = read(args.files, args.format, args.to, Options(args.context_characters, args.document_characters))
+    options = Options(args.context_characters, args.document_characters)
+    conversions = read(args.files, args.format, args.to, options, dict(args.rename))
     for conversion in conversions:
         for line in lines(conversion):
             print(line)

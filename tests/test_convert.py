@@ -70,6 +70,46 @@ def test_files_of_several_formats_become_one(tmp_path):
     ]  # fmt: skip
 
 
+def test_columns_can_be_renamed_before_a_format_is_found(tmp_path, capsys):
+    out, named = str(tmp_path / "out.jsonl"), ["--rename", "q=prompt", "--rename", "a=completion"]
+    assert main(["convert", lines(tmp_path / "a.jsonl", {"q": "x", "a": "yes"}), "--output", out]) == 2
+    said = capsys.readouterr().err
+    assert "(fields: q, a)" in said and "--rename" in said
+    path = lines(tmp_path / "a.jsonl", {"q": "x", "a": "yes"}, {"q": "z", "a": "no", "prompt": SECRET}, {"q": "y"}, [1])
+    assert main(["convert", path, "--output", out, "--to", "demonstration", *named]) == 0
+    assert back(out) == [{"prompt": "x", "completion": "yes", "source": "a"}]
+    told = json.loads(Path(f"{out}.report.json").read_text(encoding="utf-8"))
+    dropped = [(row["place"], row["kind"]) for row in told["dropped"]]
+    assert dropped == [(f"{path}:2", "renamed_twice"), (f"{path}:3", "missing_field"), (f"{path}:4", "not_a_dict")]
+    assert SECRET not in "".join(capsys.readouterr())
+
+
+def test_two_columns_can_change_names(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"prompt": "the answer", "completion": "the question"})
+    out = str(tmp_path / "out.jsonl")
+    swapped = ["--rename", "prompt=completion", "--rename", "completion=prompt"]
+    assert main(["convert", path, "--output", out, *swapped]) == 0
+    assert back(out) == [{"prompt": "the question", "completion": "the answer", "source": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["b=prompt"], "--rename b=prompt: no row has a column 'b' (fields: q)"),
+        (["q"], "'q' is not OLD=NEW"),
+        (["q=prompt", "q=completion"], "each column is named once"),
+        (["q=prompt", "b=prompt"], "no two get one name"),
+    ],
+)
+def test_a_wrong_rename_is_said(tmp_path, capsys, given, said):
+    path, names = lines(tmp_path / "a.jsonl", {"q": "x"}), [part for name in given for part in ("--rename", name)]
+    try:
+        code = main(["convert", path, "--output", str(tmp_path / "out.jsonl"), *names])
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
 def test_rows_keep_the_source_and_language_they_have(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"prompt": "p", "source": "web", "language": "zh"}, {"prompt": "q"})
     out = str(tmp_path / "out.jsonl")

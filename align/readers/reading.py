@@ -63,23 +63,29 @@ class Conversion:
 
 
 def read(
-    paths: list[str], format: str | None = None, to: str | None = None, options: Options | None = None
+    paths: list[str],
+    format: str | None = None,
+    to: str | None = None,
+    options: Options | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Conversion]:
-    """A Conversion for each format that the files have, in the order of the files.
+    """A Conversion for each format that the files have, in the order of the files. `names`: what columns are to be
+    called (old -> new) before a format is found.
 
-    Raises UserError for a file that cannot be read or is of no known format, and when it has no rows of kind `to`.
+    Raises UserError for a file that cannot be read or is of no known format, and when it has no rows of kind `to` or
+    no column of `names`.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"--format {format}: unknown: choose one of {', '.join(FORMATS)}")
     sources: dict[str, Source] = defaultdict(list)
     heads: dict[str, list[Any]] = defaultdict(list)
     for path in paths:
-        records = read_records(path)
+        records = renamed(path, read_records(path), names) if names else read_records(path)
         head = list(itertools.islice(records, SAMPLE))
         name = format or ("prose" if suffix(path) == ".txt" else detect_format(row for _, row in head))
         if name is None:
             what = f"no row is of a known format{_fields(head)}" if head else "has no rows"
-            raise UserError(f"{path}: {what}: name one with --format, see docs/formats.md")
+            raise UserError(f"{path}: {what}: name one with --format, or columns with --rename, see docs/formats.md")
         sources[name].append((path, itertools.chain(head, records)))
         heads[name] += [row for _, row in head]
     for name in list(sources):
@@ -87,6 +93,27 @@ def read(
         if partner in sources and (to is None or to in FORMATS[name].readers):
             sources[name] += sources.pop(partner)
     return [_convert(name, source, heads[name], to, options or Options()) for name, source in sources.items()]
+
+
+def renamed(path: str, records: Iterator[Record], names: Mapping[str, str]) -> Iterator[Record]:
+    """The rows under the new names of their columns, all at once, so that two may change places. A row that has
+    another column of a new name is a Problem. Raises UserError where no row at the file's start has an old name."""
+    head = list(itertools.islice(records, SAMPLE))
+    for old in names:
+        if not any(isinstance(row, Mapping) and old in row for _, row in head):
+            raise UserError(f"{path}: --rename {old}={names[old]}: no row has a column {old!r}{_fields(head)}")
+    for place, row in itertools.chain(head, records):
+        if isinstance(row, Mapping):
+            row = _renamed_row(place, row, names)
+        yield place, row
+
+
+def _renamed_row(place: str, row: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any] | Problem:
+    taken = [new for old, new in names.items() if old in row and new in row and new not in names]
+    if taken:
+        what = f"has a column {taken[0]!r} beside the one that takes its name"
+        return Problem(place, "renamed_twice", what, f"rename it too: --rename {taken[0]}={taken[0]}_before")
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _fields(head: list[tuple[str, Any]]) -> str:
