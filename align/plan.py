@@ -8,6 +8,7 @@ short-lived tensors of a pass come on top.
 import argparse
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from align.update import BatchAlgebra
 
 GIB = 2**30
 FLOAT = 4
+REWARD = "of the reward model's shape; default: the config's, where its folder is there, else as the policy"
 MOMENTS = {"adafactor": 0, "adamw_8bit": 2, "adamw_torch_8bit": 2}  # bytes a weight; Adam's own: two floats
 
 
@@ -38,19 +40,27 @@ class Part:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="align plan", description=__doc__.split("\n")[0])
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="align plan", description=about, allow_abbrev=False)  # `reward` is a key
     parser.add_argument("--model", metavar="FOLDER", help="of the policy's shape, where sft has not run; a hub id too")
-    parser.add_argument("--reward_model", metavar="FOLDER", help="of the reward model's, if it is another than --model")
+    parser.add_argument("--reward_model", metavar="FOLDER", help=REWARD)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--shard", action="store_true", help="FSDP2: every model in parts over the processes")
     args, rest = parser.parse_known_args(argv)
     config = parse(PPOConfig, rest)
     policy = args.model or config.model_name_or_path
-    parts = plan(config, policy, args.reward_model or policy, args.processes, args.shard)
+    reward = args.reward_model or trained_reward_model(config) or policy
+    parts = plan(config, policy, reward, args.processes, args.shard)
     print(table(parts, BatchAlgebra.of(config, args.processes)))
     if config.use_vllm:
         print(f"vLLM takes {config.vllm_gpu_memory_utilization:.0%} of a GPU, where its parts here need less")
     return 0
+
+
+def trained_reward_model(config: PPOConfig) -> str | None:
+    """The config's first model of that shape, where its folder is there."""
+    paths = [config.value_model_path, *(path for key, path in config.inputs() if key.startswith("reward["))]
+    return next((path for path in paths if path and (Path(path) / "config.json").is_file()), None)
 
 
 def plan(config: PPOConfig, policy: str, reward: str, processes: int = 1, shard: bool = False) -> list[Part]:

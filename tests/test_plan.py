@@ -116,6 +116,19 @@ def test_vllm_keeps_its_weights_unless_it_sleeps(models):
     assert total(parts, "weights gathered or merged") == total(parts, "weights as") > 0
 
 
+def test_the_reward_model_of_the_config_gives_its_own_shape(models, tmp_path, capsys):
+    wide = make_models(tmp_path / "wide", hidden=128, layers=2)[1]
+    flags = ["--config", "configs/smollm2/ppo.yaml", "--run", str(tmp_path), "--bf16", "false", "--model", models[0]]
+
+    def printed(*more: str) -> str:
+        assert main([*flags, *more]) == 0
+        return capsys.readouterr().out
+
+    small, large = printed(), printed("--reward_model", wide)  # without a trained one it is as the policy
+    assert printed("--reward", f"[{{model: {wide}}}]") == printed("--value_model_path", wide) == large != small
+    assert printed("--reward", f"[{{model: {wide}}}]", "--reward_model", models[1]) == small
+
+
 def test_a_plan_is_printed_before_any_stage_has_run(models, tmp_path, capsys):
     flags = ["--config", "configs/smollm2/ppo.yaml", "--run", str(tmp_path), "--bf16", "false"]
     with pytest.raises(UserError, match="--model: .*sft: no config.json"):
