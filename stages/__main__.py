@@ -25,6 +25,7 @@ TOOLS = {
     "prepare": "--config FILE --data_dir FOLDER: the files of a run from public data, split by prompt over all of them",
     "validate": "FILE...: report every bad row of data files",
     "plan": "--config PPO.yaml --model FOLDER: what stage 3 will hold in memory",
+    "label": "FILE... --labelers NAME... --output FOLDER: a page a labeler, on which people rank answers",
     "stats": "FILE...: counts, K, lengths, ties, agreement, duplicates, shared prompts",
 }
 

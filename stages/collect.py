@@ -3,7 +3,7 @@
     for each prompt: draw K from 4..9; sample K responses; a labeler ranks the distinct ones
 
 Labelers come by import path, so a simulation and a queue of people look the same. Without `labelers` the samples are
-written for people to rank, in the format that `align validate` reads back once ranks are filled in.
+written for people to rank, on the pages of `align label` or as they like; `align validate` reads them back.
 
     python -m stages.collect --config configs/tiny/collect.yaml --run runs/tiny
 """
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
                 write_jsonl(folder / f"{name}.jsonl", rows)
             reports = {f"{name}_prompts": report for name, (_, report) in loaded.items()}
             write_manifest(folder, "collect", config, config.seed, parents, reports, metrics)
-    after = "make rm" if config.labelers else "fill in every rank and give both files to rm"
+    after = "make rm" if config.labelers else "`align label` makes pages to rank them on, for rm"
     announce(f"rankings in {output}; next: {after}")
 
 

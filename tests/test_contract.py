@@ -46,7 +46,7 @@ FLOORS = (
     {"generate", "vllm_engine", "ranking", "update", "readers", "lora", "demonstrations"},
     {"rewards", "reward_models", "judge", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},
-    {"validate", "convert", "stats", "learn", "value_head", "step_zero"},
+    {"validate", "convert", "stats", "label", "learn", "value_head", "step_zero"},
     {"prepare", "held_out", "plan"},
 )
 OPTIONAL = {"align.vllm_engine"}  # imports what a user installs beside us, and is imported where that is asked for
