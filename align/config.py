@@ -93,14 +93,14 @@ class StageConfig:
 class TrainingConfig(StageConfig):
     """What every stage that trains has besides."""
 
-    report_to: str = "none"  # or "wandb" (works offline)
+    report_to: str = "none"  # or "wandb" (works offline), "tensorboard"
     resume_from_checkpoint: str | None = None  # "latest" (without one yet: from the start) or a checkpoint folder
     save_total_limit: int = 2  # checkpoints to resume from that are kept; SFT's older epochs keep their weights
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("report_to", self.report_to, ("none", "wandb"))
+        choose("report_to", self.report_to, ("none", "wandb", "tensorboard"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config import TrainingConfig
-from align.errors import first_line
+from align.errors import UserError, first_line
 from align.files import plain, sync, write_json, write_jsonl
 from align.manifest import redact
 from align.maths.masks import response_tokens
@@ -39,7 +39,7 @@ SINCE_START = ("train_loss", "num_tokens")  # of this process: another after a r
 class Metrics:
     """Appends one row a step. The folder's logs start anew, or on resume where they stood at the checkpoint.
 
-    With a config that says `report_to: wandb`, rows go there too.
+    With a config that says `report_to: wandb` or `tensorboard`, rows go there too.
     """
 
     def __init__(self, folder: str | Path, checkpoint: Path | None = None, config: TrainingConfig | None = None):
@@ -48,8 +48,11 @@ class Metrics:
         if not is_main_process():
             return
         cut_logs(Path(folder), checkpoint)
+        rows = read_jsonl(self.path)
         if config is not None and config.report_to == "wandb":
-            self.tracker = Tracker(Path(folder), config, len(read_jsonl(self.path)))
+            self.tracker = Tracker(Path(folder), config, len(rows))
+        if config is not None and config.report_to == "tensorboard":
+            self.tracker = TensorBoard(Path(folder), rows[-1]["step"] if rows else 0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if not is_main_process():
@@ -126,6 +129,23 @@ class Tracker:
             print(f"warning: wandb: {type(error).__name__}: {first_line(error)}; the run goes on", file=sys.stderr)
             return False
         return True
+
+
+class TensorBoard:
+    """Event files in the folder's `tensorboard/`. What an earlier process wrote after `step` is taken back."""
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("report_to: tensorboard is not installed: pip install 'align-rlhf[tensorboard]'") from None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # a kill takes nothing
 
 
 class MetricsCallback(TrainerCallback):

@@ -421,7 +421,7 @@ def test_unknown_key_like_nothing_else_has_a_remedy_too():
         (["--kl_horizon", "-1"], ["kl_horizon", "outside"]),
         (["--train_file", ""], ["train_file: missing", "--train_file"]),
         (["--on_bad_rows", "skip"], ["on_bad_rows", "stop, drop"]),
-        (["--report_to", "tensorboard"], ["report_to", "none, wandb"]),
+        (["--report_to", "mlflow"], ["report_to", "none, wandb, tensorboard"]),
         (["--temperature", "0"], ["temperature", "outside"]),
         (["--reward", "null"], ["reward: missing", "{model: PATH}", "{function: package.module:name}"]),
         (["--reward_timeout", "0"], ["reward_timeout", "more than 0"]),

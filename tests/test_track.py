@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from align.config import SFTConfig
+from align.errors import UserError
 from align.rows import DataReport
 from align.track import (
     Metrics,
@@ -206,6 +208,7 @@ def wandb(monkeypatch):
 
 
 REPORTED = SFTConfig(output_dir="out", report_to="wandb")
+BOARD = SFTConfig(output_dir="out", report_to="tensorboard")
 RESUMED = SFTConfig(output_dir="out", report_to="wandb", resume_from_checkpoint="latest")
 
 
@@ -246,6 +249,33 @@ def test_a_tracker_that_breaks_ends_no_run_and_holds_none_up(tmp_path, wandb, mo
     metrics.tracker.finish()
     said = capsys.readouterr().err
     assert "BrokenPipeError" in said and "`wandb sync` does it later" in said
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="report_to: tensorboard is not installed: pip install"):
+        Metrics(tmp_path, None, BOARD)
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
+    """Killed at step 3, resumed from the checkpoint after step 1, as TensorBoard itself reads it."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    checkpoint = tmp_path / "checkpoint-1"
+    metrics = Metrics(tmp_path, None, BOARD)
+    metrics.log(1, {"loss": 1.0, "note": "no number"})
+    checkpoint.mkdir()
+    save_log_sizes(tmp_path, checkpoint)
+    for step in (2, 3):
+        metrics.log(step, {"loss": 10.0 * step})
+    time.sleep(1.1)  # its files are named by the second
+    metrics = Metrics(tmp_path, checkpoint, BOARD)
+    metrics.log(2, {"loss": 2.0, "time/sample": 0.5})
+    seen = EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+    assert seen.Tags()["scalars"] == ["loss", "time/sample"]
 
 
 def test_a_wandb_run_is_called_after_its_folders(monkeypatch):
