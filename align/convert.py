@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     for path, part in outputs.items():
         write_jsonl(path, part)
         print(f"{len(part)} {kinds[0]} rows in {path}")
-    write_json(f"{args.output}.report.json", report(conversions, outputs))
+    write_json(f"{args.output}.report.json", {"renamed": dict(args.rename), **report(conversions, outputs)})
     print(f"every dropped and mended row in {args.output}.report.json")
     return 0
 

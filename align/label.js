@@ -3,35 +3,37 @@
 "use strict";
 
 class Ranks {
-  // data: {id, labeler, tasks: [{row, messages, texts, order}]}; storage: a browser's localStorage, or null.
+  // data: {name, labeler, tasks: [{key, head, items, messages, texts, order}]}; storage: localStorage, or null.
   constructor(data, storage) {
-    this.tasks = data.tasks;
+    this.name = data.name;
     this.labeler = data.labeler;
+    this.tasks = data.tasks;
     this.storage = storage;
-    this.key = `align label ${data.id} ${data.labeler}`;
     this.kept = storage !== null; // whether the browser has the work that was done
-    this.saved = true; // whether a downloaded file has it
     this.answers = this.tasks.map((task) => ({ ranks: task.texts.map(() => null), skipped: false }));
     this.restore();
   }
 
+  place(i) {
+    return `align label ${this.labeler} ${this.tasks[i].key}`;
+  }
+
+  // Each task by itself, so that two open pages do not overwrite each other's.
   restore() {
+    if (!this.kept) return;
     try {
-      const found = JSON.parse(this.storage.getItem(this.key));
-      if (found !== null) {
-        this.answers = found;
-        this.saved = this.count().ranked === 0;
-      }
+      this.tasks.forEach((_, i) => {
+        const found = JSON.parse(this.storage.getItem(this.place(i)));
+        if (found !== null) this.answers[i] = found;
+      });
     } catch {
       this.kept = false;
     }
   }
 
-  keep() {
-    this.saved = false;
+  keep(i) {
     try {
-      this.storage.setItem(this.key, JSON.stringify(this.answers));
-      this.kept = true;
+      this.storage.setItem(this.place(i), JSON.stringify(this.answers[i]));
     } catch {
       this.kept = false;
     }
@@ -40,12 +42,12 @@ class Ranks {
   rank(i, answer, rank) {
     this.answers[i].ranks[answer] = rank;
     this.answers[i].skipped = false;
-    this.keep();
+    this.keep(i);
   }
 
   skip(i) {
     this.answers[i].skipped = true;
-    this.keep();
+    this.keep(i);
   }
 
   // What is still wanting in task i; nothing where it is ranked or was skipped.
@@ -77,32 +79,37 @@ class Ranks {
 
   // Rankings as JSON lines: the rows as they came, with ranks and labeler. What was skipped or not done is not in it.
   lines() {
-    const rows = this.tasks.flatMap(({ row }, i) => {
+    const rows = this.tasks.flatMap(({ key, head, items }, i) => {
       if (!this.isRanked(i)) return [];
-      const completions = row.completions.map((item, k) => ({ ...item, rank: this.answers[i].ranks[k] }));
-      return [{ ...row, completions, labeler: this.labeler }];
+      const { ranks } = this.answers[i];
+      const completions = items.map((item, k) => `${item.slice(0, -1)}, "rank": ${ranks[k]}}`).join(", ");
+      const made = `"labeler": ${JSON.stringify(this.labeler)}, "label_task": "${key}"`;
+      return [`${head.slice(0, -1)}, "completions": [${completions}], ${made}}\n`];
     });
-    return rows.map((row) => JSON.stringify(row) + "\n").join("");
+    return rows.join("");
   }
 
-  // Ranks from a file that was downloaded before, of this labeler's tasks; gives how many were taken.
+  // Ranks from a file that was downloaded before, for what is not ranked here; gives how many were taken. Throws where a
+  // line is no such ranking, and then takes none.
   take(text) {
-    const known = new Map(this.tasks.map(({ row }, i) => [identity(row), i]));
-    let taken = 0;
-    for (const line of text.split("\n").filter((line) => line.trim() !== "")) {
+    const known = new Map(this.tasks.map(({ key }, i) => [key, i]));
+    const found = text.split("\n").filter((line) => line.trim() !== "").map((line) => {
       const row = JSON.parse(line);
-      const i = row.labeler === this.labeler ? known.get(identity(row)) : undefined;
-      if (i === undefined) continue;
-      this.answers[i] = { ranks: row.completions.map((item) => item.rank), skipped: false };
-      taken += 1;
+      const i = row.labeler === this.labeler ? known.get(row.label_task) : undefined;
+      const ranks = row.completions.map((item) => item.rank);
+      const size = i === undefined ? ranks.length : this.tasks[i].items.length;
+      if (ranks.length !== size || !ranks.every((rank) => Number.isInteger(rank) && rank >= 1 && rank <= size)) {
+        throw new Error("ranks that no page gives");
+      }
+      return [i, ranks];
+    });
+    const wanted = found.filter(([i]) => i !== undefined && !this.isRanked(i));
+    for (const [i, ranks] of wanted) {
+      this.answers[i] = { ranks, skipped: false };
+      this.keep(i);
     }
-    this.keep();
-    return taken;
+    return wanted.length;
   }
-}
-
-function identity(row) {
-  return JSON.stringify([row.prompt, row.completions.map((item) => item.completion)]);
 }
 
 class Page {
@@ -146,21 +153,24 @@ class Page {
     this.onward();
   }
 
+  // With what another open page of this labeler has done.
   save() {
-    this.download(`rankings-${this.ranks.labeler}.jsonl`, this.ranks.lines());
-    this.ranks.saved = true;
+    this.ranks.restore();
     this.refresh();
+    const text = this.ranks.lines();
+    if (text === "") this.document.getElementById("message").textContent = "Nothing is ranked yet.";
+    else this.download(`rankings-${this.ranks.name}-${this.ranks.labeler}.jsonl`, text);
   }
 
   // A digit ranks the marked answer and marks the next without a rank; Enter goes on when all have one.
   pressed(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter") event.preventDefault(); // or it would press the button that was clicked last
     const { order } = this.ranks.tasks[this.at];
     const digit = Number(event.key);
     if (digit >= 1 && digit <= order.length) {
       this.give(this.marked, digit);
-    } else if (event.key === "Enter" && this.ranks.wanting(this.at) === "") {
-      event.preventDefault(); // or it would press the button that has the focus, too
+    } else if (event.key === "Enter" && !event.repeat && this.ranks.wanting(this.at) === "") {
       this.onward();
     }
   }
@@ -245,10 +255,12 @@ function start(window) {
     link.click();
   });
   document.getElementById("load").addEventListener("change", async (event) => {
-    const text = await event.target.files[0].text();
+    const [file] = event.target.files;
+    if (file === undefined) return;
     let told;
     try {
-      told = `${ranks.take(text)} rankings taken from the file.`;
+      told = `${ranks.take(await file.text())} rankings taken from the file.`;
+      event.target.value = ""; // so that the same file can be chosen again
     } catch {
       told = "That file is not one of this page's downloads.";
     }
@@ -256,7 +268,7 @@ function start(window) {
     document.getElementById("message").textContent = told;
   });
   window.addEventListener("beforeunload", (event) => {
-    if (!ranks.saved && !ranks.kept) event.preventDefault();
+    if (!ranks.kept && ranks.count().ranked > 0) event.preventDefault();
   });
   return page;
 }

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     policy = args.model or config.model_name_or_path
     reward = args.reward_model or trained_reward_model(config) or policy
     parts = plan(config, policy, reward, args.processes, args.shard)
+    print(f"policy as {policy}, reward and value model as {reward}")
     print(table(parts, BatchAlgebra.of(config, args.processes)))
     if config.use_vllm:
         print(f"vLLM takes {config.vllm_gpu_memory_utilization:.0%} of a GPU, where its parts here need less")

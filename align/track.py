@@ -52,7 +52,7 @@ class Metrics:
         if config is not None and config.report_to == "wandb":
             self.tracker = Tracker(Path(folder), config, len(rows))
         if config is not None and config.report_to == "tensorboard":
-            self.tracker = TensorBoard(Path(folder), rows[-1]["step"] if rows else 0)
+            self.tracker = TensorBoard(Path(folder), rows[-1]["step"] + 1 if rows else 0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if not is_main_process():
@@ -132,14 +132,14 @@ class Tracker:
 
 
 class TensorBoard:
-    """Event files in the folder's `tensorboard/`. What an earlier process wrote after `step` is taken back."""
+    """Event files in the folder's `tensorboard/`. What an earlier process wrote of `first` and later is taken back."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, first: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("report_to: tensorboard is not installed: pip install 'align-rlhf[tensorboard]'") from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            raise UserError("report_to: tensorboard is not installed: pip install tensorboard") from None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():

@@ -9,7 +9,7 @@ const script = (attributes) => html.match(new RegExp(`<script${attributes}>([^]*
 const { steps, refuse } = JSON.parse(fs.readFileSync(0, "utf8"));
 const kept = new Map();
 const downloads = [];
-let elements, listeners, window;
+let elements, listeners, window, focused;
 
 function element(id) {
   const handlers = {};
@@ -19,7 +19,11 @@ function element(id) {
     replaceChildren(...parts) { this.children = parts; },
     setAttribute(name, value) { this.attributes[name] = value; },
     addEventListener(name, handler) { handlers[name] = handler; },
-    click() { if (this.download) downloads.push([this.download, this.href.parts.join("")]); else handlers.click({}); },
+    click() {
+      focused = this;
+      if (this.download) downloads.push([this.download, this.href.parts.join("")]);
+      else handlers.click({});
+    },
   };
 }
 
@@ -47,9 +51,16 @@ const cards = () => elements.answers.children;
 const buttons = (card) => card.children[0].children.slice(1);
 const actions = {
   open,
-  key: (key) => listeners.keydown({ key, preventDefault() {} }),
+  key: (key) => {
+    let prevented = false;
+    listeners.keydown({ key, preventDefault() { prevented = true; } });
+    if (key === "Enter" && !prevented && focused) focused.click();
+  },
+  // Another open page of the same labeler has done this.
+  store: (key, answer) => kept.set(key, JSON.stringify(answer)),
   click: (id) => elements[id].click(),
   rank: (text, rank) => buttons(cards().find((card) => card.children[1].textContent === text))[rank - 1].click(),
+  cancel: () => elements.load.handlers.change({ target: { files: [] } }),
   load: (text) => elements.load.handlers.change({ target: { files: [{ text: async () => text }] } }),
 };
 

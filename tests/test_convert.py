@@ -75,10 +75,20 @@ def test_columns_can_be_renamed_before_a_format_is_found(tmp_path, capsys):
     assert main(["convert", lines(tmp_path / "a.jsonl", {"q": "x", "a": "yes"}), "--output", out]) == 2
     said = capsys.readouterr().err
     assert "(fields: q, a)" in said and "--rename" in said
-    path = lines(tmp_path / "a.jsonl", {"q": "x", "a": "yes"}, {"q": "z", "a": "no", "prompt": SECRET}, {"q": "y"}, [1])
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"q": "x", "a": "yes", "prompt": None},
+        {"q": "z", "a": "no", "prompt": SECRET},
+        {"q": "y"},
+        [1],
+    )
+    both = lines(tmp_path / "b.jsonl", {"q": SECRET, "a": "yes", "prompt": SECRET})
+    assert main(["convert", both, "--output", out, *named]) == 2
+    assert "has a column 'prompt' beside the one that takes its name: rename it too" in capsys.readouterr().err
     assert main(["convert", path, "--output", out, "--to", "demonstration", *named]) == 0
     assert back(out) == [{"prompt": "x", "completion": "yes", "source": "a"}]
     told = json.loads(Path(f"{out}.report.json").read_text(encoding="utf-8"))
+    assert told["renamed"] == {"q": "prompt", "a": "completion"}
     dropped = [(row["place"], row["kind"]) for row in told["dropped"]]
     assert dropped == [(f"{path}:2", "renamed_twice"), (f"{path}:3", "missing_field"), (f"{path}:4", "not_a_dict")]
     assert SECRET not in "".join(capsys.readouterr())
@@ -95,7 +105,7 @@ def test_two_columns_can_change_names(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["b=prompt"], "--rename b=prompt: no row has a column 'b' (fields: q)"),
+        (["b=prompt"], "--rename b=prompt: none of the first 100 rows has a column 'b' (fields: q)"),
         (["q"], "'q' is not OLD=NEW"),
         (["q=prompt", "q=completion"], "each column is named once"),
         (["q=prompt", "b=prompt"], "no two get one name"),

@@ -60,27 +60,25 @@ def test_pages_hold_rows_without_ranks_each_answer_once(tmp_path, capsys):
     kinds = ("too_few_completions", "missing_field", "not_a_dict")
     assert all(f"1 {kind}" in printed for kind in kinds) and f"{tmp_path}/train_to_label.jsonl:3: " in printed
     first, second = data_of(pages / "ann.html")["tasks"]
-    assert first["row"] == {
-        "prompt": "p", "completions": [{"completion": "a"}, {"completion": "b"}], "use_case": "chat",
-    }  # fmt: skip
+    assert json.loads(first["head"]) == {"prompt": "p", "use_case": "chat"}
+    assert list(map(json.loads, first["items"])) == [{"completion": "a"}, {"completion": "b"}]
     assert (first["texts"], first["messages"]) == (["a", "b"], [{"role": "prompt", "content": "p"}])
-    assert second["messages"] == [{"role": "user", "content": "q"}] and "labeler" not in second["row"]
+    assert second["messages"] == [{"role": "user", "content": "q"}] and "labeler" not in second["head"]
 
 
 def test_hostile_text_stays_data(tmp_path):
     page = make_pages(tmp_path, unranked(HOSTILE, HOSTILE, "b")) / "ann.html"
     text = page.read_text(encoding="utf-8")
     assert "alert(1)</script>" not in text and text.count("<script") == 2 and "<!-- &" not in text
-    assert data_of(page)["tasks"][0]["row"] == {
-        "prompt": HOSTILE, "completions": [{"completion": HOSTILE}, {"completion": "b"}],
-    }  # fmt: skip
+    (task,) = data_of(page)["tasks"]
+    assert json.loads(task["head"]) == {"prompt": HOSTILE} and task["texts"] == [HOSTILE, "b"]
 
 
 def test_prompts_are_dealt_evenly_and_orders_by_chance(tmp_path):
     path = to_label(tmp_path / "a.jsonl", *(unranked(f"p{i}", *"abcdef") for i in range(60)))
     tasks, _ = read_tasks([path])
     dealt = deal(tasks, ["ann", "bob", "eve"], 2, seed=0)
-    prompts = {name: [task["row"]["prompt"] for task in own] for name, own in dealt.items()}
+    prompts = {name: [json.loads(task["head"])["prompt"] for task in own] for name, own in dealt.items()}
     assert [len(set(own)) for own in prompts.values()] == [len(own) for own in prompts.values()] == [40, 40, 40]
     assert sorted(sum(prompts.values(), [])) == sorted([f"p{i}" for i in range(60)] * 2)
     pairs = {frozenset(name for name, own in prompts.items() if f"p{i}" in own) for i in range(60)}
@@ -94,7 +92,7 @@ def test_prompts_are_dealt_evenly_and_orders_by_chance(tmp_path):
     ("flags", "said"),
     [
         (["--labelers", "ann/../x"], "names a file"),
-        (["--labelers", "ann", "ann"], "one is given twice"),
+        (["--labelers", "ann", "Ann"], "one is given twice"),
         (["--labelers", "ann", "--per_prompt", "2"], "between 1 and the 1 labelers"),
         (["--labelers", "ann", "bob"], "1 prompts are too few: none for"),
         (["--labelers", "ann", "--instructions", "nowhere.txt"], "--instructions: nowhere.txt: cannot be read"),
@@ -122,6 +120,7 @@ def test_ranks_given_by_clicks_and_keys_are_rankings_that_rm_reads(tmp_path, cap
         ["rank", "b", 1], ["rank", "a", 2], ["key", "Enter"], ["rank", "c", 2], ["key", "Enter"],
         ["key", "2"], ["key", "1"], ["click", "download"],
     ]  # fmt: skip
+    assert browse(page, ["click", "download"])["downloads"] == []
     seen = browse(page, *steps)
     log = seen["log"]
     assert log[0]["progress"] == "prompt 1 of 2: 0 ranked, 0 skipped, 2 wait" and log[0]["prompt"] == ["prompt", "p"]
@@ -132,7 +131,7 @@ def test_ranks_given_by_clicks_and_keys_are_rankings_that_rm_reads(tmp_path, cap
     assert log[5]["prompt"] == ["prompt", "q"] and log[-1]["message"] == "All done: download the rankings."
     order = data_of(page)["tasks"][1]["order"]  # the first that is shown got 2
     ((name, text),) = seen["downloads"]
-    assert name == "rankings-ann.jsonl"
+    assert name == "rankings-pages-ann.jsonl"
     file = tmp_path / name
     file.write_text(text, encoding="utf-8")
     first, second = load_rankings(str(file))[0]
@@ -168,17 +167,49 @@ def test_ties_of_all_answers_are_no_ranking_and_skipped_prompts_stay_out(tmp_pat
 def test_work_is_there_again_when_the_page_is_opened_or_a_download_is_loaded(tmp_path):
     rows = [unranked("p", "a", "b"), unranked("q", "c", "d")]
     page = make_pages(tmp_path, *rows) / "ann.html"
-    done = browse(page, ["rank", "a", 2], ["rank", "b", 1], ["click", "download"], ["open"])
+    ranked = [["rank", "a", 2], ["rank", "b", 1], ["click", "download"]]
+    done = browse(page, *ranked, ["open"])
     assert done["log"][-1]["progress"] == "prompt 2 of 2: 1 ranked, 0 skipped, 1 wait"
     assert not any(line["warning"] for line in done["log"])
     text = done["downloads"][0][1]
-    other = text.replace("ann", "bob")
-    loaded = browse(page, ["load", other], ["load", "{"], ["load", text], ["click", "download"])
-    assert [line["message"] for line in loaded["log"][1:4]] == [
-        "0 rankings taken from the file.", "That file is not one of this page's downloads.",
-        "1 rankings taken from the file.",
+    torn, no_rank = text + '{"labeler"', text.replace('"rank": 2', '"rank": null')
+    steps = [["load", bad] for bad in (text.replace("ann", "bob"), torn, no_rank)]
+    loaded = browse(page, *steps, ["cancel"], ["load", text], ["click", "download"])
+    said = [line["message"] for line in loaded["log"]]
+    refused = "That file is not one of this page's downloads."
+    assert said[1:4] == ["0 rankings taken from the file.", refused, refused]
+    assert loaded["log"][4]["progress"].endswith("0 ranked, 0 skipped, 2 wait")
+    assert said[5] == "1 rankings taken from the file." and loaded["log"][5]["prompt"] == ["prompt", "q"]
+    assert loaded["downloads"][0][1] == text
+    newer = browse(page, ["rank", "a", 1], ["rank", "b", 2], ["load", text])["log"][-1]
+    assert newer["message"] == "0 rankings taken from the file.", "an older file took newer ranks away"
+
+
+@needs_node
+def test_equal_rows_stay_apart_and_other_columns_as_they_were(tmp_path):
+    columns = {"id": 1234567890123456789, "score": float("nan"), "system": "be kind"}
+    rows = [unranked("p", "a", "b", **columns), unranked("p", "a", "b", **columns | {"system": "be brief"})]
+    page = make_pages(tmp_path, *rows, rows[0]) / "ann.html"
+    first, second, third = (task["key"] for task in data_of(page)["tasks"])
+    other_page = ["store", f"align label ann {third}", {"ranks": [2, 1], "skipped": False}]
+    steps = [["rank", "a", 1], ["rank", "b", 2], ["click", "next"], ["rank", "a", 2], ["rank", "b", 1], other_page]
+    ((_, text),) = browse(page, *steps, ["click", "download"])["downloads"]
+    made = [json.loads(line) for line in text.splitlines()]
+    assert [row["label_task"] for row in made] == [first, second, third]
+    assert [(row["id"], row["score"], row["system"]) for row in made] == [
+        (1234567890123456789, None, "be kind"), (1234567890123456789, None, "be brief"),
+        (1234567890123456789, None, "be kind"),
     ]  # fmt: skip
-    assert loaded["log"][3]["prompt"] == ["prompt", "q"] and loaded["downloads"][0][1] == text
+    assert [[item["rank"] for item in row["completions"]] for row in made] == [[1, 2], [2, 1], [2, 1]]
+    again = make_pages(tmp_path, unranked("new", "x", "y"), *rows) / "ann.html"
+    assert {first, second} < {task["key"] for task in data_of(again)["tasks"]}
+
+
+@needs_node
+def test_enter_presses_no_button_that_was_clicked_before(tmp_path):
+    rows = [unranked("p", "a", "b"), unranked("q", "c", "d"), unranked("r", "e", "f")]
+    log = browse(make_pages(tmp_path, *rows) / "ann.html", ["click", "skip"], ["key", "1"], ["key", "Enter"])["log"]
+    assert log[-1]["prompt"] == ["prompt", "q"] and log[-1]["progress"].endswith("1 skipped, 2 wait")
 
 
 @needs_node

@@ -122,7 +122,7 @@ def test_the_reward_model_of_the_config_gives_its_own_shape(models, tmp_path, ca
 
     def printed(*more: str) -> str:
         assert main([*flags, *more]) == 0
-        return capsys.readouterr().out
+        return capsys.readouterr().out.split("\n", 1)[1]  # the first line names the folders
 
     small, large = printed(), printed("--reward_model", wide)  # without a trained one it is as the policy
     assert printed("--reward", f"[{{model: {wide}}}]") == printed("--value_model_path", wide) == large != small

@@ -71,6 +71,8 @@ def test_each_task_is_a_process_that_shards_as_the_config_of_accelerate_says(clu
     put_python(tmp_path, SHOW)
     done = cluster("ppo", "mine", "--seed", "1")
     assert done.returncode == 0, done.stderr
+    assert environment(tmp_path, 0)["ACCELERATE_USE_FSDP"] == "" and "FSDP_VERSION" not in environment(tmp_path, 0)
+    assert cluster("ppo", "mine", "--seed", "1", SHARD="true").returncode == 0
     first, second = environment(tmp_path, 0), environment(tmp_path, 1)
     assert (first["RANK"], first["LOCAL_RANK"], second["RANK"], second["LOCAL_RANK"]) == ("0", "0", "1", "1")
     assert first["WORLD_SIZE"] == "2" and first["MASTER_ADDR"] == "127.0.0.1"
@@ -80,13 +82,25 @@ def test_each_task_is_a_process_that_shards_as_the_config_of_accelerate_says(clu
     assert {name: first[name].lower() for name in wanted} == {name: value.lower() for name, value in wanted.items()}
     wanted = "-m stages ppo --config configs/mine/ppo.yaml --run runs/mine --resume_from_checkpoint latest --seed 1\n"
     assert (tmp_path / "words-1").read_text() == wanted
-    assert cluster("ppo", "mine", SHARD="false").returncode == 0
-    assert environment(tmp_path, 0)["ACCELERATE_USE_FSDP"] == "" and "FSDP_VERSION" not in environment(tmp_path, 0)
 
 
-def test_a_job_without_its_words_says_which(cluster):
-    done = cluster("ppo")
-    assert done.returncode != 0 and "stage.slurm STAGE PRESET" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"), [(["ppo"], "stage.slurm STAGE PRESET"), (["evaluate", "mine"], "for base, sft, rm and ppo")]
+)
+def test_a_job_with_wrong_words_says_which(cluster, words, said):
+    done = cluster(*words)
+    assert done.returncode != 0 and said in done.stderr
+
+
+def test_a_job_in_which_a_task_fails_is_not_queued_again(cluster, tmp_path):
+    """The other task ends by Slurm's signal, so that the job's status is the one of a saved checkpoint."""
+    old = tmp_path / "runs" / "mine" / "ppo" / "checkpoint-1" / "complete.json"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (0, 0))
+    put_python(tmp_path, "#!/bin/bash\n[[ $RANK == 1 ]] && exit 2\nexec sleep 60\n")
+    done = cluster("ppo", "mine")
+    assert done.returncode == 143 and not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.slow

@@ -264,17 +264,21 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 
     checkpoint = tmp_path / "checkpoint-1"
     metrics = Metrics(tmp_path, None, BOARD)
+    metrics.log(0, {"loss": 30.0})  # of a run that was killed before its first checkpoint
+    time.sleep(1.1)  # its files are named by the second
+    metrics = Metrics(tmp_path, None, BOARD)
+    metrics.log(0, {"loss": 3.0})
     metrics.log(1, {"loss": 1.0, "note": "no number"})
     checkpoint.mkdir()
     save_log_sizes(tmp_path, checkpoint)
     for step in (2, 3):
         metrics.log(step, {"loss": 10.0 * step})
-    time.sleep(1.1)  # its files are named by the second
+    time.sleep(1.1)
     metrics = Metrics(tmp_path, checkpoint, BOARD)
     metrics.log(2, {"loss": 2.0, "time/sample": 0.5})
     seen = EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
-    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(0, 3.0), (1, 1.0), (2, 2.0)]
     assert seen.Tags()["scalars"] == ["loss", "time/sample"]
 
 

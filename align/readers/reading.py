@@ -28,6 +28,7 @@ from align.types import Demonstration, Ranking, contents
 
 SAMPLE = 100  # rows that decide a file's format
 SHOWN_FIELDS, LONGEST_NAME = 12, 40
+RENAMED_TWICE = "renamed_twice"  # a row with two columns of one name
 KINDS = ("demonstration", "ranking", "prompt", "text")
 NAMES_A_MODEL = re.compile(r"language model|OpenAI|ChatGPT|语言模型", re.IGNORECASE)
 
@@ -84,6 +85,9 @@ def read(
         head = list(itertools.islice(records, SAMPLE))
         name = format or ("prose" if suffix(path) == ".txt" else detect_format(row for _, row in head))
         if name is None:
+            broken = [row for _, row in head if isinstance(row, Problem) and row.kind == RENAMED_TWICE]
+            if broken:
+                raise UserError(str(broken[0]))
             what = f"no row is of a known format{_fields(head)}" if head else "has no rows"
             raise UserError(f"{path}: {what}: name one with --format, or columns with --rename, see docs/formats.md")
         sources[name].append((path, itertools.chain(head, records)))
@@ -101,7 +105,8 @@ def renamed(path: str, records: Iterator[Record], names: Mapping[str, str]) -> I
     head = list(itertools.islice(records, SAMPLE))
     for old in names:
         if not any(isinstance(row, Mapping) and old in row for _, row in head):
-            raise UserError(f"{path}: --rename {old}={names[old]}: no row has a column {old!r}{_fields(head)}")
+            what = f"none of the first {SAMPLE} rows has a column {old!r}{_fields(head)}"
+            raise UserError(f"{path}: --rename {old}={names[old]}: {what}")
     for place, row in itertools.chain(head, records):
         if isinstance(row, Mapping):
             row = _renamed_row(place, row, names)
@@ -109,11 +114,12 @@ def renamed(path: str, records: Iterator[Record], names: Mapping[str, str]) -> I
 
 
 def _renamed_row(place: str, row: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any] | Problem:
-    taken = [new for old, new in names.items() if old in row and new in row and new not in names]
+    taken = [new for old, new in names.items() if old in row and row.get(new) is not None and new not in names]
     if taken:
         what = f"has a column {taken[0]!r} beside the one that takes its name"
-        return Problem(place, "renamed_twice", what, f"rename it too: --rename {taken[0]}={taken[0]}_before")
-    return {names.get(name, name): value for name, value in row.items()}
+        return Problem(place, RENAMED_TWICE, what, f"rename it too: --rename {taken[0]}={taken[0]}_before")
+    rest = {name: value for name, value in row.items() if name not in names and name not in names.values()}
+    return rest | {new: row[old] for old, new in names.items() if old in row}
 
 
 def _fields(head: list[tuple[str, Any]]) -> str:
