@@ -94,6 +94,12 @@ def test_columns_can_be_renamed_before_a_format_is_found(tmp_path, capsys):
     assert SECRET not in "".join(capsys.readouterr())
 
 
+def test_a_row_that_has_the_new_name_alone_keeps_it(tmp_path):
+    path, out = lines(tmp_path / "a.jsonl", {"q": "x"}, {"prompt": "y"}), str(tmp_path / "out.jsonl")
+    assert main(["convert", path, "--output", out, "--rename", "q=prompt"]) == 0
+    assert [row["prompt"] for row in back(out)] == ["x", "y"]
+
+
 def test_two_columns_can_change_names(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"prompt": "the answer", "completion": "the question"})
     out = str(tmp_path / "out.jsonl")

@@ -118,8 +118,9 @@ def _renamed_row(place: str, row: Mapping[str, Any], names: Mapping[str, str]) -
     if taken:
         what = f"has a column {taken[0]!r} beside the one that takes its name"
         return Problem(place, RENAMED_TWICE, what, f"rename it too: --rename {taken[0]}={taken[0]}_before")
-    rest = {name: value for name, value in row.items() if name not in names and name not in names.values()}
-    return rest | {new: row[old] for old, new in names.items() if old in row}
+    moved = {old: new for old, new in names.items() if old in row}
+    rest = {name: value for name, value in row.items() if name not in moved and name not in moved.values()}
+    return rest | {new: row[old] for old, new in moved.items()}
 
 
 def _fields(head: list[tuple[str, Any]]) -> str:
