@@ -232,7 +232,7 @@ def rollout_sampler(policy: Policy, codec: Codec, config: PPOConfig, runtime: Ru
         from align.vllm_engine import make_vllm_sampler
     except ImportError as error:
         raise UserError(
-            f"use_vllm: {first_line(error)}; vllm wants an environment of its own (README), or set it to false"
+            f"use_vllm: {first_line(error)}; vllm wants an environment of its own (docs/running.md), or set it to false"
         ) from None
     return make_vllm_sampler(policy, codec.eos_id, codec.pad_id, config, runtime)
 

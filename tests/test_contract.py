@@ -39,6 +39,7 @@ FLOORS = (
         "initialise",
         "quantise",
         "optimise",
+        "reward_functions",
     },
     {"attention", "prepack"},
     {"text", "checkpoint", "resume", "manifest", "rows", "splits", "packing", "postmortem", "track"},

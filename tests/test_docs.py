@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DETAILS = ROOT / "docs" / "details.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
+PAGES = (*READMES, *(ROOT / "docs" / f"{name}.md" for name in ("running", "results", "rewards")))  # commands to type
 SLACK = 3  # lines a function may have moved
 COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2}
 IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O1", "O2", "O3"}
@@ -146,9 +147,10 @@ def test_both_readmes_have_the_same_headings_and_code():
 
 def test_every_make_target_exists():
     targets = set(re.findall(r"^([a-z][a-z-]*):", read(ROOT / "Makefile"), re.MULTILINE))
-    for path in READMES:
+    for path in PAGES:
         named = {t for line in code_lines(read(path)) for t in re.findall(r"\bmake ([a-z][a-z-]*)", line)}
-        assert named and named <= targets, f"{path.name}: no such make target: {sorted(named - targets)}"
+        assert named or path not in READMES, f"{path.name}: no make target found"
+        assert named <= targets, f"{path.name}: no such make target: {sorted(named - targets)}"
 
 
 CONTINUED = re.compile(r"\\\n#?")
@@ -179,7 +181,7 @@ def test_launchers_hand_a_stage_its_own_flags():
 
 def test_every_flag_exists():
     fields = fields_of_stages()
-    for path in READMES:
+    for path in PAGES:
         for line in code_lines(read(path)):
             stage, rest = stage_and_flags(line)
             for key in re.findall(r"--(\w+)", rest):
