@@ -34,6 +34,7 @@ RATES = (
     "ptx_coef",
     "ptx_examples_per_episode",
     "kl_coef",
+    "weight_decay",
 )
 BOUNDS: dict[str, tuple[float, float]] = {  # of every stage that has the key, where it is given
     **dict.fromkeys(COUNTS, (1, 10**9)),
@@ -158,6 +159,9 @@ class SFTConfig(TrainerConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
+    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.1, C.3); or another of SCHEDULES
+    warmup_steps: float = 0  # under 1: a share of all steps
+    weight_decay: float = 0.0  # of matrices, by AdamW and its kin; Muon has none
     optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     gradient_checkpointing: bool = False  # keep each layer's input alone, compute the layer again in the backward pass
@@ -178,7 +182,8 @@ class SFTConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose_optimizer(self.optim, self.muon_learning_rate)
+        choose_optimizer(self.optim, self.muon_learning_rate, self.weight_decay)
+        choose("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         between("pretraining_fraction", self.pretraining_fraction, 0, 0.99)
         between("residual_dropout", self.residual_dropout, 0, 0.99)
         between("temperature", self.temperature, 0, 100)
@@ -231,6 +236,9 @@ class RMConfig(TrainerConfig):
     num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2); 0: a fitted head alone, the body as it was
     learning_rate: float = 9e-6
+    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.2); or another of SCHEDULES
+    warmup_steps: float = 0  # under 1: a share of all steps
+    weight_decay: float = 0.0  # of matrices, by AdamW and its kin; Muon has none
     optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
     muon_learning_rate: float | None = None  # given: hidden matrices by Muon at this rate, the rest by AdamW
     gradient_checkpointing: bool = False
@@ -240,7 +248,6 @@ class RMConfig(TrainerConfig):
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
-    warmup_steps: int = 0
     eval_steps: int = 0  # held-out loss and accuracy every so many steps and at the last; 0: never
     save_steps: int = 0
     use_peft: bool = False
@@ -250,7 +257,8 @@ class RMConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose_optimizer(self.optim, self.muon_learning_rate)
+        choose_optimizer(self.optim, self.muon_learning_rate, self.weight_decay)
+        choose("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         choose("batch_element", self.batch_element, ("ranking", "pair"))
         choose("head_init", self.head_init, ("normal", "fitted"))
         if self.num_train_epochs <= 0 and (self.num_train_epochs < 0 or self.head_init != "fitted"):
@@ -512,8 +520,13 @@ def choose(key: str, value: str, options: tuple[str, ...]) -> None:
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "muon", "adamw_8bit", "adamw_torch_8bit")
 
 
-def choose_optimizer(optim: str | None, muon_learning_rate: float | None = None) -> None:
+SCHEDULES = ("cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup")
+
+
+def choose_optimizer(optim: str | None, muon_learning_rate: float | None = None, weight_decay: float = 0) -> None:
     choose("optim", optim or "muon", OPTIMIZERS)
+    if weight_decay and (optim == "muon" or muon_learning_rate is not None):
+        raise UserError(f"weight_decay: {weight_decay}; muon decays nothing: set it to 0, or take another optim")
     if muon_learning_rate is not None and optim not in (None, "muon"):
         raise UserError(f"muon_learning_rate: is of optim: muon, not of {optim}; leave one of them out")
 

@@ -122,7 +122,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def trainer_optimizer(model: nn.Module, config: SFTConfig | RMConfig) -> torch.optim.Optimizer | None:
     """A Trainer's optimiser: ours where the config asks for Muon, else None, and the Trainer makes its own of
-    `trainer_optim`. Nothing decays, and the Trainer's schedule drives either."""
+    `trainer_optim`. The Trainer's schedule drives either; under Muon nothing decays."""
     require_whole(trainer_optim(config))
     if not takes_muon(config):
         optimizer_class(trainer_optim(config), config.learning_rate, config)  # what is not installed is told here

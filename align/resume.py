@@ -31,7 +31,7 @@ SHARED = (
 )  # fmt: skip
 ROWS_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
-RATES = ("learning_rate", "muon_learning_rate")  # a Trainer's schedule brings back its own; PPO's follows the config
+RATES = ("learning_rate", "muon_learning_rate", "weight_decay")  # a Trainer brings its own back; PPO follows the config
 DATA = ("train_file", "pretraining_file")
 HOW = (  # where a run lies, what it says and keeps on its way, when it stops
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",

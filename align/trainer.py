@@ -45,7 +45,6 @@ def common_arguments(config: TrainerConfig, output: Path) -> dict[str, Any]:
         "report_to": "none",  # MetricsCallback reports
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu(),
-        "weight_decay": 0.0,
         "disable_tqdm": None,
     }
 
@@ -59,9 +58,16 @@ def refuse_several_gpus() -> None:
         raise UserError(f"launcher: one process sees {gpus} GPUs; {how}")
 
 
-def cosine_to_tenth() -> dict[str, Any]:
-    """Cosine to 10% of peak (paper App. C.1, C.2)."""
-    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+def rate_arguments(config: SFTConfig | RMConfig) -> dict[str, Any]:
+    """The rate, its schedule and the decay. The paper's is a cosine to 10% of peak without either (App. C.1, C.2)."""
+    schedule, warmup = config.lr_scheduler_type, config.warmup_steps
+    return {
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if schedule == "constant" and warmup else schedule,
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1} if schedule == "cosine_with_min_lr" else None,
+        "warmup_steps": warmup,
+        "weight_decay": config.weight_decay,
+    }
 
 
 def metrics_callback(config: TrainerConfig, output: Path, checkpoint: Path | None) -> MetricsCallback:

@@ -44,8 +44,8 @@ from align.trainer import (
     PairTrainer,
     RankingTrainer,
     common_arguments,
-    cosine_to_tenth,
     metrics_callback,
+    rate_arguments,
     refuse_several_gpus,
     resume_argument,
 )
@@ -176,13 +176,11 @@ def accuracies(model, held: dict[str, list], codec: Codec, config: RMConfig) -> 
 def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
     return TrainingArguments(
         **common_arguments(config, output),
-        **cosine_to_tenth(),
+        **rate_arguments(config),
         num_train_epochs=config.num_train_epochs,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
         optim=trainer_optim(config),
-        warmup_steps=config.warmup_steps,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
         per_device_eval_batch_size=config.per_device_eval_batch_size,

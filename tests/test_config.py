@@ -48,6 +48,7 @@ FIELDS = {
     "SFTConfig": """
         model_name_or_path chat_template_path train_file validation_file pretraining_file pretraining_fraction
         completion_only_loss all_answers max_length residual_dropout num_train_epochs learning_rate
+        lr_scheduler_type warmup_steps weight_decay
         optim muon_learning_rate gradient_checkpointing per_device_train_batch_size gradient_accumulation_steps
         adam_beta1 adam_beta2 adam_epsilon save_steps reward_model_path selection_prompts
         max_new_tokens temperature use_peft lora_r lora_alpha lora_target_modules
@@ -60,9 +61,10 @@ FIELDS = {
     "RMConfig": """
         model_name_or_path train_file validation_file held_out_file demonstrations_file max_length
         batch_element head_init folds_by num_folds
-        num_train_epochs learning_rate optim muon_learning_rate gradient_checkpointing
+        num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay
+        optim muon_learning_rate gradient_checkpointing
         per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size adam_beta1
-        adam_beta2 adam_epsilon warmup_steps eval_steps save_steps use_peft lora_r lora_alpha
+        adam_beta2 adam_epsilon eval_steps save_steps use_peft lora_r lora_alpha
         lora_target_modules
     """,
     "PPOConfig": """
@@ -360,7 +362,7 @@ def test_a_positive_score_for_answers_that_do_not_end_is_warned_of():
 def test_keys_of_other_libraries_are_not_guessed_by_their_spelling():
     """`difflib` finds value_model_path, ema_decay, kl_coef and reward_clip for the first four."""
     assert fails("--reward_model_path", "x") == "--reward_model_path: unknown key; " + ELSEWHERE["reward_model_path"]
-    assert "no weight decays" in fails("--weight_decay", "0")
+    assert "no weight decays in this stage" in fails("--weight_decay", "0")
     assert "num_mini_batches" in fails("--train_batch_size", "64")
     for cls in (SFTConfig, RMConfig):  # where the advice would be about keys that the stage does not have
         message = fails("--train_batch_size", "64", cls=cls, start=["--output_dir", "x"])
@@ -458,6 +460,10 @@ def test_a_number_is_finite(value):
         (RMConfig, ["--lora_r", "-1"], ["lora_r", "outside"]),
         (RMConfig, ["--folds_by", "labeler", "--resume_from_checkpoint", "x"], ["one checkpoint is of one fold"]),
         (RMConfig, ["--optim", "adafactor", "--muon_learning_rate", "1e-3"], ["muon_learning_rate", "adafactor"]),
+        (SFTConfig, ["--optim", "muon", "--weight_decay", "0.1"], ["weight_decay: 0.1", "muon decays nothing"]),
+        (RMConfig, ["--muon_learning_rate", "1e-3", "--weight_decay", "0.1"], ["weight_decay: 0.1"]),
+        (RMConfig, ["--weight_decay", "-0.1"], ["weight_decay: -0.1 is outside"]),
+        (SFTConfig, ["--lr_scheduler_type", "cosin"], ["lr_scheduler_type: 'cosin' is not one of", "linear, constant"]),
         (configs.CollectConfig, ["--min_k", "1"], ["min_k", "2 <= min_k"]),
         (configs.CollectConfig, ["--min_k", "6", "--max_k", "5"], ["min_k", "max_k"]),
         (SFTConfig, ["--temperature", "-1"], ["temperature", "outside"]),

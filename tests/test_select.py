@@ -159,34 +159,64 @@ class Rates(TrainerCallback):
         self.used.append(optimizer.param_groups[0]["lr"])
 
 
+class Line(torch.nn.Module):
+    """Its gradient is 1 always: Adam's step is the rate."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return {"loss": (self.weight * x).sum()}
+
+
+def trained_line(stage: str, tmp_path, steps: int, **keys) -> tuple[Trainer, list[float]]:
+    """A Trainer with the arguments that the stage makes of `keys`, after so many steps, and the rate of each."""
+    module, kind = {"sft": (stages.sft, SFTConfig), "rm": (stages.rm, RMConfig)}[stage]
+    common = {"model_name_or_path": "m", "num_train_epochs": 1.0, "per_device_train_batch_size": 1, "bf16": False}
+    args = module.training_arguments(kind(str(tmp_path), **common, **keys), tmp_path)
+    args.eval_strategy, args.train_sampling_strategy = "no", "random"
+    rates, data = Rates(), [{"x": torch.ones(1)} for _ in range(steps)]
+    trainer = Trainer(model=Line(), args=args, train_dataset=data, callbacks=[rates])
+    trainer.train()
+    return trainer, rates.used
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_S3_learning_rate_starts_at_its_peak_and_ends_at_a_tenth(stage, tmp_path):
     """The scheduler that transformers makes of the stage's arguments, as the optimiser meets it."""
-    common = {"output_dir": str(tmp_path), "model_name_or_path": "m", "learning_rate": 1e-3, "num_train_epochs": 1.0}
-    if stage == "sft":
-        args = stages.sft.training_arguments(SFTConfig(**common, per_device_train_batch_size=1), tmp_path)
-        args.eval_strategy = "no"
-    else:
-        args = stages.rm.training_arguments(RMConfig(**common, per_device_train_batch_size=1), tmp_path)
-    args.train_sampling_strategy = "random"
-
-    class Line(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return {"loss": (self.weight * x).sum()}
-
-    rates = Rates()
-    data = [{"x": torch.ones(1)} for _ in range(50)]
-    trainer = Trainer(model=Line(), args=args, train_dataset=data, callbacks=[rates])
-    trainer.train()
+    trainer, used = trained_line(stage, tmp_path, 50, learning_rate=1e-3)
     expected = [1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 50))) for step in range(50)]
-    assert len(rates.used) == 50 and rates.used[0] == 1e-3, "no warm-up"
-    assert rates.used == pytest.approx(expected, rel=1e-6)
-    assert rates.used == sorted(rates.used, reverse=True) and rates.used[-1] == pytest.approx(1e-4, rel=0.02)
+    assert len(used) == 50 and used[0] == 1e-3, "no warm-up"
+    assert used == pytest.approx(expected, rel=1e-6)
+    assert used == sorted(used, reverse=True) and used[-1] == pytest.approx(1e-4, rel=0.02)
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize(
+    ("keys", "shares"),
+    [
+        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ({"lr_scheduler_type": "constant"}, [1, 1, 1, 1, 1, 1]),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0.5}, [0, 1 / 3, 2 / 3, 1, 1, 1]),  # half of six steps
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, [0, 1 / 2, 1, 1, 1, 1]),
+        ({"lr_scheduler_type": "cosine"}, [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+    ],
+)
+def test_other_schedules_are_transformers_own(stage, tmp_path, keys, shares):
+    assert trained_line(stage, tmp_path, 6, learning_rate=1e-3, **keys)[1] == pytest.approx(
+        [1e-3 * share for share in shares], abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_weights_decay_where_that_is_asked_for(stage, tmp_path):
+    """By hand: w <- w - rate x decay x w, then Adam's step of the rate."""
+    keys = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "adam_epsilon": 1e-12}
+    for decay, expected in ((0.0, 1 - 3 * 0.1), (0.5, ((1 * 0.95 - 0.1) * 0.95 - 0.1) * 0.95 - 0.1)):
+        trainer, _ = trained_line(stage, tmp_path / str(decay), 3, weight_decay=decay, **keys)
+        assert float(trainer.model.weight.detach()) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])

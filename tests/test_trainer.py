@@ -17,19 +17,20 @@ from tests.folders import lines
 KEYS = {
     "seed": 3, "logging_steps": 7, "save_total_limit": 5, "save_steps": 9, "max_grad_norm": 0.3,
     "num_train_epochs": 4.0, "learning_rate": 2e-4, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 8,
-    "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-3,
+    "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-3, "weight_decay": 0.2, "lr_scheduler_type": "linear",
+    "warmup_steps": 13,
 }  # fmt: skip
 OWN = [
     (stages.sft, SFTConfig, {"max_length": 55, "completion_only_loss": False}, {"per_device_eval_batch_size": 6}),
-    (stages.rm, RMConfig, {"per_device_eval_batch_size": 11, "warmup_steps": 13, "eval_steps": 17}, {}),
+    (stages.rm, RMConfig, {"per_device_eval_batch_size": 11, "eval_steps": 17}, {}),
 ]
 
 
 @pytest.mark.parametrize(("stage", "kind", "own", "follows"), OWN, ids=["sft", "rm"])
 def test_the_configs_keys_are_the_trainers(tmp_path, stage, kind, own, follows):
-    """Each under its own name, and no decay of weights."""
+    """Each under its own name."""
     args = stage.training_arguments(kind(output_dir="out", **KEYS, **own), tmp_path)
-    expected = KEYS | own | follows | {"data_seed": 3, "weight_decay": 0.0, "output_dir": str(tmp_path)}
+    expected = KEYS | own | follows | {"data_seed": 3, "output_dir": str(tmp_path)}
     assert {name: getattr(args, name) for name in expected} == expected
 
 
