@@ -511,6 +511,25 @@ class EvaluateRMConfig(StageConfig):
             raise UserError("peer_scores_file: given beside peer_model_path; one peer at a time, drop one of the two")
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateChoicesConfig(StageConfig):
+    """Policies on multiple choice and on pairs of sentences, by their probabilities (paper App. D)."""
+
+    base_path: str | None = None
+    sft_path: str = ""
+    ppo_path: str | None = None
+    ppo_ptx_path: str | None = None
+    choices_file: str = ""
+    num_rows: int = 0  # of each source, evenly spaced; 0: all
+    max_length: int = 2048  # prompt and longest choice; rows over it are left out and counted
+    per_device_batch_size: int = 32  # rows, each with its K choices
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_rows == 1 or self.num_rows < 0:
+            raise UserError(f"num_rows: {self.num_rows}; an interval needs 2 or more, 0 is all of them")
+
+
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}")

@@ -116,7 +116,9 @@ def split(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
 
 def prompt_of(row: Row) -> Any:
     """What a row of any kind is split by."""
-    return row["text"] if row.get("prompt") is None and row.get("messages") is None else read_prompt(row)
+    if row.get("prompt") is None and row.get("messages") is None:
+        return row["choices"][0] if "choices" in row else row["text"]
+    return read_prompt(row)
 
 
 def counted(conversion: Conversion) -> dict[str, Any]:

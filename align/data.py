@@ -1,4 +1,4 @@
-"""Rows as records: demonstrations, rankings, prompts, texts.
+"""Rows as records: demonstrations, rankings, prompts, texts, choices.
 
 Nothing bad is skipped in silence and nothing bad reaches a collator. A row that cannot be used becomes a `Problem`
 with its place, and then `on_bad_rows` decides: "stop" raises one `UserError` that names the first and counts the rest,
@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from align.errors import UserError
 from align.files import sha256_file
 from align.rows import BadRow, DataReport, Problem, count_kinds, read_rows, refuse, split_paths
-from align.types import Demonstration, Message, Prompt, Ranking, Text, contents
+from align.types import Choice, Demonstration, Message, Prompt, Ranking, Text, contents
 
 T = TypeVar("T")
 Columns = Mapping[str, Any]
@@ -48,6 +48,7 @@ ONE_OF_SEVERAL = re.compile(  # response_0, answer-b, Response 1
 # A table's way to write messages, and Python's: nobody means this as a prompt or an answer.
 TALK_AS_TEXT = re.compile(r"(array\()?\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 SYSTEMS = ("system", "system_prompt")
+LETTERS = "ABCDEFGHIJ"  # of choices
 LABELS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's: whether an answer is a good one
 NO_CALLS = "calls of tools are not learned: take the row out, or write it as text"
 SCORES_OF_PAIRS = (
@@ -247,6 +248,37 @@ def parse_text(row: Columns, notes: Counter[str]) -> str:
     return text
 
 
+def parse_choice(row: Columns, notes: Counter[str]) -> Choice:
+    """`choices` and the `answer` among them, by number from 0, letter or text, or several; none for a pair."""
+    texts = row.get("choices")
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadRow("wrong_type", "'choices' is no list of texts", 'write ["one", "another"]')
+    if len(texts) < 2:
+        raise BadRow("too_few_choices", f"has {len(texts)} choices", "give two or more, or take the row out")
+    if len(set(texts)) < len(texts):
+        raise BadRow("repeated_choice", "two of its choices are alike", "take the row out")
+    answer = row.get("answer")
+    answers = answer if isinstance(answer, (list, tuple)) else [answer] * (answer is not None)
+    if not answers and len(texts) > 2:
+        what = "has no 'answer', and more than the two choices of a pair"
+        raise BadRow("missing_field", what, "give the number of the right one, from 0")
+    prompt = None if row.get("prompt") is None else _prompt(row)
+    right = tuple(_place(answer, texts) for answer in answers)
+    return Choice(prompt, tuple(texts), right, _rest(row, "prompt", "choices", "answer"))
+
+
+def _place(answer: Any, texts: Sequence[str]) -> int:
+    """Where the answer stands: itself, its letter or its number."""
+    if isinstance(answer, str):
+        if answer in texts:
+            return list(texts).index(answer)
+        answer = LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else answer
+    number = int(answer) if str(answer).isdecimal() and not isinstance(answer, bool) else -1
+    if not 0 <= number < len(texts):
+        raise BadRow("bad_label", "'answer' is none of the choices", "give its number from 0, its letter or its text")
+    return number
+
+
 def parse_ranking(row: Columns, notes: Counter[str]) -> Ranking:
     """A ranking of K >= 2, or a preference as a ranking of K = 2 with ranks 0 and 1."""
     if row.get("completions") is None and ("chosen" in row or "rejected" in row):
@@ -372,6 +404,7 @@ PARSERS: dict[str, Callable[[Columns, Counter[str]], Any]] = {
     "preference": parse_ranking,
     "prompt": parse_prompt,
     "text": parse_text,
+    "choice": parse_choice,
 }
 
 
@@ -411,6 +444,11 @@ def load_prompts(paths: str | list[str], on_bad_rows: str = "stop") -> tuple[lis
 def load_texts(paths: str | list[str], on_bad_rows: str = "stop") -> tuple[list[str], DataReport]:
     """Pretraining documents, in file order."""
     return _load("text", paths, on_bad_rows)
+
+
+def load_choices(paths: str | list[str], on_bad_rows: str = "stop") -> tuple[list[Choice], DataReport]:
+    """Multiple choice and pairs of sentences, in file order."""
+    return _load("choice", paths, on_bad_rows)
 
 
 def _load(kind: str, paths: str | list[str], on_bad_rows: str) -> tuple[list[Any], DataReport]:
@@ -463,6 +501,12 @@ def demonstration_length(row: Demonstration, codec: Tokens) -> int:
 def ranking_length(row: Ranking, codec: Tokens) -> int:
     """Prompt plus the longest of the K completions."""
     return len(codec.prompt(row.prompt)) + max(len(codec.response(c)) for c in row.completions)
+
+
+def choice_length(row: Choice, codec: Tokens) -> int:
+    """Prompt plus the longest of the K choices."""
+    prompt = 1 if row.prompt is None else len(codec.prompt(row.prompt))
+    return prompt + max(len(codec.response(choice)) for choice in row.choices)
 
 
 def drop_long(

@@ -83,7 +83,7 @@ class Output:
     sources: tuple[Source, ...]
 
     def __post_init__(self) -> None:
-        choose("kind", self.kind, KINDS)
+        choose("kind", self.kind, tuple(kind for kind in KINDS if kind != "choice"))  # which nothing is trained on
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.data import parse_row
 from align.evaluate.win_rate import agreement
-from align.readers.reading import Conversion, read
+from align.readers.reading import WITHOUT_PROMPTS, Conversion, read
 from align.rows import Problem
 from align.splits import prompt_key
 from align.types import Demonstration, Ranking, contents
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     for conversion in found:
         records = list(parsed(conversion))
         print("\n".join([conversion.summary(), *(f"  {line}" for line in describe(conversion, records))]))
-        if conversion.kind != "text":
+        if conversion.kind not in WITHOUT_PROMPTS:
             prompts[", ".join(conversion.paths)] = {prompt_key(record.prompt) for record in records}
     for line in shared(prompts):
         print(line)
@@ -54,6 +54,10 @@ def describe(conversion: Conversion, records: Sequence[Any]) -> list[str]:
     rankings = [record for record in records if isinstance(record, Ranking)]
     if conversion.kind == "text":
         lines.append(lengths("text", records))
+    elif conversion.kind == "choice":
+        sizes = Counter(len(record.choices) for record in records)
+        lines.append("choices: " + ", ".join(f"{k} x {sizes[k]}" for k in sorted(sizes)))
+        lines.append(lengths("choice", [choice for record in records for choice in record.choices]))
     else:
         keys = Counter(prompt_key(record.prompt) for record in records)
         repeated = sum(count > 1 for count in keys.values())

@@ -50,6 +50,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """K >= 2 continuations to be weighed by their probabilities: answers to a question, or two sentences."""
+
+    prompt: Text | None  # None: the choices are whole texts
+    choices: tuple[str, ...]  # K
+    right: tuple[int, ...] = ()  # none: a pair of which neither is right
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Episode:
     """One query and its sampled response, as tokens. `response` ends in EOS exactly when `finished`."""
 

@@ -30,7 +30,7 @@ USAGE = f"usage: align validate [{ALL}] FILE...   ({ALL}: every bad row, not the
 SHOWN = 50  # bad rows printed a file, without --all
 SAMPLE = 100  # rows that decide a file's kind
 MARKS = {"completions": "ranking", "chosen": "preference", "rejected": "preference", "messages": "demonstration"}
-MARKS |= {"completion": "demonstration", "prompt": "prompt", "text": "text"}  # the first that a row has decides
+MARKS |= {"completion": "demonstration", "choices": "choice", "prompt": "prompt", "text": "text"}  # the first decides
 FAMILY = {"preference": "ranking"}  # read as the same records
 
 
@@ -113,7 +113,7 @@ def _check_row(check: FileCheck, place: str, row: Any) -> None:
         return
     if isinstance(record, Ranking):
         check.sizes[len(record.completions)] += 1
-    if check.kind != "text":
+    if check.kind != "text" and record.prompt is not None:
         check.prompts.setdefault(prompt_key(record.prompt), place)
 
 

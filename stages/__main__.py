@@ -18,6 +18,7 @@ STAGES = {
     "rm": "rankings -> reward model",
     "ppo": "prompts, policy, reward model -> policy",
     "evaluate": "checkpoints -> numbers with intervals, plots, a report",
+    "evaluate choices": "checkpoints -> accuracy on multiple choice, entropy of pairs of sentences",
     "evaluate rm": "reward model, held-out rankings -> accuracy beside baselines, peer and labelers",
 }
 TOOLS = {
@@ -31,7 +32,7 @@ TOOLS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:11} {what}" for name, what in (STAGES | TOOLS).items()]
+    lines = [f"  {name:16} {what}" for name, what in (STAGES | TOOLS).items()]
     return "usage: align STAGE --config FILE [--run DIR] [--key value ...]\n" + "\n".join(lines)
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    parts = 2 if words[:2] == ["evaluate", "rm"] else 1
+    parts = 2 if " ".join(words[:2]) in STAGES else 1
     name, rest = " ".join(words[:parts]), words[parts:]
     if name in TOOLS:
         return run_tool(name, rest)

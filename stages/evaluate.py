@@ -30,7 +30,18 @@ from align.data import (
 )
 from align.errors import UserError
 from align.evaluate.best_of_n import best_of_report
-from align.evaluate.policies import Setting, answer, answer_n, few_shot_examples, judged, load_proxy, perplexity, scored
+from align.evaluate.policies import (
+    Setting,
+    answer,
+    answer_n,
+    few_shot_examples,
+    judged,
+    load_evaluated,
+    load_proxy,
+    perplexity,
+    policy_paths,
+    scored,
+)
 from align.evaluate.report import pick_transcripts, write_plots, write_report
 from align.evaluate.reward_report import gold_accuracy, ranking_accuracy
 from align.evaluate.summary import by_reward_model, summarise
@@ -38,10 +49,9 @@ from align.evaluate.win_rate import agreement
 from align.files import plain, write_json, write_jsonl
 from align.judge import Judge
 from align.manifest import check_parent, read_manifest
-from align.models import context_of, load_packed_policy
+from align.models import context_of
 from align.order import evenly
 from align.parse import parse
-from align.reward_models import require_same_tokens, say_other_end
 from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
@@ -58,6 +68,7 @@ def main(argv: list[str]) -> None:
     check_parent(config.sft_path, "sft_path", ("sft",))
     codec = Codec.load(config.sft_path)
     paths = policy_paths(config, codec)
+    say_other_temperatures(paths, config.temperature)
     if not config.reward_function:
         check_parent(config.reward_model_path, "reward_model_path", ("rm",))
     room = context_of(config.sft_path) or sys.maxsize
@@ -67,16 +78,14 @@ def main(argv: list[str]) -> None:
     if len(prompts) < 2:
         raise UserError(f"prompts_file: {len(prompts)} prompt that can be used; an interval needs 2 or more")
     prompts = evenly(prompts, config.num_prompts)
-    rankings, documents = [], []
-    if config.rankings_file:
-        rankings = within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
+    rankings, documents = held_out_rankings(config, codec, room), []
     models = [*paths.values(), config.reward_model_path or None]
     say_training_leaks(models, [*prompts, *rankings])
     if config.text_file:
         documents = [ids[:room] for ids in codec.documents(load_texts(config.text_file, config.on_bad_rows)[0])]
     output = start_output(config.output_dir, config.overwrite_output_dir)
     runtime = Runtime(config.seed, config.bf16)
-    sft, reward = load(config.sft_path, config, runtime), load_proxy(config, codec, runtime)
+    sft, reward = load_evaluated(config.sft_path, config, runtime), load_proxy(config, codec, runtime)
     judge = Judge(config.judge) if config.judge else None
     setting = Setting(
         codec, prompts, sft, reward, judge, config.max_new_tokens, config.per_device_batch_size, config.seed, room
@@ -87,7 +96,7 @@ def main(argv: list[str]) -> None:
     for name, path, examples in lineup(paths, config):
         announce(f"evaluating {name}")
         policy = None  # one beside SFT at a time
-        policy = sft if name == "sft" else load(path, config, runtime)
+        policy = sft if name == "sft" else load_evaluated(path, config, runtime)
         measured[name] = {
             "sampled": answer(policy, setting, config.temperature, runtime, examples),
             "greedy": answer(policy, setting, 0.0, runtime, examples),
@@ -113,6 +122,14 @@ def main(argv: list[str]) -> None:
     announce(f"report in {output / 'index.html'}, numbers in {Path(config.run_dir) / 'summary.json'}")
 
 
+def held_out_rankings(config: EvaluateConfig, codec: Codec, room: int) -> list[Ranking]:
+    """Those that SFT and the reward model can both read."""
+    if not config.rankings_file:
+        return []
+    room = min(room, context_of(config.reward_model_path) or room) if config.reward_model_path else room
+    return within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
+
+
 def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length: Callable = prompt_length) -> list:
     """The rows that the models can read."""
     kept, report = drop_long(rows, codec, max_tokens, report, length)
@@ -123,34 +140,14 @@ def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length
     return kept
 
 
-def policy_paths(config: EvaluateConfig, codec: Codec) -> dict[str, str | None]:
-    """Checked checkpoints by policy, which all read SFT's tokens; a PPO folder that was not written counts as not
-    trained."""
-    paths = {"base": config.base_path, "sft": config.sft_path}
-    for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
-        there = path and any((Path(path) / file).exists() for file in ("config.json", "adapter_config.json"))
-        absent = path and not there and Path(path).parent.exists()  # of a run; else a hub id, or a wrong path
-        paths[name] = None if absent else path
-        if absent:
-            announce(f"{name}_path: {path} holds no model: not evaluated")
-    for name, path in paths.items():
-        if path and name != "sft":  # whose own tokens they are; checked before
-            check_parent(path, f"{name}_path", ("base",) if name == "base" else ("ppo",))
-            require_same_tokens(path, f"{name}_path", codec)
-            say_other_temperature(path, config.temperature)
-    say_other_end(config.sft_path, codec)
-    return paths
-
-
-def say_other_temperature(path: str, temperature: float) -> None:
-    manifest = read_manifest(path)
-    trained = manifest.config.get("temperature", temperature) if manifest and manifest.stage == "ppo" else temperature
-    if trained != temperature:
-        announce(f"temperature: {path} was trained on answers drawn at {trained:g}, these are drawn at {temperature:g}")
-
-
-def load(path: str, config: EvaluateConfig, runtime: Runtime):
-    return load_packed_policy(path, config.attn_implementation, runtime.compute_dtype).to(runtime.device).eval()
+def say_other_temperatures(paths: dict[str, str | None], temperature: float) -> None:
+    for path in filter(None, paths.values()):
+        manifest = read_manifest(path)
+        trained = manifest.config.get("temperature") if manifest and manifest.stage == "ppo" else None
+        if trained not in (None, temperature):
+            announce(
+                f"temperature: {path} was trained on answers drawn at {trained:g}, these are drawn at {temperature:g}"
+            )
 
 
 def lineup(paths: dict[str, str | None], config: EvaluateConfig) -> list[tuple]:

@@ -94,6 +94,9 @@ FIELDS = {
         source_folds_file ranking_metrics_file pair_metrics_file max_length per_device_batch_size num_mistakes
         num_spread_prompts
     """,
+    "EvaluateChoicesConfig": """
+        base_path sft_path ppo_path ppo_ptx_path choices_file num_rows max_length per_device_batch_size
+    """,
 }
 
 STAGES = {
@@ -105,6 +108,7 @@ STAGES = {
     "overoptimise": "PPOConfig",
     "evaluate": "EvaluateConfig",
     "evaluate_rm": "EvaluateRMConfig",
+    "evaluate_choices": "EvaluateChoicesConfig",
 }
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "accelerate")
 

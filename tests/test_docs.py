@@ -19,8 +19,12 @@ READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 REFERENCE = re.compile(r"`([\w./]+\.py):(\d+) ([\w.]+)`")
 PAGES = (*READMES, *(ROOT / "docs" / f"{name}.md" for name in ("running", "results", "rewards")))  # commands to type
 SLACK = 3  # lines a function may have moved
-COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2}
-IDS = {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)} | {"K4", "K5", "O1", "O2", "O3"}
+COUNTS = {"D": 3, "S": 6, "R": 12, "P": 18, "X": 4, "K": 2, "O": 5}
+IDS = (
+    {f"{letter}{i}" for letter, count in COUNTS.items() for i in range(1, count + 1)}
+    | {"K4", "K5"}
+    | {f"O{i}" for i in range(1, 6)}
+)
 NOT_KEYS = {"num_labels", "mixed_precision", "ppo_ptx", "by_column"}  # code in the READMEs that looks like a config key
 
 
@@ -74,7 +78,7 @@ def code_lines(text: str) -> list[str]:
 
 def stage_and_flags(line: str) -> tuple[str, str]:
     """The stage that a line of code runs and what it gets; "" when any stage may be meant."""
-    line = line.replace("evaluate rm ", "evaluate_rm ")
+    line = line.replace("evaluate rm ", "evaluate_rm ").replace("evaluate choices ", "evaluate_choices ")
     for pattern in (r"-m stages[. ](\w+)(.*)", r"\bmake ([a-z-]+) .*ARGS=(.*)"):
         if match := re.search(pattern, line):
             return match[1], match[2]
@@ -86,7 +90,7 @@ def fields_of_stages() -> dict[str, set[str]]:
     from align import config
 
     classes = {"base": "Base", "sft": "SFT", "collect": "Collect", "rm": "RM", "ppo": "PPO", "evaluate": "Evaluate"}
-    classes |= {"evaluate_rm": "EvaluateRM"}
+    classes |= {"evaluate_rm": "EvaluateRM", "evaluate_choices": "EvaluateChoices"}
     fields = {n: {f.name for f in dataclasses.fields(getattr(config, f"{c}Config"))} for n, c in classes.items()}
     fields |= {"ppo-plain": fields["ppo"], "overoptimise": fields["ppo"]}
     fields |= {"rm-folds": fields["rm"], "rm-report": fields["evaluate_rm"]}

@@ -1166,6 +1166,41 @@ def test_formats_do_not_shadow_each_other():
         assert matching[0] == name == detect_format(rows)
 
 
+CHOICES = [
+    ("truthfulqa_mc", [{"question": "q", "mc1_targets": {"a": 0, "b": 1}, "mc2_targets": {"c": 1}}],
+     [{"prompt": "q", "choices": ["a", "b"], "answer": [1], **EVAL}]),
+    ("bbq", [BBQ], [{"prompt": "a and b met.\nwho ran?", "choices": ["a", "b", "unknown"], "answer": 2, **EVAL}]),
+    ("halluqa_mc", [{"question_id": 1, "question": "Question: q? A:one B:two ", "answer": "Answer: B"}],
+     [{"prompt": "q?", "choices": ["one", "two"], "answer": 1, "question_id": 1, **EVAL}]),
+    ("safetybench", [{"id": 3, "options": ["x", "y"], "question": "q"}, {"3": {"category": "c", "answer": 1}}],
+     [{"prompt": "q", "choices": ["x", "y"], "answer": 1, "id": 3, **EVAL}]),
+    ("crows_pairs", [{"sent_more": "a", "sent_less": "b", "bias_type": "age"}],
+     [{"choices": ["a", "b"], "bias_type": "age", **EVAL}]),
+    ("winogender", [{"sentid": f"cook.guest.1.{gender}.txt", "sentence": f"the cook said {they}"}
+                    for gender, they in (("female", "she"), ("neutral", "they"), ("male", "he"))],
+     [{"choices": ["the cook said he", "the cook said she"], "id": "cook.guest.1", **EVAL}]),
+    ("mmlu", [{"question": "q", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 3}],
+     [{"prompt": "q", "choices": ["a", "b", "c", "d"], "answer": 3, "subject": "s", **EVAL}]),
+    ("arc", [{"id": "1", "question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}],
+     [{"prompt": "q", "choices": ["a", "b"], "answer": 1, "id": "1", **EVAL}]),
+    ("hellaswag", [{"ctx": "she", "endings": ["runs", "sits"], "label": "1", "ctx_a": "she"}],
+     [{"prompt": "she", "choices": ["runs", "sits"], "answer": 1, **EVAL}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rows", "expected"), CHOICES, ids=[name for name, *_ in CHOICES])
+def test_choices(tmp_path, name, rows, expected):
+    path = lines(tmp_path / "rows.jsonl", rows)
+    (conversion,) = read([path], name if name == "safetybench" else None, "choice")
+    assert conversion.format == name and [row.row for row in conversion.rows] == expected
+
+
+def test_a_sentence_without_its_pair_is_named(tmp_path):
+    rows = [{"sentid": "cook.guest.1.male.txt", "sentence": "he"}, {"sentid": "x", "sentence": "templates"}]
+    (conversion,) = read([lines(tmp_path / "rows.jsonl", rows)], to="choice")
+    assert [problem.kind for problem in conversion.problems] == ["no_text", "no_partner"] and not conversion.rows
+
+
 def test_every_format_and_every_reason_is_documented():
     root = Path(__file__).parents[1]
     documented = set(re.findall(r"`([\w]+)`", (root / "docs" / "formats.md").read_text(encoding="utf-8")))

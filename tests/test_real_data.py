@@ -111,6 +111,28 @@ def test_what_comes_out_passes_our_own_check(name):
         assert not isinstance(parse_row(conversion.kind, row.places[0], row.row, Counter()), Problem)
 
 
+@pytest.mark.parametrize(
+    ("names", "rows", "dropped"),
+    [
+        (("truthfulqa/mc_task.json",), 817, {}),
+        (("halluqa/HalluQA_mc.json",), 446, {"repeated_choice": 4}),
+        (("bbq/Sexual_orientation.jsonl",), 864, {}),
+        (("cbbq-zh/disease-ambiguous.csv",), 586, {}),
+        (("crows-pairs/crows_pairs_anonymized.csv",), 1508, {}),
+        (("winogender/all_sentences.tsv",), 240, {"no_gender": 240}),
+        (("safetybench-zh/test_zh_subset.json", "safetybench-zh/test_answers_zh_subset.json"), 2098,
+         {"repeated_choice": 2}),
+    ],
+)  # fmt: skip
+def test_benchmarks_as_choices(names, rows, dropped):
+    conversion = real(*names, to="choice")
+    assert len(conversion.rows) == rows and Counter(p.kind for p in conversion.problems) == dropped
+    records = [parse_row("choice", row.places[0], row.row, Counter()) for row in conversion.rows]
+    paired = "crows" in names[0] or "winogender" in names[0]
+    assert all(bool(record.right) is not paired and (record.prompt is None) is paired for record in records)
+    assert all(row.row["eval_only"] for row in conversion.rows)
+
+
 def test_every_data_file_is_in_the_table():
     """Whatever lies in the folder, whole or not, is in the table, a licence, or one of three documents about it."""
     if not ROOT.is_dir():

@@ -2,26 +2,36 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.config import EvaluateConfig
+from align.config import EvaluateChoicesConfig, EvaluateConfig
 from align.errors import UserError
 from align.evaluate.reward_report import require_scores
 from align.generate import make_sampler, uniform_numbers
 from align.judge import Judge
+from align.manifest import check_parent
 from align.maths.masks import length_mask
 from align.maths.reduce import masked_row_sum
 from align.maths.repetition import repeated_ngrams
-from align.models import Policy, ScalarModel, document_nll, load_scalar_model, response_logprobs
+from align.models import (
+    Policy,
+    ScalarModel,
+    document_nll,
+    load_packed_policy,
+    load_scalar_model,
+    response_logprobs,
+)
 from align.packing import token_batches
 from align.ranking import score_rankings
-from align.reward_models import load_reward
+from align.reward_models import load_reward, require_same_tokens, say_other_end
 from align.rewards import FunctionReward, ModelReward, Reward
 from align.runtime import Runtime, gather_list, my_share
 from align.text import Codec
+from align.track import announce
 from align.types import Demonstration, Episode, Prompt, Ranking, contents, pad_rows
 
 
@@ -38,6 +48,28 @@ class Setting:
     batch_size: int
     seed: int
     context: int | None = None  # tokens that SFT can read
+
+
+def policy_paths(config: EvaluateConfig | EvaluateChoicesConfig, codec: Codec) -> dict[str, str | None]:
+    """Checked checkpoints by policy, which all read SFT's tokens; a PPO folder that was not written counts as not
+    trained."""
+    paths = {"base": config.base_path, "sft": config.sft_path}
+    for name, path in (("ppo", config.ppo_path), ("ppo_ptx", config.ppo_ptx_path)):
+        there = path and any((Path(path) / file).exists() for file in ("config.json", "adapter_config.json"))
+        absent = path and not there and Path(path).parent.exists()  # of a run; else a hub id, or a wrong path
+        paths[name] = None if absent else path
+        if absent:
+            announce(f"{name}_path: {path} holds no model: not evaluated")
+    for name, path in paths.items():
+        if path and name != "sft":  # whose own tokens they are; checked before
+            check_parent(path, f"{name}_path", ("base",) if name == "base" else ("ppo",))
+            require_same_tokens(path, f"{name}_path", codec)
+    say_other_end(config.sft_path, codec)
+    return paths
+
+
+def load_evaluated(path: str, config: EvaluateConfig | EvaluateChoicesConfig, runtime: Runtime) -> Policy:
+    return load_packed_policy(path, config.attn_implementation, runtime.compute_dtype).to(runtime.device).eval()
 
 
 def load_proxy(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from align.data import LETTERS
 from align.readers.base import (
     Converted,
     Notes,
@@ -24,7 +25,6 @@ from align.readers.base import (
 )
 from align.rows import BadRow, Problem
 
-LETTERS = "ABCDEFGHIJ"
 MC = re.compile(r"\s*([A-J]) ?[:：]")  # the choices inside HalluQA's questions
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data import answer_columns, label_of
-from align.readers import annotation, benchmarks, chat, comparisons, pairs, pairwise, passages, ranked
+from align.readers import annotation, benchmarks, chat, choices, comparisons, pairs, pairwise, passages, ranked
 from align.readers.base import Reader, number
 
 # field -> kind; the first that a row has decides
 OURS = dict.fromkeys(("completions", "chosen", "rejected"), "ranking")
-OURS |= dict.fromkeys(("messages", "completion"), "demonstration") | {"prompt": "prompt", "text": "text"}
+OURS |= dict.fromkeys(("messages", "completion"), "demonstration") | {"choices": "choice"}
+OURS |= {"prompt": "prompt", "text": "text"}
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,16 @@ def _is_winogender(row: Any) -> bool:
     return _has("sentid", "sentence")(row) or _has("occupation(0)", "sentence")(row)
 
 
-def _prompts(reader: Reader, matches: Callable[[Any], bool]) -> Format:
-    return Format(matches, {"prompt": reader})
+def _prompts(reader: Reader, matches: Callable[[Any], bool], choices: Reader | None = None) -> Format:
+    return Format(matches, {"prompt": reader} | ({"choice": choices} if choices else {}))
+
+
+def _is_mmlu(row: Any) -> bool:
+    return _has("question", "choices", "answer")(row) and isinstance(row["choices"], (list, tuple))
+
+
+def _is_arc(row: Any) -> bool:
+    return _has("question", "choices", "answerKey")(row) and isinstance(row["choices"], Mapping)
 
 
 # From the most particular to the most general: the first that matches is taken.
@@ -176,6 +185,9 @@ FORMATS: dict[str, Format] = {
     "sharegpt_pairs": Format(_has("conversations", "chosen", "rejected"), {"ranking": chat.sharegpt_pairs}),
     "named_pairs": Format(pairs.is_named_pair, {"ranking": pairs.named_pairs}),
     "sharegpt": Format(_is_talk, {"demonstration": chat.sharegpt_rows}),
+    "mmlu": Format(_is_mmlu, {"choice": choices.mmlu}),
+    "arc": Format(_is_arc, {"choice": choices.arc}),
+    "hellaswag": Format(_has("ctx", "endings", "label"), {"choice": choices.hellaswag}),
     "scores": Format(_is_scored, {"ranking": ranked.scored_rows}),
     "unpaired": Format(
         _is_unpaired,
@@ -191,17 +203,19 @@ FORMATS: dict[str, Format] = {
     "response": Format(_is_answered, {"demonstration": chat.answered_rows}),
     "mt_bench": _prompts(benchmarks.turns, _has("question_id", "turns")),
     "truthfulqa": _prompts(benchmarks.truthfulqa, _has("Best Answer", "Correct Answers")),
-    "truthfulqa_mc": _prompts(benchmarks.truthfulqa_mc, _has("question", "mc1_targets")),
+    "truthfulqa_mc": _prompts(benchmarks.truthfulqa_mc, _has("question", "mc1_targets"), choices.truthfulqa_mc),
     "halluqa": _prompts(benchmarks.halluqa, _has("Question", "Best Answer1")),
-    "halluqa_mc": _prompts(benchmarks.halluqa_mc, _is_halluqa_mc),
+    "halluqa_mc": _prompts(benchmarks.halluqa_mc, _is_halluqa_mc, choices.halluqa_mc),
     "gsm8k": _prompts(benchmarks.gsm8k, lambda row: _has("question", "answer")(row) and "####" in str(row["answer"])),
-    "bbq": _prompts(benchmarks.bbq, _has("context", "question", "ans0", "ans1", "ans2")),
-    "crows_pairs": _prompts(benchmarks.crows_pairs, _has("sent_more", "sent_less")),
-    "winogender": _prompts(benchmarks.sentence, _is_winogender),
+    "bbq": _prompts(benchmarks.bbq, _has("context", "question", "ans0", "ans1", "ans2"), choices.bbq),
+    "crows_pairs": _prompts(benchmarks.crows_pairs, _has("sent_more", "sent_less"), choices.crows_pairs),
+    "winogender": _prompts(benchmarks.sentence, _is_winogender, choices.winogender),
     "winogender_statistics": _prompts(benchmarks.no_text, _has("occupation", "bls_pct_female")),
     "cold": _prompts(benchmarks.cold, _has("TEXT", "fine-grained-label")),
     "safetybench": Format(
-        _has("id", "options", "question"), {"prompt": benchmarks.safetybench}, partner="safetybench_answers"
+        _has("id", "options", "question"),
+        {"prompt": benchmarks.safetybench, "choice": choices.safetybench},
+        partner="safetybench_answers",
     ),
     "safetybench_answers": _prompts(benchmarks.safetybench, _is_answers),
     "xstest": Format(_has("prompt", "focus", "type"), {"prompt": benchmarks.asked}, foreign=False),

@@ -29,7 +29,8 @@ from align.types import Demonstration, Ranking, contents
 SAMPLE = 100  # rows that decide a file's format
 SHOWN_FIELDS, LONGEST_NAME = 12, 40
 RENAMED_TWICE = "renamed_twice"  # a row with two columns of one name
-KINDS = ("demonstration", "ranking", "prompt", "text")
+KINDS = ("demonstration", "ranking", "prompt", "text", "choice")
+WITHOUT_PROMPTS = ("text", "choice")  # kinds of which no prompts can be taken, for a pair of sentences asks nothing
 NAMES_A_MODEL = re.compile(r"language model|OpenAI|ChatGPT|语言模型", re.IGNORECASE)
 
 
@@ -136,7 +137,7 @@ def _convert(name: str, source: Source, head: list[Any], to: str | None, options
     paths = tuple(path for path, _ in source)
     readers = dict(FORMATS[name].readers) or {our_kind(head) or "prompt": chat.trl_rows}
     kind = to or next(iter(readers))
-    asking = next((own for own in readers if own != "text"), None)
+    asking = next((own for own in readers if own not in WITHOUT_PROMPTS), None)
     if asking is not None:
         readers.setdefault("prompt", prompts_of(asking, readers[asking]))
     if kind not in readers:
