@@ -50,9 +50,10 @@ class HeldOut:
         every = self.config.eval_iterations
         return bool(self.queries) and every > 0 and (done % every == 0 or done == self.last)
 
-    def measure(self, progress: Progress, done: int) -> dict[str, float]:
-        """{"validation/...": number} after `done` iterations, with the paired gain over the start; {} if not due."""
-        if not self.due(done):
+    def measure(self, progress: Progress, done: int, last: bool = False) -> dict[str, float]:
+        """{"validation/...": number} after `done` iterations, with the paired gain over the start; {} if not due.
+        `last`: the run ends here, sooner than it was to."""
+        if not (self.due(done) or (last and self.due(self.last))):
             return {}
         with self.runtime.timed("validation"), self.averaged():
             rollout = self.answer(progress.kl_coef)

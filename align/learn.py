@@ -130,6 +130,8 @@ def load_inputs(config: PPOConfig) -> Inputs:
     if config.value_model_path:
         require_same_tokens(config.value_model_path, "value_model_path", codec)
     start = value_start(config, codec)
+    if start.fresh_head:
+        refuse_adapter(start.path, "merge it into its base first, or give a value_model_path")
     announce(str(start))
     for path in (config.model_name_or_path, start.path):
         require_context(path, config.max_prompt_length, config.max_new_tokens)
@@ -158,7 +160,7 @@ def load_queries(config: PPOConfig, codec: Codec) -> tuple[list[Query], list[Que
         prompts, report = keep_apart(prompts, report, others, config.on_bad_rows)
         held_out, reports["validation_file"] = encoded(others, other_report)
         if len(held_out) < 2:
-            raise UserError("validation_file: one prompt that can be used; an interval needs 2 or more")
+            raise UserError(f"validation_file: {len(held_out)} prompt that can be used; an interval needs 2 or more")
     queries, reports["train_file"] = encoded(prompts, report)
     return queries, held_out, reports
 
@@ -260,7 +262,7 @@ def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig, iteration: int) -> float:
     """After an iteration whose rollout had this KL; while the policy stays as it is, its 0 says nothing."""
-    if iteration < config.value_warmup_iterations:
+    if iteration <= config.value_warmup_iterations:  # the policy's first step comes after this one's rollout
         return kl_coef
     return adapt_kl_coef(kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon)
 

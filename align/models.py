@@ -254,16 +254,20 @@ class Policy(PackedModel):
         super().__init__(model, packed)
         self.plain_head = has_plain_head(self.inner)
 
-    def forward(self, pack: Pack, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability of `tokens` after the states `at`, and the entropy there. (M,), (M,) -> 2 x (M,), float32"""
+    def forward(
+        self, pack: Pack, at: Tensor, tokens: Tensor, temperature: float, with_entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of `tokens` after the states `at`, and the entropy there where that is asked for.
+        (M,), (M,) -> 2 x (M,), float32"""
         with self.cast_weights() as cast:
             if not self.plain_head:
                 logits = self.own_logits(pack, at, cast)
-                return token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
+                entropies = entropy(logits.detach(), temperature) if with_entropies else None
+                return token_logprobs(logits, tokens, temperature), entropies
             hidden = self.states(pack, cast)[at]  # (M, d)
             head = self.inner.get_output_embeddings()
             bias = None if head.bias is None else cast(head.bias)
-            return linear_logprobs(hidden, cast(head.weight), bias, tokens, temperature)
+            return linear_logprobs(hidden, cast(head.weight), bias, tokens, temperature, with_entropies=with_entropies)
 
     def own_logits(self, pack: Pack, at: Tensor, cast: Cast) -> Tensor:
         """Logits as the model itself makes them, for heads that do more than multiply. (M,) -> (M, V)"""
@@ -471,17 +475,19 @@ def add_residual_dropout(model: nn.Module, p: float) -> int:
 
 
 def response_logprobs(
-    policy: nn.Module, input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each response token, 0 past a row's end. (B, T), (B,), (B,) -> 2 x (B, R)
+    policy: nn.Module, input_ids: Tensor, query_lengths: Tensor, response_lengths: Tensor, temperature: float,
+    with_entropies: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-probability of each response token and, if asked for, the entropy before it, 0 past a row's end.
+    (B, T), (B,), (B,) -> 2 x (B, R)
 
     In float32. Padding is not computed, and only the states that predict response tokens reach the softmax.
     """
     pack, mask, at = pack_responses(input_ids, query_lengths, response_lengths)
     tokens = response_tokens(input_ids, query_lengths, mask.shape[1])[mask]
-    logprobs, entropies = policy(pack, at, tokens, temperature)
+    logprobs, entropies = policy(pack, at, tokens, temperature, with_entropies)
     empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies) if with_entropies else None
 
 
 def response_values(

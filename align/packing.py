@@ -256,6 +256,9 @@ def like_lengths(lengths: Sequence[int], max_padding: float = MAX_PADDING) -> It
         yield members
 
 
+SCORED_TOKENS = 65536  # of a forward pass without gradients, however many rows are allowed in it
+
+
 def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
     """Indices by length, at most `max_rows` and `max_tokens` a batch; a row longer than that is a batch of its own."""
     batches: list[list[int]] = []

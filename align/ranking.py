@@ -14,15 +14,13 @@ from torch import Tensor
 from align.maths.losses import ranking_loss
 from align.maths.masks import length_mask
 from align.models import ScalarModel
-from align.packing import Pack, pack_continuations, pack_rows, token_batches
+from align.packing import SCORED_TOKENS, Pack, pack_continuations, pack_rows, token_batches
 from align.runtime import gather_list, my_share
 from align.text import Codec
 from align.types import Demonstration, Ranking
 
 SCORED_AGAIN = 1000  # demonstrations, by the normalised model
 Even = Callable[[list[list[int]]], list[list[int]]]  # `Runtime.as_many`
-
-SCORED_TOKENS = 65536  # a forward pass without gradients, however many rankings are allowed in it
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,17 @@ def load_classifier(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: {path}: has no trained head ({missing} is missing), so it is no reward model")
-    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+    limits = (tokenizer.model_max_length, positions(model))
     context = min((limit for limit in limits if limit and limit < 1e9), default=None)
     return model.requires_grad_(False).eval(), tokenizer, context
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a classifier's table of positions has room for; RoBERTa's first ones are taken, up to its pad."""
+    count = getattr(model.config, "max_position_embeddings", None)
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    taken = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
+    return None if count is None else count - taken
 
 
 def reward_config(path: str, key: str) -> PreTrainedConfig:
@@ -264,7 +272,7 @@ def value_start(config: PPOConfig, codec: Codec) -> ValueStart:
     """`value_model_path`, else the first reward model that reads the policy's tokens, else the policy (section 3.5)."""
     models = {term.model: term_name(term) for term in reversed(config.reward) if isinstance(term, ModelTerm)}
     if path := config.value_model_path:
-        return ValueStart(path, term=models.get(path) if path in models and reads_sampled_tokens(path, codec) else None)
+        return ValueStart(path, term=models.get(path) if reads_sampled_tokens(path, codec) else None)
     for i, term in enumerate(config.reward):
         for key, path in model_paths(term, f"reward[{i}]").items():
             if has_linear_score(reward_config(path, key)) and reads_sampled_tokens(path, codec):

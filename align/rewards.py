@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from align.models import ScalarModel
 from align.packing import token_batches
 from align.ranking import Even, score_rows
 from align.text import Codec
-from align.types import Episode, Prompt, Text
+from align.types import Episode, Prompt, contents
 from align.user_code import import_function, raised
 
 RETRY_WAIT = 1.0  # seconds before a failed function is called again; doubles with each failure
@@ -114,7 +115,7 @@ class PairReward:
 
     def __call__(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         answers = [self.policy_codec.decode(episode.response) for episode in episodes]
-        pairs = [(plain_text(prompt.prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        pairs = [(contents(prompt.prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
         scores, cut = score_pairs(self.model, self.tokenizer, pairs, self.context, self.batch_size, self.max_tokens)
         if self.context is not None:
             self.notes = {"cut": cut / len(pairs)}
@@ -142,11 +143,6 @@ def score_pairs(
     return scores, 0 if context is None else sum(length > context for length in lengths)
 
 
-def plain_text(text: Text) -> str:
-    """A prompt or completion as a model without a chat format reads it: the messages' texts, parted by blank lines."""
-    return text if isinstance(text, str) else "\n\n".join(message["content"] for message in text)
-
-
 class FunctionReward:
     """A Python function as TRL calls one: fn(prompts=, completions=, **columns) -> list of numbers, async or not.
     Completions are texts, also where prompts are conversations.
@@ -169,10 +165,15 @@ class FunctionReward:
         while True:
             self.notes = {"failures": float(failures)}
             try:
-                return numbers(within(self.timeout, lambda: awaited(self.function(**arguments))), prompts)
+                return numbers(within(self.timeout, lambda: self.call(arguments)), prompts)
             except Exception as error:  # a user's code may raise anything; it ends the run with one line
                 failures += 1
                 self.give_up_or_wait(error, failures)
+
+    def call(self, arguments: dict[str, list]) -> Any:
+        """In float32 and without gradients, in whichever thread: a model in it computes what it does elsewhere."""
+        with torch.no_grad(), without_autocast():
+            return awaited(self.function(**arguments))
 
     def give_up_or_wait(self, error: Exception, failures: int) -> None:
         what = f"{self.key}: {self.path} {fault(error, self.path)}"
@@ -200,10 +201,20 @@ def awaited(returned: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(wait(), event_loop()).result()
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    kinds = {"cpu"} | ({torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set())
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
     loop, on_this_device = asyncio.new_event_loop(), device_of_this_thread()
     loop.call_soon(on_this_device)
+    loop.call_soon(torch.set_grad_enabled, False)  # a thread's own, as autocast is
     threading.Thread(target=loop.run_forever, daemon=True, name="async reward functions").start()
     return loop
 
@@ -259,8 +270,7 @@ def within(seconds: float | None, call: Callable[[], Any]) -> Any:
     def work() -> None:
         try:
             on_this_device()
-            with torch.no_grad():  # a thread starts without the caller's
-                outcome.put((call(), None))
+            outcome.put((call(), None))
         except BaseException as error:
             outcome.put((None, error))
 

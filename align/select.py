@@ -15,6 +15,7 @@ from align.data import demonstration_length, load_demonstrations, prompt_length
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
+from align.packing import SCORED_TOKENS
 from align.reward_models import load_reward
 from align.rewards import Reward
 from align.runtime import broadcast, gather_list, is_main_process, my_share
@@ -28,10 +29,11 @@ BATCH_SIZE = 128  # rows of a forward pass
 
 
 def choose_epoch(
-    output: Path, log: list[dict[str, Any]], config: SFTConfig, codec: Codec, device: Device = "cpu",
-    autocast: Autocast = nullcontext,
+    output: Path, log: list[dict[str, Any]], prompts: list[Text], config: SFTConfig, codec: Codec,
+    device: Device = "cpu", autocast: Autocast = nullcontext,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"criterion", "checkpoint", "table"}: highest mean reward with a reward model, else lowest validation loss.
+    """{"criterion", "checkpoint", "table"}: highest mean reward with a reward model, which scores an answer to each of
+    `prompts`, else lowest validation loss.
 
     The table has a row an epoch, with both numbers where both are known.
     """
@@ -47,7 +49,8 @@ def choose_epoch(
     if config.reward_model_path:
         reward = load_scorer(config, codec, device)
         for row in table:
-            row["reward"] = mean_reward(str(output / row["checkpoint"]), reward, config, codec, device, autocast)
+            checkpoint = str(output / row["checkpoint"])
+            row["reward"] = mean_reward(checkpoint, reward, prompts, config, codec, device, autocast)
     return pick(table)
 
 
@@ -89,20 +92,19 @@ def load_scorer(config: SFTConfig, codec: Codec, device: Device = "cpu") -> Rewa
     def load_scalar(path: str) -> ScalarModel:
         return load_scalar_model(path, config.attn_implementation, dtype=dtype).to(device).eval()
 
-    how = {"batch_size": BATCH_SIZE, "dtype": dtype, "device": device}
+    how = {"batch_size": BATCH_SIZE, "max_tokens": SCORED_TOKENS, "dtype": dtype, "device": device}
     return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, **how)
 
 
 @torch.no_grad()
 def mean_reward(
-    checkpoint: str, reward: Reward, config: SFTConfig, codec: Codec, device: Device = "cpu",
+    checkpoint: str, reward: Reward, prompts: list[Text], config: SFTConfig, codec: Codec, device: Device = "cpu",
     autocast: Autocast = nullcontext,
 ) -> float:  # fmt: skip
-    """Mean score of one sample a validation prompt; every checkpoint gets the same prompts and random numbers.
+    """Mean score of one sample a prompt; every checkpoint gets the same prompts and random numbers.
 
     Every process answers its share of the prompts, on its device; all return the same.
     """
-    prompts = selection_prompts(checkpoint, config, codec)
     mine = list(my_share(len(prompts)))
     uniforms = uniform_numbers(len(prompts), config.max_new_tokens, config.seed, 0)[mine]
     prompts = [prompts[i] for i in mine]

@@ -33,14 +33,15 @@ def check_step_zero(
 
     `value_term` is the term of the reward that the value model starts as; None: there is no score to compare with.
 
-    Stops the run with what is off and why it may be. Looks at the first microbatch, through the training forward.
+    Stops the run with what is off and why it may be. Looks at the first episodes, as many as a microbatch
+    holds, through the training forward.
     """
     at_last = rollout.input_ids.gather(1, last_index(rollout.query_lengths, rollout.response_lengths)[:, None])[:, 0]
     if bool((at_last[rollout.finished] != eos_id).any()):
         raise UserError("step-zero check: a finished response does not end in EOS; the sampler and tokenizer disagree")
     warn_of_engine(rollout, config, runtime.half)
     warn_of_rewarded_cuts(rollout, config)
-    head = rollout.index(torch.arange(min(len(rollout), config.per_device_train_batch_size), device=runtime.device))
+    head = rollout.index(torch.arange(microbatch_rows(rollout, config), device=runtime.device))
     with runtime.autocast():
         rows = head.input_ids, head.query_lengths, head.response_lengths
         new, _ = response_logprobs(models.policy, *rows, config.temperature)
@@ -63,6 +64,14 @@ def check_step_zero(
         if value is not None and not value <= limits[key]:
             raise UserError(f"step-zero check: {name} is {value:.4g}, over {limits[key]:g}: {CAUSES[key]}")
     return numbers
+
+
+def microbatch_rows(rollout: Rollout, config: PPOConfig) -> int:
+    """How many of the first rows one forward pass may hold, by the config; one in any case."""
+    rows = rollout.query_lengths + rollout.response_lengths
+    if config.microbatch_tokens is not None:
+        rows = rows[rows.cumsum(0) <= config.microbatch_tokens]
+    return max(1, min(len(rows), config.per_device_train_batch_size))
 
 
 def value_gap(

@@ -193,7 +193,7 @@ def microbatches(rollout: Rollout, config: PPOConfig, runtime: Runtime) -> list[
 
 def policy_terms(micro: Rollout, policy: nn.Module, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
     rows = micro.input_ids, micro.query_lengths, micro.response_lengths
-    logprobs, entropies = response_logprobs(policy, *rows, config.temperature)
+    logprobs, entropies = response_logprobs(policy, *rows, config.temperature, with_entropies=True)
     old, mask = micro.logprobs, micro.response_mask
     weights = micro.importance_weights
     loss, stats = policy_loss(logprobs, old, micro.advantages, mask, config.cliprange, weights, config.dual_clip)

@@ -34,8 +34,11 @@ def fit_value_head(
 
     Gives the rollout with the new values. Its advantages and returns are taken with values of fits that did not see the
     episode: a baseline that knows the outcome would explain it away. Also 1 - squared error / variance of the returns,
-    `value_head/before` and, on episodes left out, `value_head/fitted`. Every process returns the same.
+    `value_head/before` and, on episodes left out, `value_head/fitted`. Every process returns the same. With a
+    `value_head_init` of "kept" nothing is fitted.
     """
+    if config.value_head_init == "kept":
+        return rollout, {}
     with kept_for_inspection(config.output_dir, rollout.tensors(), {"iteration": 0, "config": config}):
         require_finite_numbers(rollout)
     rewards = whitened_rewards(rollout.rewards, rollout.response_mask, config)

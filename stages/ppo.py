@@ -80,18 +80,18 @@ def main(argv: list[str]) -> None:
             rollout = collect_rollout(queries, models, config, runtime, progress.kl_coef, iteration)
             if iteration == 0:
                 progress.step_zero = check_step_zero(rollout, models, config, runtime, codec.eos_id, start.term)
-            if iteration == 0 and config.value_head_init == "fitted":
                 rollout, fit = fit_value_head(rollout, learner.value_model, config, runtime)
                 progress.step_zero |= fit
             documents = inputs.next_documents(progress.documents)
             stats = update(rollout, learner, documents, config, runtime, iteration)
             row = ppo_metrics(rollout, stats, progress.kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
-            row |= judge.score([query.prompt for query in queries], rollout) | held_out.measure(progress, iteration + 1)
+            row |= judge.score([query.prompt for query in queries], rollout)
             progress.advance(row, config)
+            stopped, signal = stop_for_kl(progress, config), arrived()
+            row |= held_out.measure(progress, progress.done, last=bool(stopped))
             metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row, **runtime.lap()})
             bar.set_postfix_str(shown(row))
             transcripts.write(iteration, rollout, codec)
-            stopped, signal = stop_for_kl(progress, config), arrived()
             if stopped or signal or (config.save_iterations and progress.done % config.save_iterations == 0):
                 save_state(output, progress, learner, config, codec, runtime)
             if signal:

@@ -15,6 +15,7 @@ Cross-validation by labeler (section 4.1) or source trains a model a fold, repor
     python -m stages.rm --config configs/tiny/rm.yaml --run runs/tiny --folds_by labeler --output_dir runs/tiny/rm-folds
 """
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,8 +91,7 @@ def main(argv: list[str]) -> None:
             validation = metrics["validation"]
             write_json(folder / "report.json", validation | {k: v for k, v in metrics.items() if k != "validation"})
             write_manifest(folder, "rm", config, config.seed, parents, reports, metrics)
-        if not config.save_steps:
-            remove_folders(*checkpoints(output)[-1:])  # of the last step; earlier ones were asked for
+        remove_folders(*(() if config.save_steps else checkpoints(output)))  # of the last step, or of a signal
         announce(f"held-out accuracy {metrics['validation']['accuracy']['mean']:.3f}")
     announce(f"reward model in {output}; next: make ppo")
 
@@ -140,6 +140,8 @@ def cross_validate(config: RMConfig, codec: Codec, rankings: list, held: dict, p
         tests = {"in_group": fold.in_group, "held_out": fold.held_out}
         size = config.per_device_eval_batch_size
         scored.append({name: score_rankings(model, rows, codec, size) for name, rows in tests.items()})
+        del model
+        gc.collect()  # its Trainer, with the optimiser's state, is in a circle of references
     if is_main_process():
         metrics = plain(summarise_folds(folds, scored, config.folds_by, config.seed))
         with atomic_contents(output) as folder:

@@ -61,10 +61,11 @@ def main(argv: list[str]) -> None:
         refuse_adapter(config.model_name_or_path)
     codec = Codec.load(config.model_name_or_path, config.chat_template_path)
     train, validation, reports = load_rows(config, codec)
+    prompts = []
     if config.reward_model_path:
         parents.append(check_parent(config.reward_model_path, "reward_model_path", ("rm",)))
         reward_config(config.reward_model_path, "reward_model_path")
-        selection_prompts(config.model_name_or_path, config, codec)  # before hours of training
+        prompts = selection_prompts(config.model_name_or_path, config, codec)
     output, checkpoint = start_run(config, parents[:1], reports)  # a reward model only chooses the epoch
     set_seed(config.seed)
 
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
     device, autocast, log = trainer.args.device, trainer.accelerator.autocast, trainer.state.log_history
     del policy
     trainer.let_go()
-    choice = choose_epoch(output, log, config, codec, device, autocast)
+    choice = choose_epoch(output, log, prompts, config, codec, device, autocast)
     announce(f"chose {choice['checkpoint']} by {choice['criterion']}")
 
     # 5. Save: a HuggingFace folder (LoRA merged, its adapter beside it), the manifest last.

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from align.config import FunctionTerm, ModelTerm, PPOConfig
 from align.errors import UserError
@@ -67,6 +68,17 @@ def test_prompt_and_response_fit_the_value_models_context_too(config):
         load_inputs(dataclasses.replace(config, max_prompt_length=11))
     own = dataclasses.replace(config, max_prompt_length=11, reward=(FunctionTerm("math:sqrt"),))
     assert load_inputs(own).value_start.path == config.model_name_or_path
+
+
+def test_an_adapter_is_no_place_for_a_value_model_to_start(config, tmp_path):
+    """transformers would lay it in unmerged, under a head that is trained whole."""
+    own = dataclasses.replace(config, reward=(FunctionTerm("math:fsum"),))
+    adapter = tmp_path / "adapter"
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(own.model_name_or_path), LoraConfig(r=2))
+    policy.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(own.model_name_or_path).save_pretrained(adapter)
+    with pytest.raises(UserError, match="adapter is an adapter; merge it into its base first, or give a value_model"):
+        load_inputs(dataclasses.replace(own, model_name_or_path=str(adapter)))
 
 
 def test_what_a_reward_function_draws_goes_on_from_a_checkpoint(config, runtime, tiny_codec, tmp_path):

@@ -333,7 +333,7 @@ def batch(junk=PAD, extra=0, order=(0, 1, 2, 3)):
 def test_P5_logprobs_are_those_of_single_rows(policy, temperature):
     expected = naive(policy, temperature)
     for junk, extra, order in ((PAD, 0, (0, 1, 2, 3)), (PAD, 9, (3, 1, 0, 2)), (EOS, 4, (2, 0, 1, 3)), (0, 0, (2, 0))):
-        logprobs, entropies = response_logprobs(policy, *batch(junk, extra, order), temperature)
+        logprobs, entropies = response_logprobs(policy, *batch(junk, extra, order), temperature, with_entropies=True)
         assert logprobs.shape == (len(order), max(len(RESPONSES[i]) for i in order))
         for row, i in enumerate(order):
             n = len(RESPONSES[i])
@@ -342,7 +342,8 @@ def test_P5_logprobs_are_those_of_single_rows(policy, temperature):
 
 
 def test_P5_entropy_is_that_of_the_whole_distribution(policy):
-    _, entropies = response_logprobs(policy, *batch(), 0.5)
+    _, entropies = response_logprobs(policy, *batch(), 0.5, with_entropies=True)
+    assert response_logprobs(policy, *batch(), 0.5)[1] is None
     for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         scores = logits(policy.inner, torch.tensor([query + response]))[0].double() / 0.5
         for r in range(len(response)):

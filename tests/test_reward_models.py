@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from align.config import EnsembleTerm, FunctionTerm, ModelTerm, PPOConfig
@@ -30,6 +32,7 @@ from align.reward_models import (
     build_reward,
     check_reward_models,
     load_reward,
+    positions,
     reads_sampled_tokens,
     require_same_tokens,
     reward_config,
@@ -496,3 +499,18 @@ def test_the_whole_sum(world, bert, tiny_codec, chatml, episodes, monkeypatch, c
     ours, alike, pairs = lines[1].split("; ")
     assert "reads the sampled tokens" in ours and "no manifest" not in ours and "no manifest" in alike
     assert "pairs of texts" in pairs
+
+
+def test_robertas_first_positions_hold_no_token():
+    """They count from behind the pad's: a table of 12 has room for 10 tokens, and an eleventh has no row."""
+    config = RobertaConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=12, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    assert positions(model) == 10
+    model(torch.full((1, 10), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 11), 5))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    assert positions(BertForSequenceClassification(BertConfig(max_position_embeddings=12, **sizes))) == 12

@@ -21,9 +21,8 @@ from align.rewards import (
     Term,
     combine,
     deviations,
-    plain_text,
 )
-from align.types import Episode, Prompt, pad_rows
+from align.types import Episode, Prompt, contents, pad_rows
 from align.user_code import import_function
 
 EPISODES = [Episode((5, 6), (7, 1), True), Episode((9,), (10, 11, 12), False), Episode((30, 31, 32), (1,), True)]
@@ -223,6 +222,28 @@ def test_a_function_may_be_async(functions, tiny_codec):
     assert asyncio.run(in_a_notebook()) == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("limits", [{"timeout": None}, {"timeout": 60.0}])
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_model_in_a_function_computes_in_float32_and_keeps_no_graph(functions, tiny_codec, limits, kind):
+    """In whichever thread it is called: bfloat16 knows a score of 20 to 1/8 only."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 20.06)
+    seen = []
+
+    def plain(prompts, completions, **columns):
+        out = model(torch.ones(len(prompts), 1))
+        seen.append((out.dtype, out.requires_grad))
+        return out[:, 0].tolist()
+
+    async def waited(prompts, completions, **columns):
+        return plain(prompts, completions)
+
+    functions.reward = {"plain": plain, "async": waited}[kind]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert function_reward(tiny_codec, **limits)(PROMPTS, EPISODES) == [pytest.approx(20.06)] * 3
+    assert seen == [(torch.float32, False)]
+
+
 def test_a_function_that_needs_the_main_thread_is_told_how_to_get_it(functions, tiny_codec):
     def reward(prompts, completions, **columns):
         before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -319,7 +340,7 @@ def test_gold_judge_reads_each_answer_alone_and_gives_the_mean(functions, tiny_c
 
 def test_a_conversation_in_plain_text_has_blank_lines_between_its_messages():
     talk = ({"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"})
-    assert plain_text(talk) == "hot?\n\ncold" and plain_text("hot?") == "hot?"
+    assert contents(talk) == "hot?\n\ncold" and contents("hot?") == "hot?"
 
 
 def test_import_path():

@@ -25,7 +25,7 @@ from align.rollout import (
     token_weights,
 )
 from align.runtime import Runtime
-from align.step_zero import CAUSES, check_step_zero, step_zero_limits, warn_of_rewarded_cuts
+from align.step_zero import CAUSES, check_step_zero, microbatch_rows, step_zero_limits, warn_of_rewarded_cuts
 from align.types import Prompt
 
 EOS, PAD, BETA = 1, 0, 0.3
@@ -370,6 +370,16 @@ def test_vllm_with_other_weights_than_the_policys_stops_the_run(actors, runtime,
 def test_our_engines_are_not_warned_of(rollout, actors, runtime, capsys):
     check_step_zero(rollout, actors, config_of(), runtime, EOS, value_term="model")
     assert capsys.readouterr().out == ""
+
+
+def test_step_zero_reads_no_more_than_a_microbatch_may_hold(rollout):
+    lengths = (rollout.query_lengths + rollout.response_lengths).tolist()
+    config = config_of(per_device_train_batch_size=4)
+    assert microbatch_rows(rollout, config) == 4
+    two = dataclasses.replace(config, microbatch_tokens=lengths[0] + lengths[1])
+    assert microbatch_rows(rollout, two) == 2
+    assert microbatch_rows(rollout, dataclasses.replace(config, microbatch_tokens=1)) == 1
+    assert microbatch_rows(rollout.index(torch.arange(3)), config) == 3
 
 
 class Half(Runtime):

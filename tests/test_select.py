@@ -43,25 +43,25 @@ def test_S5_the_highest_mean_reward_wins_though_its_loss_is_worse(output, monkey
     rewards = {"checkpoint-5": 0.3, "checkpoint-10": -1.0, "checkpoint-15": 0.1}
     monkeypatch.setattr(align.select, "mean_reward", lambda path, *rest: rewards[path.rsplit("/", 1)[1]])
     monkeypatch.setattr(align.select, "load_scorer", lambda *_: None)
-    choice = choose_epoch(output, LOG, config_of(output, reward_model_path="rm"), codec=None)
+    choice = choose_epoch(output, LOG, [], config_of(output, reward_model_path="rm"), codec=None)
     assert choice["checkpoint"] == "checkpoint-5" and choice["criterion"] == "highest mean reward"
     assert [(row["reward"], row["validation_loss"]) for row in choice["table"]] == [(0.3, 2.0), (-1.0, 1.0), (0.1, 1.5)]
 
 
 def test_without_a_reward_model_the_lowest_loss_wins(output):
-    choice = choose_epoch(output, LOG, config_of(output), codec=None)
+    choice = choose_epoch(output, LOG, [], config_of(output), codec=None)
     assert choice["checkpoint"] == "checkpoint-10" and choice["criterion"] == "lowest validation loss"
     assert [row["epoch"] for row in choice["table"]] == [1.0, 2.0, 3.0]
 
 
 def test_only_whole_checkpoints_are_chosen(output, capsys):
     (output / "checkpoint-10" / "weights").write_bytes(b"whale")
-    assert choose_epoch(output, LOG, config_of(output), codec=None)["checkpoint"] == "checkpoint-15"
+    assert choose_epoch(output, LOG, [], config_of(output), codec=None)["checkpoint"] == "checkpoint-15"
     assert f"warning: {output}/checkpoint-10: weights changed: not chosen from" in capsys.readouterr().out
     shutil.rmtree(output / "checkpoint-15")
-    assert choose_epoch(output, LOG, config_of(output), codec=None)["checkpoint"] == "checkpoint-5"
+    assert choose_epoch(output, LOG, [], config_of(output), codec=None)["checkpoint"] == "checkpoint-5"
     with pytest.raises(UserError, match="no checkpoint to choose from"):
-        choose_epoch(output / "elsewhere", LOG, config_of(output), codec=None)
+        choose_epoch(output / "elsewhere", LOG, [], config_of(output), codec=None)
 
 
 def test_pick_takes_the_earlier_of_equals():
@@ -103,7 +103,9 @@ def test_S5_mean_reward_samples_the_checkpoint_and_scores_it(tiny_codec, tmp_pat
             ids = torch.cat([ids, torch.tensor([[tiny_codec.eos_id]])], 1)
         total += float(judge(ids).logits[0, -1, 0].detach())
     reward = load_scorer(settings, tiny_codec)
-    assert mean_reward(str(tmp_path / "policy"), reward, settings, tiny_codec) == pytest.approx(total / 2, abs=1e-4)
+    assert mean_reward(str(tmp_path / "policy"), reward, prompts[:2], settings, tiny_codec) == pytest.approx(
+        total / 2, abs=1e-4
+    )
 
 
 def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp_path):
@@ -148,7 +150,9 @@ def test_S5_a_reward_model_with_another_tokenizer_reads_the_text(tiny_codec, tmp
         tokens = other(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
         total += float(judge(tokens).logits[0, 0].detach())
     reward = load_scorer(settings, tiny_codec)
-    assert mean_reward(str(tmp_path / "policy"), reward, settings, tiny_codec) == pytest.approx(total / 3, abs=1e-4)
+    assert mean_reward(str(tmp_path / "policy"), reward, prompts, settings, tiny_codec) == pytest.approx(
+        total / 3, abs=1e-4
+    )
 
 
 class Rates(TrainerCallback):
@@ -256,7 +260,8 @@ def test_S5_prompts_without_room_for_an_answer_are_not_sampled_from(tiny_codec, 
     monkeypatch.setattr(
         align.select, "load_reward", lambda *how, **more: lambda prompts, episodes: [0.5] * len(prompts)
     )
-    assert mean_reward("policy", load_scorer(settings, tiny_codec), settings, tiny_codec) == 0.5
+    prompts = selection_prompts("policy", settings, tiny_codec)
+    assert mean_reward("policy", load_scorer(settings, tiny_codec), prompts, settings, tiny_codec) == 0.5
     assert asked == [tiny_codec.prompt("hot")] and lengths[1] > lengths[0]
     monkeypatch.setattr(align.select, "context_of", lambda path: 3)
     with pytest.raises(UserError, match="max_new_tokens: no validation prompt leaves room for 3: lower"):

@@ -97,7 +97,7 @@ def test_every_epoch_stays_until_one_is_chosen(tiny_codec, tmp_path):
     trainer = trainer_of(tiny_codec, tmp_path, None, num_train_epochs=3.0, save_total_limit=2)
     trainer.add_callback(SaveEachEpoch())
     trainer.train()
-    choice = choose_epoch(tmp_path, trainer.state.log_history, trainer.config, tiny_codec)
+    choice = choose_epoch(tmp_path, trainer.state.log_history, [], trainer.config, tiny_codec)
     assert [row["checkpoint"] for row in choice["table"]] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert [row["epoch"] for row in choice["table"]] == [1.0, 2.0, 3.0]
 

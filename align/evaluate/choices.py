@@ -15,12 +15,10 @@ import torch
 
 from align.evaluate.win_rate import Interval, mean_interval, paired_gain, rate_interval
 from align.models import Policy
-from align.packing import pack_continuations, token_batches
+from align.packing import SCORED_TOKENS, pack_continuations, token_batches
 from align.runtime import gather_list, my_share
 from align.text import Codec
 from align.types import Choice
-
-MAX_TOKENS = 8192  # of one forward pass of several rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def weigh(policy: Policy, rows: Sequence[Choice], codec: Codec, batch_size: int)
     encoded = encode([rows[i] for i in my_share(len(rows))], codec)
     weighed: list[Weighed | None] = [None] * len(encoded)
     sizes = [len(query) + sum(map(len, choices)) for query, choices in encoded]
-    for picked in token_batches(sizes, batch_size, MAX_TOKENS):
+    for picked in token_batches(sizes, batch_size, SCORED_TOKENS):
         queries, choices = zip(*(encoded[i] for i in picked), strict=True)
         totals = iter(continuation_logprobs(policy, queries, choices, codec.pad_id))
         for i in picked:

@@ -25,7 +25,7 @@ from align.models import (
     load_scalar_model,
     response_logprobs,
 )
-from align.packing import token_batches
+from align.packing import SCORED_TOKENS, token_batches
 from align.ranking import score_rankings
 from align.reward_models import load_reward, require_same_tokens, say_other_end
 from align.rewards import FunctionReward, ModelReward, Reward
@@ -81,7 +81,8 @@ def load_proxy(config: EvaluateConfig, codec: Codec, runtime: Runtime) -> Reward
         return load_scalar_model(path, config.attn_implementation).to(runtime.device)  # float32: rounding makes ties
 
     size, device = config.per_device_batch_size, runtime.device
-    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, size, device=device)
+    how = {"batch_size": size, "max_tokens": SCORED_TOKENS, "device": device}
+    return load_reward(config.reward_model_path, "reward_model_path", codec, load_scalar, **how)
 
 
 def answer(
@@ -114,7 +115,9 @@ def answer(
     own = [Episode(tuple(plain[i]), e.response, e.finished) for i, e in zip(picked, episodes, strict=True)]
     with torch.no_grad(), runtime.autocast():
         here = sequence_logprobs(policy, episodes, drawn, setting, runtime.device, temperature or 1.0)
-        there = sequence_logprobs(setting.sft, own, drawn, setting, runtime.device, temperature or 1.0)
+        there = here
+        if few_shot or policy is not setting.sft:
+            there = sequence_logprobs(setting.sft, own, drawn, setting, runtime.device, temperature or 1.0)
     proxies = proxy_scores([prompts[i] for i in picked], own, setting)
     for row, kl, proxy in zip(rows, (here - there).tolist(), proxies, strict=True):
         row |= {"kl": kl, "proxy": proxy}
@@ -238,7 +241,7 @@ def sequence_logprobs(
 ) -> Tensor:
     """Log-probability of the first `drawn` tokens of each response. (N,)"""
     totals = torch.zeros(len(episodes))
-    for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size):
+    for rows in token_batches([len(e.query) + len(e.response) for e in episodes], setting.batch_size, SCORED_TOKENS):
         batch = [episodes[i] for i in rows]
         ids = pad_rows([[*e.query, *e.response] for e in batch], setting.codec.pad_id).to(device)
         starts = torch.tensor([len(e.query) for e in batch], device=device)
@@ -257,7 +260,7 @@ def perplexity(policy: Policy, documents: list[list[int]], batch_size: int, devi
     """
     if not documents:
         return None
-    batches = token_batches([len(document) for document in documents], batch_size)
+    batches = token_batches([len(document) for document in documents], batch_size, SCORED_TOKENS)
     mine = [batches[i] for i in my_share(len(batches))]
     sums = gather_list([float(document_nll(policy, [documents[i] for i in rows], device)) for rows in mine])
     return math.exp(math.fsum(sums) / sum(len(document) - 1 for document in documents))

@@ -12,12 +12,12 @@ from torch import nn
 
 from align.data import ranking_length
 from align.models import ScalarModel, load_scalar_model
-from align.packing import pack_rows, token_batches
+from align.packing import SCORED_TOKENS, pack_rows, token_batches
 from align.ranking import score_rankings, score_rows
 from align.reward_models import has_linear_score, load_classifier, reward_codec, reward_config
-from align.rewards import plain_text, score_pairs
+from align.rewards import score_pairs
 from align.text import Codec
-from align.types import Ranking
+from align.types import Ranking, contents
 
 
 class Scorer(Protocol):
@@ -62,7 +62,8 @@ class ClassifierScorer:
 
     def score(self, rankings: list[Ranking], batch_size: int) -> list[list[float]]:
         scores: dict[int, list[float]] = {}
-        for picked in token_batches([self.tokens(ranking) for ranking in rankings], batch_size):
+        sizes = [self.tokens(ranking) * len(ranking.completions) for ranking in rankings]
+        for picked in token_batches(sizes, batch_size, SCORED_TOKENS):
             pairs = [pair for i in picked for pair in _texts(rankings[i])]
             flat = iter(score_pairs(self.model, self.tokenizer, pairs, self.context, len(pairs))[0])
             scores |= {i: [next(flat) for _ in rankings[i].completions] for i in picked}
@@ -70,7 +71,7 @@ class ClassifierScorer:
 
 
 def _texts(ranking: Ranking) -> list[tuple[str, str]]:
-    return [(plain_text(ranking.prompt), plain_text(completion)) for completion in ranking.completions]
+    return [(contents(ranking.prompt), contents(completion)) for completion in ranking.completions]
 
 
 def load_scorer(

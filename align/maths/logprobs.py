@@ -23,22 +23,27 @@ class LinearLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies behind a linear head, a chunk of positions at a time.
 
     One chunk's float32 logits exist at a time, in a buffer small enough for the cache, and are computed again in the
-    backward pass: a fourth matrix product instead of M x V numbers kept. The entropy carries no gradient.
+    backward pass: a fourth matrix product instead of M x V numbers kept. The entropy carries no gradient, and is None
+    where it is not asked for: it costs as much as the rest but the product.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, tokens, temperature, chunk, with_entropies):
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        terms = torch.empty(min(chunk, len(hidden)), weight.shape[0], dtype=torch.float32, device=hidden.device)
+        normalisers, entropies, terms = torch.empty_like(logprobs), None, None
+        if with_entropies:
+            entropies = torch.empty_like(logprobs)
+            ctx.mark_non_differentiable(entropies)
+            terms = torch.empty(min(chunk, len(hidden)), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for rows, logits in chunk_logits(hidden, weight, bias, temperature, chunk):
             normaliser = logits.logsumexp(-1)
-            logits -= normaliser[:, None]
-            logprobs[rows], normalisers[rows] = logits.gather(1, tokens[rows, None]).squeeze(1), normaliser
-            entropies[rows] = -torch.exp(logits, out=terms[: len(logits)]).mul_(logits).sum(-1)
+            logprobs[rows] = logits.gather(1, tokens[rows, None]).squeeze(1) - normaliser
+            normalisers[rows] = normaliser
+            if with_entropies:
+                logits -= normaliser[:, None]
+                entropies[rows] = -torch.exp(logits, out=terms[: len(logits)]).mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
@@ -63,7 +68,7 @@ class LinearLogprobs(torch.autograd.Function):
                 grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None
+        return grad_hidden, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None, None, None
 
 
 CHUNK_ELEMENTS = 2**22  # logits in float32 that fit a CPU's cache: 16 MB
@@ -93,14 +98,16 @@ def linear_logprobs(
     tokens: Tensor,
     temperature: float,
     chunk_elements: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_entropies: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` and `entropy` of the logits `hidden @ weight.T + bias`, which never exist together.
 
     (M, d), (V, d), (V,) or None, (M,) -> (M,), (M,), float32
     """
     assert hidden.dim() == 2 and tokens.shape == hidden.shape[:1]
     chunk_elements = chunk_elements or (GPU_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS)
-    return LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, max(1, chunk_elements // weight.shape[0]))
+    chunk = max(1, chunk_elements // weight.shape[0])
+    return LinearLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk, with_entropies)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

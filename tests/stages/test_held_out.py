@@ -45,6 +45,16 @@ def test_prompts_are_answered_at_the_start_every_so_often_and_at_the_end(measure
     assert "validation/gain" not in metrics[0] and "validation/gold" in metrics[0]
 
 
+def test_a_run_that_kl_stop_ends_measures_what_it_saves(mini, tmp_path):
+    output, prompts = tmp_path / "ppo", mini.run / "data" / "prompts_validation.jsonl"
+    keys = {"validation_file": prompts, "validation_prompts": 5, "eval_iterations": 3, "kl_stop": 1e-9}
+    mini.stage("ppo", mini.run, output_dir=output, **KEYS | {"warmup_iterations": 0}, **keys)
+    metrics, manifest = rows(output / "metrics.jsonl"), json.loads((output / "manifest.json").read_text())
+    stopped = metrics[-1]["step"]
+    assert 0 < stopped < 3 and [row["step"] for row in metrics if "validation/scores" in row] == [0, stopped]
+    assert manifest["metrics"]["validation/scores"] == metrics[-1]["validation/scores"]
+
+
 def test_gains_are_paired_with_the_start(measured):
     output, _ = measured
     metrics, answers = rows(output / "metrics.jsonl"), rows(output / "validation.jsonl")
@@ -125,5 +135,5 @@ def test_prompts_of_both_files_are_named_or_left_out_of_training(mini, tmp_path)
 def test_one_prompt_has_no_interval(mini, tmp_path):
     one = tmp_path / "one.jsonl"
     one.write_text('{"prompt": "Name a colour."}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="validation_file: one prompt that can be used; an interval needs 2 or more"):
+    with pytest.raises(UserError, match="validation_file: 1 prompt that can be used; an interval needs 2 or more"):
         mini.stage("ppo", mini.run, output_dir=tmp_path / "out", validation_file=one)
