@@ -22,14 +22,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from align.errors import UserError
 from align.files import sha256_file
 from align.rows import BadRow, DataReport, Problem, count_kinds, read_rows, refuse, split_paths
 from align.types import Choice, Demonstration, Message, Prompt, Ranking, Text, contents
 
-T = TypeVar("T")
 Columns = Mapping[str, Any]
 
 ASKED = (  # what others call a prompt, or what it may be in
@@ -465,7 +464,7 @@ def _load(kind: str, paths: str | list[str], on_bad_rows: str) -> tuple[list[Any
                 hub_rows.update(json.dumps(row, default=str, sort_keys=True).encode())
             record = parse_row(kind, place, row, notes)
             (problems if isinstance(record, Problem) else used).append(record)
-        digests[name] = _digest(name, hub_rows)
+        digests[name] = hub_rows.hexdigest() if from_hub else sha256_file(name)
     if on_bad_rows == "stop":
         refuse(problems)
     if not used:
@@ -473,61 +472,3 @@ def _load(kind: str, paths: str | list[str], on_bad_rows: str) -> tuple[list[Any
         raise UserError(f"{', '.join(names)}: no {kind} that can be used{counts}: `align validate FILE` says why")
     dropped = dict(Counter(problem.kind for problem in problems))
     return used, DataReport(tuple(names), len(used) + len(problems), len(used), digests, dropped, dict(notes))
-
-
-def _digest(path: str, rows: "hashlib._Hash") -> str:
-    return sha256_file(path) if Path(path).is_file() else rows.hexdigest()
-
-
-# Lengths
-
-
-class Tokens(Protocol):
-    """What lengths need of `align.text.Codec`."""
-
-    def prompt(self, prompt: Text) -> list[int]: ...
-
-    def response(self, completion: Text) -> list[int]: ...
-
-
-def prompt_length(row: Prompt, codec: Tokens) -> int:
-    return len(codec.prompt(row.prompt))
-
-
-def demonstration_length(row: Demonstration, codec: Tokens) -> int:
-    return len(codec.prompt(row.prompt)) + len(codec.response(row.completion))
-
-
-def ranking_length(row: Ranking, codec: Tokens) -> int:
-    """Prompt plus the longest of the K completions."""
-    return len(codec.prompt(row.prompt)) + max(len(codec.response(c)) for c in row.completions)
-
-
-def choice_length(row: Choice, codec: Tokens) -> int:
-    """Prompt plus the longest of the K choices."""
-    prompt = 1 if row.prompt is None else len(codec.prompt(row.prompt))
-    return prompt + max(len(codec.response(choice)) for choice in row.choices)
-
-
-def drop_long(
-    rows: list[T],
-    codec: Tokens,
-    max_tokens: int,
-    report: DataReport,
-    length: Callable[[T, Any], int] = prompt_length,
-) -> tuple[list[T], DataReport]:
-    """Drop and count rows over the cap; never cut one (C.4: prompts over 1k tokens are filtered out).
-
-    Raises UserError when none is left.
-    """
-    kept = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            if length(row, codec) <= max_tokens:
-                kept.append(row)
-        except UserError as error:
-            raise UserError(f"{', '.join(report.paths)}: row {number} of {len(rows)} in use: {error}") from None
-    if rows and not kept:
-        remedy = "raise max_prompt_length or max_length"
-        raise UserError(f"{', '.join(report.paths)}: every row is over {max_tokens} tokens: {remedy}")
-    return kept, report.with_dropped("too_long", len(rows) - len(kept))

@@ -9,11 +9,12 @@ from torch import nn
 
 from align.checkpoint import load_training_state, mark_complete, rotate, save_training_state
 from align.config import PPOConfig
-from align.data import drop_long, load_prompts, load_texts
+from align.data import load_prompts, load_texts
 from align.errors import UserError, first_line
 from align.files import atomic_contents, atomic_folder
 from align.generate import Sampler, make_sampler
 from align.interrupt import deferred
+from align.lengths import drop_long
 from align.lora import (
     WithoutAdapter,
     add_adapter,

@@ -1,6 +1,5 @@
 """Which epoch of a fine-tuning run is the policy (paper section 3.5: validation reward predicts preference best)."""
 
-import itertools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +10,10 @@ import torch
 
 from align.checkpoint import checkpoint_fault
 from align.config import SFTConfig
-from align.data import demonstration_length, load_demonstrations, prompt_length
+from align.data import load_demonstrations
 from align.errors import UserError
 from align.generate import make_sampler, uniform_numbers
+from align.lengths import demonstration_lengths, prompt_lengths
 from align.models import ScalarModel, context_of, load_packed_policy, load_scalar_model
 from align.packing import SCORED_TOKENS
 from align.reward_models import load_reward
@@ -77,8 +77,9 @@ def selection_prompts(model: str, config: SFTConfig, codec: Codec) -> list[Text]
     context = context_of(model) or sys.maxsize
     rows, _ = load_demonstrations(config.validation_file, config.on_bad_rows)
     longest, room = min(context, config.max_length), context - config.max_new_tokens
-    fit = (r for r in rows if demonstration_length(r, codec) <= longest and prompt_length(r, codec) <= room)
-    prompts = [row.prompt for row in itertools.islice(fit, config.selection_prompts)]
+    whole, asked = demonstration_lengths(rows, codec), prompt_lengths(rows, codec)
+    fit = [row.prompt for row, n, m in zip(rows, whole, asked, strict=True) if n <= longest and m <= room]
+    prompts = fit[: config.selection_prompts]
     if not prompts:
         remedy = "lower max_new_tokens, or leave reward_model_path out"
         raise UserError(f"max_new_tokens: no validation prompt leaves room for {config.max_new_tokens}: {remedy}")

@@ -13,10 +13,11 @@ import sys
 from align.checkpoint import start_output
 from align.collect import TOO_FEW, Candidates, draw_k, group, load_labelers, own_columns, rank_all
 from align.config import CollectConfig
-from align.data import drop_long, load_prompts
+from align.data import load_prompts
 from align.errors import UserError
 from align.files import atomic_contents, write_jsonl
 from align.generate import Sampler, make_sampler, uniform_numbers
+from align.lengths import drop_long
 from align.manifest import check_parent, write_manifest
 from align.models import load_packed_policy, require_context
 from align.parse import parse

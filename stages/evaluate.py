@@ -13,21 +13,12 @@ Policies: base, base with a few-shot prefix ("prompted"), SFT, PPO and PPO-ptx w
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from align.checkpoint import start_output
 from align.config import EvaluateConfig
-from align.data import (
-    drop_long,
-    load_demonstrations,
-    load_prompts,
-    load_rankings,
-    load_texts,
-    prompt_length,
-    ranking_length,
-)
+from align.data import load_demonstrations, load_prompts, load_rankings, load_texts
 from align.errors import UserError
 from align.evaluate.best_of_n import best_of_report
 from align.evaluate.policies import (
@@ -48,6 +39,7 @@ from align.evaluate.summary import by_reward_model, summarise
 from align.evaluate.win_rate import agreement
 from align.files import plain, write_json, write_jsonl
 from align.judge import Judge
+from align.lengths import Lengths, drop_long, prompt_lengths, ranking_lengths
 from align.manifest import check_parent, read_manifest
 from align.models import context_of
 from align.order import evenly
@@ -127,12 +119,12 @@ def held_out_rankings(config: EvaluateConfig, codec: Codec, room: int) -> list[R
     if not config.rankings_file:
         return []
     room = min(room, context_of(config.reward_model_path) or room) if config.reward_model_path else room
-    return within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_length)
+    return within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_lengths)
 
 
-def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, length: Callable = prompt_length) -> list:
+def within(max_tokens: int, codec: Codec, rows: list, report: DataReport, lengths: Lengths = prompt_lengths) -> list:
     """The rows that the models can read."""
-    kept, report = drop_long(rows, codec, max_tokens, report, length)
+    kept, report = drop_long(rows, codec, max_tokens, report, lengths)
     if len(kept) < len(rows):
         announce(
             f"{', '.join(report.paths)}: {len(rows) - len(kept)} of {len(rows)} rows over {max_tokens} tokens left out"

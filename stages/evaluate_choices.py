@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 from align.config import EvaluateChoicesConfig
-from align.data import choice_length, drop_long, load_choices
+from align.data import load_choices
 from align.errors import UserError
 from align.evaluate.choices import choices_report, shown, weigh, write_markdown
 from align.evaluate.policies import load_evaluated, policy_paths
 from align.files import plain, write_json, write_jsonl
+from align.lengths import choice_lengths, drop_long
 from align.manifest import check_parent
 from align.models import row_limit
 from align.order import evenly
@@ -70,7 +71,7 @@ def load_rows(config: EvaluateChoicesConfig, codec: Codec) -> list[Choice]:
     """Rows that the models can read; of each source at most `num_rows`."""
     limit = row_limit(config.sft_path, "max_length", config.max_length)
     read, report = load_choices(config.choices_file, config.on_bad_rows)
-    rows, _ = drop_long(read, codec, limit, report, choice_length)
+    rows, _ = drop_long(read, codec, limit, report, choice_lengths)
     if len(rows) < len(read):
         announce(f"choices_file: {len(read) - len(rows)} of {len(read)} rows over {limit} tokens left out")
     sources: dict[str | None, list[Choice]] = {}

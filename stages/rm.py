@@ -24,12 +24,13 @@ from transformers import TrainingArguments, set_seed
 
 from align.checkpoint import checkpoints, is_finished, start_output
 from align.config import RMConfig
-from align.data import demonstration_length, drop_long, load_demonstrations, load_rankings, ranking_length
+from align.data import load_demonstrations, load_rankings
 from align.evaluate.folds import make_folds, refuse_model, summarise_folds
 from align.evaluate.reward_report import ranking_accuracy
 from align.files import atomic_contents, plain, remove_folders, write_json
 from align.head import fit_head
 from align.interrupt import deferred
+from align.lengths import demonstration_lengths, drop_long, ranking_lengths
 from align.lora import with_lora
 from align.manifest import check_parent, write_manifest
 from align.models import ScalarModel, disable_dropout, load_scalar_model, refuse_adapter, row_limit, save_scalar_model
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     demonstrations = []
     if config.demonstrations_file is not None:
         demonstrations, report = load_demonstrations(config.demonstrations_file, config.on_bad_rows)
-        demonstrations, report = drop_long(demonstrations, codec, limit, report, demonstration_length)
+        demonstrations, report = drop_long(demonstrations, codec, limit, report, demonstration_lengths)
         reports["demonstrations_file"] = report
     output, checkpoint = start_run(config, parents, reports)
 
@@ -158,20 +159,19 @@ def load_all(config: RMConfig, codec: Codec, limit: int) -> tuple[list, dict[str
     for name, path in (("validation", config.validation_file), ("held_out_labelers", config.held_out_file)):
         if path:
             held[name], report = load_rankings(path, config.on_bad_rows)
-            held[name], reports[name] = drop_long(held[name], codec, limit, report, ranking_length)
+            held[name], reports[name] = drop_long(held[name], codec, limit, report, ranking_lengths)
     rankings, report = load_rankings(config.train_file, config.on_bad_rows)
     refuse_eval_only(rankings, report)
     for others in held.values():
         rankings, report = keep_apart(rankings, report, others, config.on_bad_rows)
-    rankings, reports["train_file"] = drop_long(rankings, codec, limit, report, ranking_length)
+    rankings, reports["train_file"] = drop_long(rankings, codec, limit, report, ranking_lengths)
     say_training_leaks([config.model_name_or_path], [ranking for others in held.values() for ranking in others])
     return rankings, held, reports
 
 
 def accuracies(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
     """Accuracy with intervals, calibration and baselines, by name of the held-out set."""
-    size = config.per_device_eval_batch_size
-    scored = {name: score_rankings(model, rows, codec, size) for name, rows in held.items()}
+    scored = {name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()}
     return {name: plain(ranking_accuracy(rows, config.seed)) for name, rows in scored.items()}
 
 

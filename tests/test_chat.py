@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from align.config import SFTConfig
-from align.data import drop_long
 from align.demonstrations import demonstration_rows
 from align.errors import UserError
+from align.lengths import drop_long
 from align.ranking import encode_rankings
 from align.rows import DataReport
 from align.text import Codec

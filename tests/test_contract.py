@@ -43,7 +43,7 @@ FLOORS = (
     },
     {"attention", "prepack"},
     {"text", "checkpoint", "resume", "manifest", "rows", "splits", "packing", "postmortem", "track"},
-    {"models", "data", "filters"},
+    {"models", "data", "filters", "lengths"},
     {"generate", "vllm_engine", "ranking", "update", "readers", "lora", "demonstrations"},
     {"rewards", "reward_models", "judge", "head", "trainer"},
     {"rollout", "evaluate", "collect", "select"},

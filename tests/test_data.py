@@ -12,19 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data import (
-    demonstration_length,
-    drop_long,
     load_demonstrations,
     load_prompts,
     load_rankings,
     load_texts,
     parse_ranking,
     parse_row,
-    ranking_length,
 )
 from align.errors import UserError
+from align.lengths import choice_lengths, demonstration_lengths, drop_long, ranking_lengths
 from align.rows import Problem, read_rows
-from align.types import Demonstration, Prompt, Ranking
+from align.types import Choice, Demonstration, Prompt, Ranking
 from tests.folders import lines
 
 USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
@@ -533,11 +531,11 @@ def test_real_json_strings_are_no_rows():
 class Words:
     """One token a word, EOS after a response."""
 
-    def prompt(self, prompt):
-        return prompt.split()
+    def prompts(self, prompts):
+        return [prompt.split() for prompt in prompts]
 
-    def response(self, completion):
-        return [*completion.split(), "EOS"]
+    def responses(self, completions):
+        return [[*completion.split(), "EOS"] for completion in completions]
 
 
 def test_D2_prompts_over_the_cap_are_dropped_and_counted_never_cut(tmp_path):
@@ -554,10 +552,12 @@ def test_D2_prompts_over_the_cap_are_dropped_and_counted_never_cut(tmp_path):
 def test_D2_lengths_count_the_whole_sequence(tmp_path):
     demonstration = Demonstration("a b", "c d e")
     ranking = Ranking("a b", ("c", "d e f g", "h i"), (0.0, 1.0, 2.0))
-    assert demonstration_length(demonstration, Words()) == 2 + 3 + 1
-    assert ranking_length(ranking, Words()) == 2 + 4 + 1
+    assert demonstration_lengths([demonstration] * 2, Words()) == [2 + 3 + 1] * 2
+    assert ranking_lengths([ranking] * 2, Words()) == [2 + 4 + 1] * 2
+    choices = [Choice("a b", ("c d", "e")), Choice(None, ("a", "b c"))]
+    assert choice_lengths(choices, Words()) == [2 + 2 + 1, 1 + 2 + 1]
     _, report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
-    assert drop_long([ranking], Words(), 7, report, ranking_length)[0] == [ranking]
+    assert drop_long([ranking], Words(), 7, report, ranking_lengths)[0] == [ranking]
 
 
 def test_an_answer_labelled_bad_is_no_demonstration(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from align.data import ranking_length
+from align.lengths import ranking_lengths
 from align.models import ScalarModel, load_scalar_model
 from align.packing import SCORED_TOKENS, pack_rows, token_batches
 from align.ranking import score_rankings, score_rows
@@ -43,7 +43,7 @@ class ScalarScorer:
     context: int | None = None
 
     def tokens(self, ranking: Ranking) -> int:
-        return ranking_length(ranking, self.codec)
+        return ranking_lengths([ranking], self.codec)[0]
 
     def score(self, rankings: list[Ranking], batch_size: int) -> list[list[float]]:
         return [scores for _, scores in score_rankings(self.model, rankings, self.codec, batch_size)]
