@@ -171,8 +171,8 @@ def load_all(config: RMConfig, codec: Codec, limit: int) -> tuple[list, dict[str
 
 def accuracies(model, held: dict[str, list], codec: Codec, config: RMConfig) -> dict:
     """Accuracy with intervals, calibration and baselines, by name of the held-out set."""
-    scored = {name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()}
-    return {name: plain(ranking_accuracy(rows, config.seed)) for name, rows in scored.items()}
+    found = {name: score_rankings(model, rows, codec, config.per_device_eval_batch_size) for name, rows in held.items()}
+    return {name: plain(ranking_accuracy(rows, config.seed)) for name, rows in found.items()}
 
 
 def training_arguments(config: RMConfig, output: Path) -> TrainingArguments:
