@@ -372,6 +372,7 @@ class PPOConfig(TrainingConfig):
     reward_clip: float | None = None
     missing_eos_penalty: float | None = -1.0  # the score of a response that does not end
     missing_eos_mode: str = "replace"  # or "subtract": score - |penalty|
+    finished_target: float | None = None  # given, with "subtract": the penalty adapts so that so many end, e.g. 0.4
     ema_decay: float | None = 0.992  # per optimiser step; the saved policy is the average
     save_iterations: int = 0  # a checkpoint to resume from every so many iterations; 0: none
     transcript_iterations: int = 10
@@ -387,6 +388,11 @@ class PPOConfig(TrainingConfig):
         super().__post_init__()
         choose("kl_estimator", self.kl_estimator, ESTIMATORS)
         choose("missing_eos_mode", self.missing_eos_mode, ("replace", "subtract"))
+        if self.finished_target is not None:
+            between("finished_target", self.finished_target, 0.01, 1)
+            if self.missing_eos_mode != "subtract" or self.missing_eos_penalty is None:
+                remedy = "set missing_eos_mode: subtract and the missing_eos_penalty to start with"
+                raise UserError(f"finished_target: adapts a penalty that is subtracted: {remedy}")
         if self.missing_eos_mode == "replace" and (self.missing_eos_penalty or 0) > 0:
             warnings.warn(
                 f"missing_eos_penalty: {self.missing_eos_penalty} is the score of an answer that does not end, over "

@@ -1,6 +1,6 @@
 """Everything stage 3 loads, builds and saves around its loop."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from align.lora import (
     save_value_folder,
 )
 from align.manifest import check_parent, weights_sha256, write_manifest
+from align.maths.control import adapt_eos_penalty
 from align.maths.kl import adapt_kl_coef
 from align.maths.schedule import linear_decay, warmup_factor
 from align.models import (
@@ -100,6 +101,8 @@ class Progress:
     prompts: Cursor
     documents: Cursor
     kl_coef: float  # of the next rollout
+    eos_penalty: float | None = None  # of the next rollout
+    eos_error: float = 0.0  # share of answers wanted minus that which ended, in the last rollout
     done: int = 0  # finished iterations
     step_zero: dict[str, float | None] = field(default_factory=dict)
     row: dict[str, float] = field(default_factory=dict)  # the log's last
@@ -108,12 +111,22 @@ class Progress:
     @staticmethod
     def at_start(inputs: Inputs, config: PPOConfig) -> "Progress":
         documents = Cursor(max(len(inputs.texts), 1), config.seed + 1)
-        return Progress(Cursor(len(inputs.queries), config.seed), documents, config.kl_coef)
+        prompts = Cursor(len(inputs.queries), config.seed)
+        return Progress(prompts, documents, config.kl_coef, config.missing_eos_penalty)
 
     def advance(self, row: dict[str, float], config: PPOConfig) -> None:
-        """An iteration has ended with this row."""
+        """An iteration has ended with this row, which gets the penalty where it adapts."""
+        if config.finished_target is not None:
+            row["missing_eos_penalty"] = self.eos_penalty
+            error = config.finished_target - row["objective/finished"]
+            self.eos_penalty = adapt_eos_penalty(self.eos_penalty, error, self.eos_error)
+            self.eos_error = error
         self.kl_coef = next_kl_coef(self.kl_coef, row["objective/kl"], config, self.done)
         self.done, self.row = self.done + 1, row
+
+    def in_force(self, config: PPOConfig) -> PPOConfig:
+        """The config with what has adapted: the penalty for an answer that does not end."""
+        return replace(config, missing_eos_penalty=self.eos_penalty)
 
 
 def load_inputs(config: PPOConfig) -> Inputs:
@@ -289,6 +302,7 @@ def save_state(
     state = {
         "iteration": progress.done,
         "kl_coef": progress.kl_coef,
+        "eos_penalty": (progress.eos_penalty, progress.eos_error),
         "step_zero": progress.step_zero,
         "row": progress.row,
         "start_scores": progress.start_scores,
@@ -331,6 +345,8 @@ def load_state(checkpoint: Path, progress: Progress, learner: Learner, config: P
     progress.start_scores = state.get("start_scores", {})  # a checkpoint of before has none
     if config.kl_target is not None:
         progress.kl_coef = state["kl_coef"]
+    if config.finished_target is not None and "eos_penalty" in state:
+        progress.eos_penalty, progress.eos_error = state["eos_penalty"]
 
 
 def save_policy(

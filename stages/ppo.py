@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not is_main_process())):
             set_learning_rates(learner, config, iteration, algebra.iterations)
             queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
-            rollout = collect_rollout(queries, models, config, runtime, progress.kl_coef, iteration)
+            rollout = collect_rollout(queries, models, progress.in_force(config), runtime, progress.kl_coef, iteration)
             if iteration == 0:
                 progress.step_zero = check_step_zero(rollout, models, config, runtime, codec.eos_id, start.term)
                 rollout, fit = fit_value_head(rollout, learner.value_model, config, runtime)

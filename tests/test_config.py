@@ -81,7 +81,8 @@ FIELDS = {
         optim gradient_checkpointing use_peft value_use_peft lora_r lora_alpha lora_target_modules
         frozen_quantization
         kl_coef kl_estimator kl_target kl_horizon kl_stop gamma lam cliprange dual_clip cliprange_value
-        whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode ema_decay
+        whiten_advantages whiten_rewards reward_clip missing_eos_penalty missing_eos_mode
+        finished_target ema_decay
         save_iterations transcript_iterations judge
     """,
     "EvaluateConfig": """
