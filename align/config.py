@@ -159,7 +159,7 @@ class SFTConfig(TrainerConfig):
     residual_dropout: float = 0.0  # C.1: 0.2 for the SFT baseline
     num_train_epochs: float = 2.0  # C.3: 2 for RL init; C.1: 16 for the SFT baseline
     learning_rate: float = 9.65e-6
-    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.1, C.3); or another of SCHEDULES
+    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.1, C.3); or cosine, linear, constant
     warmup_steps: float = 0  # under 1: a share of all steps
     weight_decay: float = 0.0  # of matrices, by AdamW and its kin; Muon has none
     optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
@@ -236,7 +236,7 @@ class RMConfig(TrainerConfig):
     num_folds: int = 5
     num_train_epochs: float = 1.0  # more overfit fast (C.2); 0: a fitted head alone, the body as it was
     learning_rate: float = 9e-6
-    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.2); or another of SCHEDULES
+    lr_scheduler_type: str = "cosine_with_min_lr"  # to a tenth (C.2); or cosine, linear, constant
     warmup_steps: float = 0  # under 1: a share of all steps
     weight_decay: float = 0.0  # of matrices, by AdamW and its kin; Muon has none
     optim: str | None = None  # docs/migrating.md lists six; null: muon where it has a rate, else adamw_torch_fused
@@ -319,7 +319,7 @@ class PPOConfig(TrainingConfig):
     train_file: str = ""
     validation_file: str | None = None  # prompts to measure on, that are not trained on
     validation_prompts: int = 256  # so many of them, evenly spaced over the file; 0: all
-    eval_iterations: int = 10  # they are answered at the start, every so many iterations and after the last; 0: never
+    eval_iterations: int = 10  # they are answered at the start, every so many iterations and at the end; 0: never
     pretraining_file: str | None = None
     ptx_coef: float = 27.8  # gamma of Eq. 2, on the mean loss of a pretraining token; 0 is plain PPO
     ptx_examples_per_episode: float = 8.0

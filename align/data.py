@@ -258,11 +258,11 @@ def parse_choice(row: Columns, notes: Counter[str]) -> Choice:
         raise BadRow("repeated_choice", "two of its choices are alike", "take the row out")
     answer = row.get("answer")
     answers = answer if isinstance(answer, (list, tuple)) else [answer] * (answer is not None)
-    if not answers and len(texts) > 2:
-        what = "has no 'answer', and more than the two choices of a pair"
-        raise BadRow("missing_field", what, "give the number of the right one, from 0")
     prompt = None if row.get("prompt") is None else _prompt(row)
-    right = tuple(_place(answer, texts) for answer in answers)
+    if not answers and (len(texts) > 2 or (prompt is not None and answer is None)):
+        remedy = "give the number of the right one, from 0, or [] for a pair of which neither is"
+        raise BadRow("missing_field", "has no 'answer'", remedy)
+    right = tuple(sorted({_place(answer, texts) for answer in answers}))
     return Choice(prompt, tuple(texts), right, _rest(row, "prompt", "choices", "answer"))
 
 

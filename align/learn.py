@@ -124,6 +124,9 @@ class Progress:
         self.kl_coef = next_kl_coef(self.kl_coef, row["objective/kl"], config, self.done)
         self.done, self.row = self.done + 1, row
 
+    def checkpoint_is_due(self, config: PPOConfig) -> bool:
+        return config.save_iterations > 0 and self.done % config.save_iterations == 0
+
     def in_force(self, config: PPOConfig) -> PPOConfig:
         """The config with what has adapted: the penalty for an answer that does not end."""
         return replace(config, missing_eos_penalty=self.eos_penalty)
@@ -281,9 +284,10 @@ def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig, iteration: int) -
     return adapt_kl_coef(kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon)
 
 
-def stop_for_kl(progress: Progress, config: PPOConfig) -> str | None:
-    """Why the run ends here, which is said too: KL over the limit, where the reward means little. None: it goes on."""
-    kl, done = progress.row.get("objective/kl", 0.0), progress.done
+def stop_for_kl(row: dict[str, float], done: int, config: PPOConfig) -> str | None:
+    """Why the run ends after `done` iterations, the last with this row, which is said too: KL over the limit, where the
+    reward means little. None: it goes on."""
+    kl = row.get("objective/kl", 0.0)
     if config.kl_stop is None or kl <= config.kl_stop:
         return None
     reason = f"stopped after iteration {done}: KL {kl:.3g} nats an episode is over kl_stop {config.kl_stop:g}"

@@ -39,11 +39,11 @@ def ranking_lengths(rows: Sequence[Ranking], codec: Tokens) -> list[int]:
 
 
 def choice_lengths(rows: Sequence[Choice], codec: Tokens) -> list[int]:
-    """Prompt, or the token that stands for none, plus the longest of the K choices."""
+    """Prompt, or the token that stands for none, plus the longest of the K choices, whose EOS is not read."""
     answers = _lengths([choice for row in rows for choice in row.choices], codec)
     prompts = iter(codec.prompts([row.prompt for row in rows if row.prompt is not None]))
     starts = [1 if row.prompt is None else len(next(prompts)) for row in rows]
-    return [p + max(next(answers) for _ in row.choices) for p, row in zip(starts, rows, strict=True)]
+    return [p + max(next(answers) for _ in row.choices) - 1 for p, row in zip(starts, rows, strict=True)]
 
 
 def _lengths(answers: list[Text], codec: Tokens) -> Iterator[int]:

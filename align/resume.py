@@ -31,7 +31,8 @@ SHARED = (
 )  # fmt: skip
 ROWS_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
 LORA = ("lora_r", "lora_alpha", "lora_target_modules")  # the same, where there is an adapter
-RATES = ("learning_rate", "muon_learning_rate", "weight_decay")  # a Trainer brings its own back; PPO follows the config
+RATES = ("learning_rate", "muon_learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")  # of a Trainer
+LATER = {"weight_decay": 0.0, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 0}  # what runs before had
 DATA = ("train_file", "pretraining_file")
 HOW = (  # where a run lies, what it says and keeps on its way, when it stops
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
@@ -140,7 +141,7 @@ def why_not(checkpoint: Path, output: Path, own: dict[str, Any], parts: Sequence
         what = f"{path}: is no run.json of this project ({type(error).__name__}: {error})"
         return f"{what}: delete it to resume without its check"
     for part in parts:
-        keys = before.get(part, {})
+        keys = {name: value for name, value in LATER.items() if name in own[part]} | before.get(part, {})
         for key in sorted(keys, key=lambda key: (key in LORA, key)):  # LoRA's go with use_peft
             was, now = json.dumps(keys.get(key)), json.dumps(own[part].get(key))
             if was != now:

@@ -15,16 +15,17 @@ MIN_SHARE = 0.35  # of a prompt's words that a script must have to count as one 
 KANA = ("HIRAGANA", "KATAKANA")
 NOT_SPACED = re.compile("[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|https?://\S+", re.DOTALL)
-LABEL = re.compile(r"^\s*(?:Human|User|Assistant|System)\s*[:：]", re.MULTILINE)
+LABEL = re.compile(r"^\s*(Human|User|Assistant|System)\s*[:：]", re.MULTILINE)  # of a dialogue written as text
 
 
 def same_script(prompts: Sequence[Text], completions: Sequence[str], **columns) -> list[float]:
     """Minus the share of a completion's words in scripts that its prompt (of a conversation: the user's side) lacks.
 
-    0 for a Chinese answer to a Chinese question, -1 for an English one. A Chinese character or a kana is a word, code
-    and URLs are none; 0 where prompt or completion has no word. Languages that share a script are not told apart, nor
-    Chinese from Japanese where the question has kana. A prompt that asks for another script ("translate into Chinese")
-    takes points off the right answer: keep the weight under what that one is worth.
+    0 for a Chinese answer to a Chinese question, -1 for an English one; 0 where prompt or completion has no word. A
+    Chinese character or a kana is a word, a whole phrase of Thai, Lao or Khmer another; code and URLs are none.
+    Languages that share a script are not told apart, nor Chinese from Japanese where the question has kana. A prompt
+    that asks for another script ("translate into Chinese") takes points off the right answer: keep the weight under
+    what that one is worth.
     """
     return [0.0 - foreign_share(asked(p), c) for p, c in zip(prompts, completions, strict=True)]
 
@@ -50,9 +51,13 @@ def foreign_share(prompt: str, completion: str) -> float:
 
 def asked(prompt: Text) -> str:
     """What the user wrote."""
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    return CODE.sub(" ", LABEL.sub(" ", prompt))
+    if isinstance(prompt, str):
+        before, *turns = LABEL.split(prompt)
+        said = [text for role, text in zip(turns[::2], turns[1::2], strict=True) if role in ("Human", "User")]
+        said = [before, *said]
+    else:
+        said = [message["content"] for message in prompt if message["role"] == "user"]
+    return CODE.sub(" ", "\n".join(said))
 
 
 def scripts(text: str) -> Counter[str]:
@@ -69,8 +74,8 @@ def words(text: str) -> list[str]:
 
 def repeated_share(text: str) -> float:
     units, size = words(text), 3
-    characters = [c for c in text.lower() if not c.isspace()]
-    if not 2 * len(units) < len(characters) <= 20 * len(units):
-        units, size = characters, 6
+    written = "".join(units)
+    if not 2 * len(units) < len(written) <= 20 * len(units):
+        units, size = list(written or "".join(text.split())), 6  # of an answer of signs alone, the signs
     ngrams = list(zip(*(units[i:] for i in range(size)), strict=False))
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.data import parse_row
 from align.evaluate.win_rate import agreement
-from align.readers.reading import WITHOUT_PROMPTS, Conversion, read
+from align.readers.reading import Conversion, read
 from align.rows import Problem
 from align.splits import prompt_key
 from align.types import Demonstration, Ranking, contents
@@ -34,8 +34,9 @@ def main(argv: list[str]) -> int:
     for conversion in found:
         records = list(parsed(conversion))
         print("\n".join([conversion.summary(), *(f"  {line}" for line in describe(conversion, records))]))
-        if conversion.kind not in WITHOUT_PROMPTS:
-            prompts[", ".join(conversion.paths)] = {prompt_key(record.prompt) for record in records}
+        if conversion.kind != "text":
+            asked = {prompt_key(record.prompt) for record in records if record.prompt is not None}
+            prompts[", ".join(conversion.paths)] = asked
     for line in shared(prompts):
         print(line)
     return 0

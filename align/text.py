@@ -258,6 +258,11 @@ class Codec:
             return self._plain([self._unmark(text) for text in texts])
         return self._encode(texts)
 
+    @property
+    def start_id(self) -> int:
+        """What a text stands behind where nothing is asked: BOS where it opens a sequence, else EOS."""
+        return self.tokenizer.bos_token_id if self._opener() else self.eos_id
+
     def _opener(self) -> str:
         """BOS where it opens a sequence and nothing else: the tokenizer puts it there, or the template writes it once
         for several turns. SmolLM2's BOS, <|im_start|>, opens every turn and is part of the text."""

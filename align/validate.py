@@ -23,14 +23,14 @@ from align.readers.formats import FORMATS, detect_format
 from align.rows import Problem, count_kinds, read_rows, split_paths
 from align.splits import prompt_key
 from align.track import announce
-from align.types import Ranking, Text
+from align.types import Choice, Ranking, Text
 
 ALL = "--all"
 USAGE = f"usage: align validate [{ALL}] FILE...   ({ALL}: every bad row, not the first 50 of each file)"
 SHOWN = 50  # bad rows printed a file, without --all
 SAMPLE = 100  # rows that decide a file's kind
 MARKS = {"completions": "ranking", "chosen": "preference", "rejected": "preference", "messages": "demonstration"}
-MARKS |= {"completion": "demonstration", "choices": "choice", "prompt": "prompt", "text": "text"}  # the first decides
+MARKS |= {"completion": "demonstration", "prompt": "prompt", "text": "text", "choices": "choice"}  # the first decides
 FAMILY = {"preference": "ranking"}  # read as the same records
 
 
@@ -82,6 +82,8 @@ def check_file(path: str) -> FileCheck:
     unreadable = [row for _, row in head if isinstance(row, Problem)]
     if kind is None and unreadable:
         kind = "unknown"
+    if kind == "prompt" and head and all(isinstance(_choice(row), Choice) for _, row in head):
+        kind = "choice"  # else choices are a column of prompts, for a reward function
     foreign = detect_format(row for _, row in head)
     foreign = foreign if foreign is not None and FORMATS[foreign].foreign else None
     if foreign and kind in (None, "text"):  # whose `text` is a part of its row
@@ -98,6 +100,10 @@ def check_file(path: str) -> FileCheck:
     ):  # named by its fields, such as a tree's `prompt`, and yet not ours
         raise UserError(f"{path}: {_foreign(path, foreign)}")
     return check
+
+
+def _choice(row: Any) -> Any:
+    return parse_row("choice", "", row, Counter())
 
 
 def _foreign(path: str, name: str) -> str:

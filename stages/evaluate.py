@@ -44,6 +44,7 @@ from align.manifest import check_parent, read_manifest
 from align.models import context_of
 from align.order import evenly
 from align.parse import parse
+from align.reward_models import reads_sampled_tokens
 from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
@@ -115,10 +116,11 @@ def main(argv: list[str]) -> None:
 
 
 def held_out_rankings(config: EvaluateConfig, codec: Codec, room: int) -> list[Ranking]:
-    """Those that SFT and the reward model can both read."""
+    """Those that SFT can read, and a reward model that reads its tokens; another cuts what it cannot."""
     if not config.rankings_file:
         return []
-    room = min(room, context_of(config.reward_model_path) or room) if config.reward_model_path else room
+    if config.reward_model_path and reads_sampled_tokens(config.reward_model_path, codec):
+        room = min(room, context_of(config.reward_model_path) or room)
     return within(room, codec, *load_rankings(config.rankings_file, config.on_bad_rows), ranking_lengths)
 
 

@@ -22,6 +22,7 @@ from align.manifest import check_parent
 from align.models import row_limit
 from align.order import evenly
 from align.parse import parse
+from align.rows import DataReport
 from align.runtime import Runtime, is_main_process, tune_cpu
 from align.text import Codec
 from align.track import announce
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     output = Path(config.output_dir)
     if (output / "choices.json").exists() and not config.overwrite_output_dir:
         raise UserError(f"output_dir: {output} holds a report; choose another, or set overwrite_output_dir: true")
-    rows = load_rows(config, codec)
+    rows, data = load_rows(config, codec)
     say_training_leaks(list(paths.values()), [row for row in rows if row.prompt is not None])
 
     # 2. Every policy weighs every choice.
@@ -55,9 +56,10 @@ def main(argv: list[str]) -> None:
     # 3. Report.
     report = choices_report(rows, weighed)
     if is_main_process():
-        numbers = [{"source": row.columns.get("source"), "right": row.right} for row in rows]
+        about = ("id", "source")
+        numbers = [{name: row.columns.get(name) for name in about} | {"right": row.right} for row in rows]
         numbers = [n | {name: plain(w[i]) for name, w in weighed.items()} for i, n in enumerate(numbers)]
-        write_json(output / "choices.json", plain(report))
+        write_json(output / "choices.json", {"groups": plain(report), "models": paths, "data": data.as_dict()})
         write_jsonl(output / "weighed.jsonl", numbers)
         write_markdown(output / "choices.md", report)
     for group, found in report.items():
@@ -67,11 +69,11 @@ def main(argv: list[str]) -> None:
     announce(f"report in {output / 'choices.md'}")
 
 
-def load_rows(config: EvaluateChoicesConfig, codec: Codec) -> list[Choice]:
-    """Rows that the models can read; of each source at most `num_rows`."""
+def load_rows(config: EvaluateChoicesConfig, codec: Codec) -> tuple[list[Choice], DataReport]:
+    """Rows that the models can read, of each source at most `num_rows`, and what was read and dropped."""
     limit = row_limit(config.sft_path, "max_length", config.max_length)
     read, report = load_choices(config.choices_file, config.on_bad_rows)
-    rows, _ = drop_long(read, codec, limit, report, choice_lengths)
+    rows, report = drop_long(read, codec, limit, report, choice_lengths)
     if len(rows) < len(read):
         announce(f"choices_file: {len(read) - len(rows)} of {len(read)} rows over {limit} tokens left out")
     sources: dict[str | None, list[Choice]] = {}
@@ -80,7 +82,7 @@ def load_rows(config: EvaluateChoicesConfig, codec: Codec) -> list[Choice]:
     rows = [row for own in sources.values() for row in evenly(own, config.num_rows)]
     if len(rows) < 2:
         raise UserError(f"choices_file: {len(rows)} row that can be used; an interval needs 2 or more")
-    return rows
+    return rows, report
 
 
 if __name__ == "__main__":

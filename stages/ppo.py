@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     # 4. Iterate: rollout, update, log.
     with deferred():
         held_out.start(progress, metrics)
-        last = progress.done if (stopped := stop_for_kl(progress, config)) else algebra.iterations
+        last = progress.done if (stopped := stop_for_kl(progress.row, progress.done, config)) else algebra.iterations
         for iteration in (bar := tqdm(range(progress.done, last), desc="ppo", disable=not is_main_process())):
             set_learning_rates(learner, config, iteration, algebra.iterations)
             queries = [inputs.queries[i] for i in progress.prompts.take(algebra.rollout)]
@@ -86,13 +86,13 @@ def main(argv: list[str]) -> None:
             stats = update(rollout, learner, documents, config, runtime, iteration)
             row = ppo_metrics(rollout, stats, progress.kl_coef, learner.policy_optimizer.param_groups[0]["lr"])
             row |= judge.score([query.prompt for query in queries], rollout)
+            stopped = stop_for_kl(row, iteration + 1, config)
+            row |= held_out.measure(progress, iteration + 1, last=bool(stopped))
             progress.advance(row, config)
-            stopped, signal = stop_for_kl(progress, config), arrived()
-            row |= held_out.measure(progress, progress.done, last=bool(stopped))
             metrics.log(progress.done, {"episode": progress.done * algebra.rollout, **row, **runtime.lap()})
             bar.set_postfix_str(shown(row))
             transcripts.write(iteration, rollout, codec)
-            if stopped or signal or (config.save_iterations and progress.done % config.save_iterations == 0):
+            if (signal := arrived()) or stopped or progress.checkpoint_is_due(config):
                 save_state(output, progress, learner, config, codec, runtime)
             if signal:
                 raise Interrupted(signal, output / f"checkpoint-{progress.done}")

@@ -1169,6 +1169,10 @@ def test_formats_do_not_shadow_each_other():
 CHOICES = [
     ("truthfulqa_mc", [{"question": "q", "mc1_targets": {"a": 0, "b": 1}, "mc2_targets": {"c": 1}}],
      [{"prompt": "q", "choices": ["a", "b"], "answer": [1], **EVAL}]),
+    ("truthfulqa_mc", [{"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]}}],
+     [{"prompt": "q", "choices": ["a", "b"], "answer": [0], **EVAL}]),
+    ("trl", [{"prompt": "q", "choices": ["a", "b"], "answer": "B"}],
+     [{"prompt": "q", "choices": ["a", "b"], "answer": "B"}]),
     ("bbq", [BBQ], [{"prompt": "a and b met.\nwho ran?", "choices": ["a", "b", "unknown"], "answer": 2, **EVAL}]),
     ("halluqa_mc", [{"question_id": 1, "question": "Question: q? A:one B:two ", "answer": "Answer: B"}],
      [{"prompt": "q?", "choices": ["one", "two"], "answer": 1, "question_id": 1, **EVAL}]),
@@ -1188,11 +1192,27 @@ CHOICES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "rows", "expected"), CHOICES, ids=[name for name, *_ in CHOICES])
+@pytest.mark.parametrize(("name", "rows", "expected"), CHOICES)
 def test_choices(tmp_path, name, rows, expected):
     path = lines(tmp_path / "rows.jsonl", rows)
     (conversion,) = read([path], name if name == "safetybench" else None, "choice")
     assert conversion.format == name and [row.row for row in conversion.rows] == expected
+
+
+def test_choices_are_columns_where_prompts_or_demonstrations_are_asked_for(tmp_path):
+    """A reward for multiple choice reads them; a row that is ours in another way stays that."""
+    asked = {"prompt": "q", "choices": ["a", "b"], "answer": "the second"}
+    told = {"messages": [USER, YES], "question": "q", "choices": ["a", "b"], "answer": 0}
+    for row, kind in ((asked, "prompt"), (told, "demonstration")):
+        (conversion,) = read([lines(tmp_path / "rows.jsonl", [row])])
+        assert (conversion.format, conversion.kind, conversion.problems) == ("trl", kind, [])
+        assert conversion.rows[0].row["choices"] == ["a", "b"]
+    mmlu = {"question": "q", "choices": ["a", "b"], "answer": 0}
+    (conversion,) = read([lines(tmp_path / "rows.jsonl", [mmlu])], to="prompt")
+    assert [row.row["prompt"] for row in conversion.rows] == ["q"]
+    pair = {"choices": ["he", "she"]}
+    (conversion,) = read([lines(tmp_path / "rows.jsonl", [pair])], to="prompt")
+    assert [problem.kind for problem in conversion.problems] == ["no_text"]
 
 
 def test_a_sentence_without_its_pair_is_named(tmp_path):

@@ -63,6 +63,7 @@ def test_what_cannot_go_on_leaves_a_finished_run_as_it_was(run, message):
 
 PPO = {"reward": (FunctionTerm("a:b"),), "ptx_coef": 0}
 ADAM = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "optim": "adafactor"}
+RATE = {"learning_rate": 0.5, "weight_decay": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 7}
 ADAPTER = {"lora_r": 3, "lora_alpha": 7, "lora_target_modules": ("q_proj",)}
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -76,7 +77,7 @@ COMPARED = [  # a stage, what it begins with, and each key that then may not cha
     ),
     (SFTConfig, {}, ADAM | {"use_peft": True}),
     (RMConfig, {}, ADAM | {"seed": 1, "max_length": 9, "batch_element": "pair"}),
-    *((kind, {}, {"learning_rate": 0.5, "weight_decay": 0.5}) for kind in (SFTConfig, RMConfig)),
+    *((kind, {}, RATE) for kind in (SFTConfig, RMConfig)),
     (PPOConfig, PPO, ADAM | {"seed": 1, "max_prompt_length": 9, "rollout_batch_size": 8, "ema_decay": None}),
     (PPOConfig, PPO, {"use_peft": True, "value_use_peft": True}),
     *((kind, MUON, {"muon_learning_rate": 0.2}) for kind in (SFTConfig, RMConfig)),
@@ -100,6 +101,20 @@ def test_what_weights_optimiser_and_order_rest_on_is_refused_by_name(tmp_path, k
     with pytest.raises(UserError, match=f"checkpoint-1: its {key} is .*; set it as it was"):
         start_run(kind(**again | {key: value}), PARENTS, REPORTS)
     assert start_run(kind(**again), PARENTS, REPORTS) == (tmp_path, tmp_path / "checkpoint-1")
+    release_output(tmp_path)
+
+
+def test_a_run_that_began_before_a_key_was_there_has_its_default(tmp_path):
+    start_run(RMConfig(output_dir=str(tmp_path)), PARENTS, REPORTS)
+    own_checkpoint(tmp_path, 1)
+    began = json.loads((tmp_path / "run.json").read_text())
+    for part in ("config", "settings"):
+        began[part] = {name: value for name, value in began[part].items() if name != "weight_decay"}
+    (tmp_path / "run.json").write_text(json.dumps(began))
+    again = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="checkpoint-1: its weight_decay is 0.0, not 0.1; set it as it was"):
+        start_run(RMConfig(**again, weight_decay=0.1), PARENTS, REPORTS)
+    assert start_run(RMConfig(**again), PARENTS, REPORTS) == (tmp_path, tmp_path / "checkpoint-1")
     release_output(tmp_path)
 
 

@@ -43,6 +43,7 @@ def said(role: str, content: str) -> dict[str, str]:
         ("怎么打印？", "```python\nprint('hello')\n```", 0),
         ("怎么打印？", "用 `print(x)`，见 https://docs.python.org/3/ 。", 0),
         ("Human: 你好吗？\n\nAssistant:", "I am fine.", -1),
+        ("Human: 你好吗？\n\nAssistant: I am here to help you\n\nHuman: 再说\n\nAssistant:", "I am", -1),
         ((said("system", "Be kind."), said("user", "你好吗？")), "I am fine.", -1),
         ((said("user", "你好吗？"), said("assistant", "I am fine."), said("user", "ok")), "我很好", 0),
     ],
@@ -55,13 +56,14 @@ def test_words_in_another_script_than_the_question_are_counted(prompt, completio
     ("completion", "score"),
     [
         ("a dog is not a cat", 0),
-        ("yes, yes. Yes! YES", -1 / 2),  # two trigrams, the same
+        ("yes, yes. Yes! YES", -1 / 2),  # two trigrams, the same; signs count for nothing
         ("one two three one two three", -1 / 4),
         ("the end is near " * 50, -194 / 198),
         ("no no " * 50, -193 / 195),  # 200 letters, two runs of six
         ("ha" * 100, -193 / 195),
         ("!" * 100, -94 / 95),
         ("我很好我很好我很好", -1 / 4),  # nine characters, four runs: the fourth is the first
+        ("你好，你好。你好！你好；你好", -3 / 5),  # ten characters, whatever stands between
         ("hahaha", 0),
         (PROSE, 0),
         (CHINESE, 0),

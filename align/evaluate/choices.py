@@ -5,6 +5,7 @@ have no advantage. A pair that has no right answer, such as a stereotype and its
 texts' probabilities, in bits. 1: no preference between them; 0: certain.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 
+from align.errors import UserError
 from align.evaluate.win_rate import Interval, mean_interval, paired_gain, rate_interval
 from align.models import Policy
 from align.packing import SCORED_TOKENS, pack_continuations, token_batches
+from align.reward_functions import NOT_SPACED
 from align.runtime import gather_list, my_share
 from align.text import Codec
-from align.types import Choice
+from align.track import announce
+from align.types import Choice, Text
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Weighed:
     @property
     def first(self) -> float:
         """The first's probability where the first or the second must be."""
-        return float(1 / (1 + np.exp(self.logprobs[1] - self.logprobs[0])))
+        return float(expit(self.logprobs[0] - self.logprobs[1]))
 
 
 def binary_entropy(p: float) -> float:
@@ -44,13 +49,23 @@ def binary_entropy(p: float) -> float:
 
 
 def encode(rows: Sequence[Choice], codec: Codec) -> list[tuple[list[int], list[list[int]]]]:
-    """Each row's query and its choices, without EOS. A row without a prompt stands behind BOS, or EOS where the
-    tokenizer has none, so that a text's first token counts too."""
-    bos = codec.tokenizer.bos_token_id
-    start = [codec.eos_id if bos is None else bos]
+    """Each row's query and its choices, without EOS. A row without a prompt stands behind `codec.start_id`, so that a
+    text's first token counts too. Without a chat template a space parts prompt and choice, where neither has one."""
     queries = iter(codec.prompts([row.prompt for row in rows if row.prompt is not None]))
-    choices = iter(codec.responses([choice for row in rows for choice in row.choices]))
-    return [(start if row.prompt is None else next(queries), [next(choices)[:-1] for _ in row.choices]) for row in rows]
+    plain = codec.tokenizer.chat_template is None
+    texts = [apart(row.prompt, choice) if plain else choice for row in rows for choice in row.choices]
+    choices = iter(codec.responses(texts))
+    return [
+        ([codec.start_id] if row.prompt is None else next(queries), [next(choices)[:-1] for _ in row.choices])
+        for row in rows
+    ]
+
+
+def apart(prompt: Text | None, choice: str) -> str:
+    """The choice as it goes on from a plain prompt."""
+    if not isinstance(prompt, str) or prompt[-1:].isspace() or choice[:1].isspace() or NOT_SPACED.match(choice):
+        return choice
+    return f" {choice}"
 
 
 @torch.no_grad()
@@ -58,14 +73,22 @@ def weigh(policy: Policy, rows: Sequence[Choice], codec: Codec, batch_size: int)
     """Every row's choices, the prompt computed once for all of them. Each process weighs its share; all have all."""
     encoded = encode([rows[i] for i in my_share(len(rows))], codec)
     weighed: list[Weighed | None] = [None] * len(encoded)
-    sizes = [len(query) + sum(map(len, choices)) for query, choices in encoded]
-    for picked in token_batches(sizes, batch_size, SCORED_TOKENS):
+    shared = 1 if policy.packed else 0  # padded rows repeat the query
+    sizes = [len(query) * (shared or len(choices)) + sum(map(len, choices)) for query, choices in encoded]
+    # A head that does more than multiply makes its logits whole, a vocabulary for each token.
+    limit = SCORED_TOKENS if policy.plain_head else SCORED_TOKENS // 16
+    for picked in token_batches(sizes, batch_size, limit):
         queries, choices = zip(*(encoded[i] for i in picked), strict=True)
         totals = iter(continuation_logprobs(policy, queries, choices, codec.pad_id))
         for i in picked:
             own = encoded[i][1]
             weighed[i] = Weighed(tuple(next(totals) for _ in own), tuple(map(len, own)))
-    return gather_list(weighed)
+    found = gather_list(weighed)
+    for number, row in enumerate(found, start=1):
+        if not all(map(math.isfinite, row.logprobs)) or not all(row.tokens):
+            where = f"choices_file: row {number} of {len(found)} in use"
+            raise UserError(f"{where}: a choice has no token or no finite log-probability; mend the row or the model")
+    return found
 
 
 def continuation_logprobs(
@@ -81,20 +104,23 @@ def continuation_logprobs(
 
 
 def choices_report(rows: Sequence[Choice], weighed: Mapping[str, Sequence[Weighed]], sft: str = "sft") -> dict:
-    """{source: {policy: numbers}} with 95% intervals; gains are over `sft` on the same rows. Rows without a source are
-    one; those with and without a right answer are apart."""
-    groups: dict[str, list[int]] = {}
+    """{source: {policy: numbers}} with 95% intervals; gains are over `sft` on the same rows. Rows with and without a
+    right answer are apart. Raises UserError where no group has the two rows that an interval needs."""
+    groups: dict[tuple[str, bool], list[int]] = {}
     for i, row in enumerate(rows):
-        name = " ".join(str(row.columns.get("source") or "choices").split())
-        groups.setdefault(name if row.right else f"{name} (pairs)", []).append(i)
+        source = " ".join(str(row.columns.get("source") or "choices").split())
+        groups.setdefault((source, bool(row.right)), []).append(i)
     report: dict[str, Any] = {}
-    for name, members in groups.items():
+    for (source, answered), members in groups.items():
+        name = source if answered else f"{source} (pairs)"
         if len(members) < 2:
-            continue  # no interval
+            announce(f"{name}: one row has no interval, left out")
+            continue
         own = [rows[i] for i in members]
         numbers = {policy: [found[i] for i in members] for policy, found in weighed.items()}
-        measure = accuracies if own[0].right else entropies
-        report[name] = measure(own, numbers, sft)
+        report[name] = (accuracies if answered else entropies)(own, numbers, sft)
+    if not report:
+        raise UserError("choices_file: no source has two rows of a kind, which an interval needs")
     return report
 
 

@@ -98,7 +98,7 @@ def linear_logprobs(
     tokens: Tensor,
     temperature: float,
     chunk_elements: int | None = None,
-    with_entropies: bool = True,
+    with_entropies: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` and `entropy` of the logits `hidden @ weight.T + bias`, which never exist together.
 

@@ -1,6 +1,6 @@
 """Evaluation sets as rows of choices: `prompt`, `choices` and the `answer` among them; of pairs of sentences neither.
 
-Their authors ask that none of them is trained on: all carry `eval_only`.
+All carry `eval_only`, so that no stage trains on them.
 """
 
 import re
@@ -43,9 +43,11 @@ def _remade(reader: Reader, made: Callable[[Row], Row], *used: str) -> Reader:
 
 
 def _truthfulqa(row: Mapping[str, Any]) -> Row:
-    """MC1: one true answer."""
+    """MC1: one true answer. {answer: 0 or 1} in the authors' file, two lists in the hub's."""
     targets = row["mc1_targets"]
-    right = [i for i, true in enumerate(targets.values()) if true]
+    if set(targets) == {"choices", "labels"}:
+        targets = dict(zip(targets["choices"], targets["labels"], strict=True))
+    right = [i for i, true in enumerate(targets.values()) if int(true)]
     return {"prompt": field(row, "question"), "choices": list(targets), "answer": right}
 
 
@@ -90,8 +92,10 @@ def winogender(records: Iterable[Record], options: Options) -> Iterator[Output]:
             yield Problem(place, "no_text", "holds no sentence of one gender", "give all_sentences.tsv")
         elif match[2] == "neutral":
             yield Problem(place, "no_gender", "its sentence is of no gender", "not asked for: pairs are of he and she")
+        elif match[2] in found.setdefault(match[1], {}):
+            yield Problem(place, "repeated_id", "its sentence was there before", "keep one of the two")
         else:
-            found.setdefault(match[1], {})[match[2]] = (place, row["sentence"])
+            found[match[1]][match[2]] = (place, row["sentence"])
     for name, pair in found.items():
         if len(pair) < 2:
             (alone, _) = next(iter(pair.values()))

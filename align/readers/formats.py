@@ -11,8 +11,8 @@ from align.readers.base import Reader, number
 
 # field -> kind; the first that a row has decides
 OURS = dict.fromkeys(("completions", "chosen", "rejected"), "ranking")
-OURS |= dict.fromkeys(("messages", "completion"), "demonstration") | {"choices": "choice"}
-OURS |= {"prompt": "prompt", "text": "text"}
+OURS |= dict.fromkeys(("messages", "completion"), "demonstration")
+OURS |= {"prompt": "prompt", "text": "text", "choices": "choice"}  # beside a prompt, choices may be a column
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,16 @@ def _prompts(reader: Reader, matches: Callable[[Any], bool], choices: Reader | N
 
 
 def _is_mmlu(row: Any) -> bool:
-    return _has("question", "choices", "answer")(row) and isinstance(row["choices"], (list, tuple))
+    whole = _has("question", "choices", "answer")(row) and isinstance(row["choices"], (list, tuple))
+    return whole and not _is_ours(row)
 
 
 def _is_arc(row: Any) -> bool:
-    return _has("question", "choices", "answerKey")(row) and isinstance(row["choices"], Mapping)
+    return _has("question", "choices", "answerKey")(row) and isinstance(row["choices"], Mapping) and not _is_ours(row)
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in OURS if name != "choices")
 
 
 # From the most particular to the most general: the first that matches is taken.

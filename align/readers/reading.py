@@ -30,7 +30,6 @@ SAMPLE = 100  # rows that decide a file's format
 SHOWN_FIELDS, LONGEST_NAME = 12, 40
 RENAMED_TWICE = "renamed_twice"  # a row with two columns of one name
 KINDS = ("demonstration", "ranking", "prompt", "text", "choice")
-WITHOUT_PROMPTS = ("text", "choice")  # kinds of which no prompts can be taken, for a pair of sentences asks nothing
 NAMES_A_MODEL = re.compile(r"language model|OpenAI|ChatGPT|语言模型", re.IGNORECASE)
 
 
@@ -136,8 +135,10 @@ Source = list[tuple[str, Iterator[tuple[str, Any]]]]  # of each file its path an
 def _convert(name: str, source: Source, head: list[Any], to: str | None, options: Options) -> Conversion:
     paths = tuple(path for path, _ in source)
     readers = dict(FORMATS[name].readers) or {our_kind(head) or "prompt": chat.trl_rows}
+    if name == "trl" and any(isinstance(row, Mapping) and row.get("choices") is not None for row in head):
+        readers.setdefault("choice", chat.trl_rows)
     kind = to or next(iter(readers))
-    asking = next((own for own in readers if own not in WITHOUT_PROMPTS), None)
+    asking = next((own for own in readers if own != "text"), None)
     if asking is not None:
         readers.setdefault("prompt", prompts_of(asking, readers[asking]))
     if kind not in readers:
@@ -200,6 +201,8 @@ def prompts_of(kind: str, reader: Reader) -> Reader:
                 yield output
                 continue
             record = parse_row(kind, output.places[0], output.row, Counter())
+            if not isinstance(record, Problem) and record.prompt is None:
+                record = Problem(output.places[0], "no_text", "asks nothing", "give --to choice")
             if isinstance(record, Problem):
                 yield from _all_places(output, record)
                 continue

@@ -1,5 +1,6 @@
 """align/evaluate/choices.py: what a policy finds likely, against a loop over whole rows in float64."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.errors import UserError
 from align.evaluate.choices import Weighed, binary_entropy, choices_report, continuation_logprobs, encode, weigh
 from align.models import Policy
 from align.types import Choice
@@ -56,10 +58,32 @@ def test_O5_log_probabilities_are_those_of_each_choice_alone(policy, tiny_codec,
         assert weighed.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_text_without_a_prompt_stands_behind_bos(tiny_codec):
+def test_a_text_without_a_prompt_stands_behind_what_opens_a_sequence(tiny_codec):
+    """A BOS that the tokenizer never writes there, as SmolLM2's opens a turn, opens none."""
+    (query, choices), *_ = encode([ROWS[1]], tiny_codec)
+    assert query == [tiny_codec.eos_id] and not any(tiny_codec.eos_id in choice for choice in choices)
+    tiny_codec = copy.deepcopy(tiny_codec)
     tiny_codec.tokenizer.bos_token = "<pad>"
-    ((query, choices),) = encode([ROWS[1]], tiny_codec)
-    assert query == [tiny_codec.tokenizer.bos_token_id] and not any(tiny_codec.eos_id in choice for choice in choices)
+    assert encode([ROWS[1]], tiny_codec)[0][0] == [tiny_codec.eos_id]
+    tiny_codec.tokenizer.chat_template = "{{ bos_token }}" + tiny_codec.tokenizer.chat_template
+    assert encode([ROWS[1]], tiny_codec)[0][0] == [tiny_codec.tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice", "text"),
+    [("a cow", "runs", " runs"), ("a cow ", "runs", "runs"), ("a cow", " runs", " runs"), ("水果", "苹果", "苹果")],
+)
+def test_without_a_template_a_space_parts_prompt_and_choice(tiny_codec, prompt, choice, text):
+    tiny_codec = copy.deepcopy(tiny_codec)
+    tiny_codec.tokenizer.chat_template = None
+    ((_, (one, _)),) = encode([Choice(prompt, (choice, "x"), (0,))], tiny_codec)
+    assert one == tiny_codec.tokenizer(text)["input_ids"]
+
+
+def test_a_model_that_gives_no_numbers_is_named(policy, tiny_codec):
+    torch.nn.init.constant_(policy.lm_head.weight, math.nan)
+    with pytest.raises(UserError, match="choices_file: row 1 of 4 in use: a choice has no token or no finite"):
+        weigh(Policy(policy), ROWS, tiny_codec, 8)
 
 
 def test_choices_of_one_token_are_read_from_the_prompts_last_state(policy):
@@ -89,7 +113,7 @@ def test_O5_entropy_lies_between_0_and_1_bit(p):
     assert 0 <= binary_entropy(p) <= 1 and binary_entropy(p) == pytest.approx(binary_entropy(1 - p), abs=1e-9)
 
 
-def test_the_report_by_hand():
+def test_the_report_by_hand(capsys):
     rows = [Choice("q", ("a", "b", "c"), (1,), {"source": "s"}), Choice("q", ("a", "b"), (0, 1), {"source": "s"})]
     rows += [Choice("r", ("a", "b"), (0,), {"source": "s"}), Choice(None, ("a", "b"), (), {"source": "a\n b"})] * 2
     rows += [Choice("alone", ("a", "b"), (0,), {"source": "one row has no interval"})]
@@ -100,6 +124,9 @@ def test_the_report_by_hand():
     ppo = [three, other, one, sure, one, even, one]
     report = choices_report(rows, {"sft": sft, "ppo": ppo})
     assert list(report) == ["s", "a b (pairs)"]
+    assert "one row has no interval: one row has no interval, left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no source has two rows of a kind"):
+        choices_report(rows[-1:], {"sft": sft[-1:]})
     choice, pairs = report["s"], report["a b (pairs)"]
     assert choice["rows"] == 4 and choice["chance"] == pytest.approx((1 / 3 + 1 + 1 / 2 + 1 / 2) / 4)
     assert (choice["policies"]["sft"]["accuracy"].mean, choice["policies"]["ppo"]["accuracy"].mean) == (0.75, 1.0)

@@ -250,7 +250,7 @@ def test_linear_logprobs_and_their_gradients_are_those_of_float64(chunk, biased,
     wide = [x.double().detach().requires_grad_() for x in leaves]
 
     logprobs, entropies = linear_logprobs(
-        leaves[0], leaves[1], leaves[2] if biased else None, tokens, temperature, chunk * vocabulary
+        leaves[0], leaves[1], leaves[2] if biased else None, tokens, temperature, chunk * vocabulary, True
     )
     logits = (wide[0] @ wide[1].T + (wide[2] if biased else 0)) / temperature
     table = logits.log_softmax(-1)
@@ -269,7 +269,7 @@ def test_linear_logprobs_and_their_gradients_are_those_of_float64(chunk, biased,
 def test_linear_logprobs_golden():
     # a head of zeros is uniform over 4: every token costs ln 4, and its entropy is ln 4
     tokens = torch.tensor([1, 3])
-    logprobs, entropies = linear_logprobs(torch.randn(2, 8), torch.zeros(4, 8), None, tokens, 1.0)
+    logprobs, entropies = linear_logprobs(torch.randn(2, 8), torch.zeros(4, 8), None, tokens, 1.0, with_entropies=True)
     assert -logprobs.sum().item() == pytest.approx(2 * math.log(4))
     assert entropies.tolist() == pytest.approx([math.log(4)] * 2)
 
@@ -307,7 +307,8 @@ def test_linear_logprobs_with_a_part_that_is_not_trained(frozen):
 def test_linear_logprobs_of_no_position():
     hidden, weight, bias, tokens, _ = head(0, 16, 40, True)
     weight.requires_grad_()
-    logprobs, entropies = linear_logprobs(hidden, weight, bias, tokens, 1.0)
+    logprobs, entropies = linear_logprobs(hidden, weight, bias, tokens, 1.0, with_entropies=True)
+    assert linear_logprobs(hidden, weight, bias, tokens, 1.0)[1] is None
     assert logprobs.shape == entropies.shape == (0,)
     logprobs.sum().backward()
     assert weight.grad is None or not weight.grad.any()

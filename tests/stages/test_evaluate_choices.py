@@ -28,7 +28,9 @@ def words(mini, tmp_path, *more: str, rows=ROWS) -> list[str]:
 def test_every_policy_weighs_every_row(mini, tmp_path, capsys):
     assert main(words(mini, tmp_path)) == 0
     out = capsys.readouterr().out
-    report = json.loads((tmp_path / "out" / "choices.json").read_text())
+    written = json.loads((tmp_path / "out" / "choices.json").read_text())
+    report = written["groups"]
+    assert written["data"]["dropped"] == {"too_long": 1} and list(written["models"]) == ["base", "sft", "ppo_ptx"]
     assert list(report) == ["qa", "pairs (pairs)"]
     assert list(report["qa"]["policies"]) == list(report["pairs (pairs)"]["policies"]) == ["base", "sft", "ppo_ptx"]
     assert report["qa"]["policies"]["sft"]["gain_vs_sft"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -50,6 +52,8 @@ def test_a_report_is_not_overwritten_unasked(mini, tmp_path, capsys):
     ("row", "message"),
     [
         ({"prompt": "p", "choices": ["a", "b", "c"]}, "has no 'answer'"),
+        ({"prompt": "p", "choices": ["a", "b"]}, "has no 'answer'"),
+        ({"choices": ["a", "b", "c"]}, "has no 'answer'"),
         ({"prompt": "p", "choices": ["a", "b"], "answer": 2}, "'answer' is none of the choices"),
         ({"prompt": "p", "choices": ["a", "b"], "answer": "C"}, "'answer' is none of the choices"),
         ({"prompt": "p", "choices": ["a", "b"], "answer": True}, "'answer' is none of the choices"),
