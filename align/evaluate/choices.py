@@ -73,8 +73,8 @@ def weigh(policy: Policy, rows: Sequence[Choice], codec: Codec, batch_size: int)
     """Every row's choices, the prompt computed once for all of them. Each process weighs its share; all have all."""
     encoded = encode([rows[i] for i in my_share(len(rows))], codec)
     weighed: list[Weighed | None] = [None] * len(encoded)
-    shared = 1 if policy.packed else 0  # padded rows repeat the query
-    sizes = [len(query) * (shared or len(choices)) + sum(map(len, choices)) for query, choices in encoded]
+    queries = [len(query) * (1 if policy.packed else len(choices)) for query, choices in encoded]  # padded: repeated
+    sizes = [query + sum(map(len, choices)) for query, (_, choices) in zip(queries, encoded, strict=True)]
     # A head that does more than multiply makes its logits whole, a vocabulary for each token.
     limit = SCORED_TOKENS if policy.plain_head else SCORED_TOKENS // 16
     for picked in token_batches(sizes, batch_size, limit):
