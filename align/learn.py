@@ -279,7 +279,7 @@ def set_learning_rates(learner: Learner, config: PPOConfig, iteration: int, num_
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig, iteration: int) -> float:
     """After an iteration whose rollout had this KL; while the policy stays as it is, its 0 says nothing."""
-    if iteration <= config.value_warmup_iterations:  # the policy's first step comes after this one's rollout
+    if iteration < config.value_warmup_iterations:
         return kl_coef
     return adapt_kl_coef(kl_coef, kl, config.kl_target, config.rollout_batch_size, config.kl_horizon)
 

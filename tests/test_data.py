@@ -555,7 +555,7 @@ def test_D2_lengths_count_the_whole_sequence(tmp_path):
     assert demonstration_lengths([demonstration] * 2, Words()) == [2 + 3 + 1] * 2
     assert ranking_lengths([ranking] * 2, Words()) == [2 + 4 + 1] * 2
     choices = [Choice("a b", ("c d", "e")), Choice(None, ("a", "b c"))]
-    assert choice_lengths(choices, Words()) == [2 + 2 + 1, 1 + 2 + 1]
+    assert choice_lengths(choices, Words()) == [2 + 2, 1 + 2]
     _, report = load_rankings(lines(tmp_path / "r.jsonl", ranked(("a", 0), ("b", 1))))
     assert drop_long([ranking], Words(), 7, report, ranking_lengths)[0] == [ranking]
 

@@ -549,7 +549,7 @@ def test_the_value_model_may_learn_alone_first(folder, runtime, tiny_codec):
         assert (stats.sums["policy_grad_norm"] > 0) == (iteration == 2) and stats.sums["entropy"] > 0
         kl_coef = next_kl_coef(kl_coef, 0.0, config, iteration)
         seen.append((digest(learner.policy), digest(learner.value_model)))
-        assert kl_coef == config.kl_coef, "a KL of 0 that nothing could move adapts nothing"
+        assert (kl_coef == config.kl_coef) == (iteration < 2), "a KL of 0 that nothing could move adapts nothing"
     policies, values = zip(*seen, strict=True)
     assert policies[0] == policies[1] == policies[2] != policies[3]
     assert len(set(values)) == 4

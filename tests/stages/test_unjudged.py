@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from align.errors import UserError
+from align.evaluate.policies import policy_paths
 from align.evaluate.schema import check_summary
 from align.text import Codec
-from stages.evaluate import policy_paths
+from stages.evaluate import say_other_temperatures
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +82,14 @@ def test_answers_are_drawn_at_the_temperature_asked_for(unjudged, evaluated):
 def test_a_temperature_that_is_not_that_of_training_is_said(mini, capsys):
     run = mini.run
     paths = {"base_path": str(run / "base"), "sft_path": str(run / "sft"), "ppo_path": None}
-    config = SimpleNamespace(**paths, ppo_ptx_path=str(run / "ppo"), temperature=1.0)
+    config = SimpleNamespace(**paths, ppo_ptx_path=str(run / "ppo"))
     codec = Codec.load(config.sft_path)
-    policy_paths(config, codec)
+    found = policy_paths(config, codec)
+    say_other_temperatures(found, 1.0)
     assert "temperature" not in capsys.readouterr().out
-    config.temperature = 0.7
-    policy_paths(config, codec)
-    assert capsys.readouterr().out.count("temperature") == 1
-    policy_paths(config, codec)
-    assert "was trained on answers drawn at 1, these are drawn at 0.7" in capsys.readouterr().out
+    say_other_temperatures(found, 0.7)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "/ppo was trained on answers drawn at 1, these are drawn at 0.7" in line
 
 
 def test_a_policy_trained_elsewhere_is_evaluated(mini, evaluated, tmp_path):
