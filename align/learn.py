@@ -129,7 +129,7 @@ class Progress:
 
     def in_force(self, config: PPOConfig) -> PPOConfig:
         """The config with what has adapted: the penalty for an answer that does not end."""
-        return replace(config, missing_eos_penalty=self.eos_penalty)
+        return config if config.finished_target is None else replace(config, missing_eos_penalty=self.eos_penalty)
 
 
 def load_inputs(config: PPOConfig) -> Inputs:

@@ -109,3 +109,18 @@ def test_evaluation_with_a_reward_model_of_another_tokenizer(mini, evaluated, fo
     assert summary["rm"]["demonstration_mean"] is None
     assert summary["policies"]["sft"]["sampled"] == ours["policies"]["sft"]["sampled"], "the judge's numbers stay"
     assert summary["policies"]["sft"]["proxy"] != ours["policies"]["sft"]["proxy"]
+
+
+def test_the_penalty_follows_the_share_that_ends(mini, tmp_path):
+    """By hand from the log, and taken off the answers that did not end in the iteration that it is logged for."""
+    keys = {"missing_eos_mode": "subtract", "missing_eos_penalty": -0.5, "finished_target": 0.9, "reward_clip": "null"}
+    mini.stage("ppo", mini.run, output_dir=tmp_path / "ppo", total_episodes=48, **keys)
+    logged = rows(tmp_path / "ppo" / "metrics.jsonl")
+    size, last = 0.5, 0.0
+    for row in logged:
+        assert row["missing_eos_penalty"] == pytest.approx(-size)
+        taken = size * (1 - row["objective/finished"])
+        assert row["objective/scores"] == pytest.approx(row["objective/raw_scores"] - taken, abs=1e-4)
+        missing = 0.9 - row["objective/finished"]
+        size, last = max(0.0, size + (missing - last) + 0.1 * missing), missing
+    assert len(logged) == 3 and len({row["missing_eos_penalty"] for row in logged}) > 1
